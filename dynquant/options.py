@@ -126,6 +126,13 @@ class Only:
 
 
 @dataclass(frozen=True)
+class Former:
+    """Note on an option: a name that it had before, or that others have for the same; it works and is not shown."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Writes:
     """Note on the path of an output: no other process writes it meanwhile, and it is none of what the command reads."""
 

@@ -21,7 +21,7 @@ from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
-from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file
+from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
@@ -29,7 +29,8 @@ from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.complete_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
-from dynquant.families.open import check_original, open_and_announce, open_language_model
+from dynquant.families.model_kind import check_same_kind
+from dynquant.families.open import check_original, locate_model, open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
@@ -111,7 +112,7 @@ def _write(encoding: Encoding, checkpoint: LinearCheckpoint | None, options: Exp
     split = parse_size(options.split_max_size) if options.split_max_size else None
     if checkpoint is not None:
         return export_compressed_tensors(encoding, checkpoint, options.output, shard_max_bytes=split)
-    if tuning := closing_pass_of(encoding, options.tune):
+    if tuning := closing_pass_of(encoding, options.tune, options.closing):
         return _write_tuned(encoding, options, tuning, split)
     if options.format == "gguf":
         return export_gguf(encoding, options.output, split_max_bytes=split)
@@ -225,10 +226,12 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     path, output = options.file, options.output
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
-    tuning = TuneOptions(tokens=options.tokens, step_tokens=options.step_tokens, seed=session.seed)
+    check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
+    steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
+    tuning = tune_options(options.closing, **steps)
     model = open_language_model(options.reference, session)
     check_original(path, model)
-    tokens = tuning.tokens + tuning.held_out_windows * options.window
+    tokens = tuning.tokens + tuning.held_out_tokens * 5 // 4
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
     check_context(model, windows.shape[1])

@@ -3,6 +3,7 @@
 The model is loaded whole where it fits, and streamed layer by layer where it does not or a limit is given.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -261,6 +262,8 @@ def run_calibration(
                     hf_model, inputs, names=weight_inputs(model, hf_model), provenance=provenance, options=statistics,
                     progress=progress,
                 )  # fmt: skip
+                del hf_model
+                gc.collect()  # hooks and model hold each other: weights would stay beside those of later stages
     file = _saved(result, output, in_background) if limit is None else StatsFile(output, result.stats)
     with file.guarded():
         for kind in KINDS:

@@ -23,7 +23,7 @@ from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
 from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.interrupt import ends_promptly
-from dynquant.cli.terminal.parameters import from_options
+from dynquant.cli.terminal.parameters import command_class, from_options
 from dynquant.cli.terminal.streams import lasting_streams
 from dynquant.cli.train import finetune, heal
 from dynquant.errors import DynquantError, OptionError, reason
@@ -81,14 +81,18 @@ _VIEWS = (inspect, measure_machine, recipe, diff, super_weights, demo, fetch_lla
 _ALWAYS = "Every command also takes --json-progress FILE (- is stderr), --llama-cpp DIR and --debug."
 for _function in (*_STEPS, *_VIEWS):
     _name = "eval" if _function is evaluate else _function.__name__.replace("_", "-")
-    app.command(_name, epilog=_ALWAYS)(from_options(_function))
+    _command = from_options(_function)
+    app.command(_name, cls=command_class(_command), epilog=_ALWAYS)(_command)
 
 
 def _global_options_first(arguments: list[str]) -> list[str]:
     """Options of all commands may stand anywhere on the line; typer wants them before the command."""
     first, rest = [], list(arguments)
+    is_training = bool({"finetune", "heal"} & {*arguments})
     for option, num_words in (("--debug", 1), ("--json-progress", 2), ("--llama-cpp", 2)):
         for index, word in enumerate(rest):
+            if word == "--llama-cpp" and is_training and not os.path.isdir("".join(rest[index + 1 : index + 2])):
+                continue  # there, it was a name of --for-llama-cpp before it was one of all commands
             if word == option or (num_words == 2 and word.startswith(f"{option}=")):
                 end = index + (num_words if word == option else 1)
                 first += rest[index:end]

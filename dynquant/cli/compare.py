@@ -17,7 +17,7 @@ from dynquant.cli.terminal import console
 from dynquant.errors import EvaluationError, OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import Flag, ModelPath, Only, Options, Writes, flags
+from dynquant.options import Flag, Former, ModelPath, Only, Options, Writes, flags
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
@@ -34,12 +34,12 @@ Keep = Annotated[bool, Flag("Keep the exported files.")]
 
 
 def _in_comparison(output: Path, typed: Mapping[str, Any]) -> list[Path]:
-    files = [output / f"{recipe}.gguf" for recipe in typed["recipes"].split(",")]
+    files = [output / f"{recipe}.gguf" for recipe in typed["presets"].split(",")]
     return [*files, output / "compare.json", output / "compare.md", *files_of_plan(output / "plan")]
 
 
 def _in_comparison_of_encoders(output: Path, typed: Mapping[str, Any]) -> list[Path]:
-    names = product(typed["recipes"].split(","), typed["variants"].split(","))
+    names = product(typed["presets"].split(","), typed["variants"].split(","))
     stats, files = output / STATS_NAME, [output / f"{recipe}-{variant}.gguf" for recipe, variant in names]
     return [*files, output / "encoders.json", output / "encoders.md", stats, *files_beside(stats)]
 
@@ -56,6 +56,7 @@ class RecipeQuestions(QuestionOptions):
     """Inputs that recipes are compared on: text and questions, no pictures."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl", "ppl")
+    max_tokens: Annotated[int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2)] = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class CompareOptions(Options):
     """Recipes that are measured, each with the planner at its bytes."""
 
     model: ModelPath
-    recipes: Annotated[tuple[str, ...], Flag("Presets, as llama-iq1_s,r1-iq1_s.")]
+    recipes: Annotated[tuple[str, ...], Flag("As llama-iq1_s,r1-iq1_s.", ("--presets",)), Former("--recipes")]
     output: Annotated[Path, Flag("Directory for results and the shared plan.", ("-o", "--output")), _COMPARISON]
     questions: Annotated[RecipeQuestions, QUESTIONS] = field(default_factory=RecipeQuestions)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens"))] = field(default_factory=CalibrationOptions)
@@ -89,13 +90,15 @@ class CompareEncodersOptions(Options):
     """Recipes that are measured under each encoder, with and without the closing pass."""
 
     model: ModelPath
-    recipes: Annotated[tuple[str, ...], Flag("Presets, as r1-iq1_s,experts-q2_k,uniform-iq2_xxs.")]
+    recipes: Annotated[
+        tuple[str, ...], Flag("As r1-iq1_s,experts-q2_k,uniform-iq2_xxs.", ("--presets",)), Former("--recipes")
+    ]
     output: Annotated[Path, Flag("Directory for results and statistics.", ("-o", "--output")), _ENCODERS]
     questions: Annotated[EncoderQuestions, QUESTIONS] = field(default_factory=EncoderQuestions)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
-    tune: Annotated[int, Flag("Tokens of the closing pass.", min=0)] = 16384
+    tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0)] = 131072
     variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
     keep: Keep = False
 
@@ -107,7 +110,7 @@ class CompareEncodersOptions(Options):
 def compare(options: CompareOptions, session: Annotated[Session, Only(("threads",))]) -> None:
     """Measure recipes side by side, and the planner at the bytes of each.
 
-    Example: dynquant compare ./model --recipes llama-iq1_s,r1-iq1_s --text held-out.txt -o comparison/
+    Example: dynquant compare ./model --presets llama-iq1_s,r1-iq1_s --text held-out.txt -o comparison/
     """
     results = _Results(options.output / "compare.json", options, session)
     for recipe in options.recipes:
@@ -119,7 +122,7 @@ def compare(options: CompareOptions, session: Annotated[Session, Only(("threads"
 def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session, Only(("device", "threads"))]) -> None:
     """Measure encoders side by side: the same types and statistics, so the same bytes.
 
-    Example: dynquant compare-encoders ./model --recipes r1-iq1_s,experts-q2_k --text held-out.txt -o encoders/
+    Example: dynquant compare-encoders ./model --presets r1-iq1_s,experts-q2_k --text held-out.txt -o encoders/
     """
     from dynquant.calibration.stage import statistics_at
     from dynquant.families.open import open_and_announce
@@ -270,7 +273,8 @@ def _measure_encoder(
 def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptions, session: Session) -> Path:
     """Write the file again after the closing pass, on the tokens of the second moments."""
     from dynquant.calibration.second_moments import SecondMoments
-    from dynquant.exporters.closing_pass import TuneOptions, tune_file
+    from dynquant.exporters.closing_pass import tune_file
+    from dynquant.exporters.tuning.training import TuneOptions
     from dynquant.families.open import open_and_announce
 
     windows = SecondMoments.load(path_beside(stats)).tokens

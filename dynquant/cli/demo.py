@@ -77,12 +77,15 @@ def fetch_llama_cpp(
     if is_tree(target):
         console.say(f"{target} is there already.")
         return
-    if not yes:
+    offer = f"Download llama-cpp-python's sources by pip (some 70 MB), and unpack the converter (3 MB) to {target}"
+    if yes:
+        console.note(offer)
+    else:
+        way_out = "Give --yes to fetch without a question, or llama.cpp's source tree by --llama-cpp DIR."
         try:
-            agreed = typer.confirm(f"Download llama-cpp-python's sources by pip, and unpack the converter to {target}?")
+            agreed = typer.confirm(f"{offer}?")
         except typer.Abort as error:
-            raise OptionError("Nothing was fetched: nobody answered. Give --yes.") from error
+            raise OptionError(f"Nothing was fetched: nobody answered. {way_out}") from error
         if not agreed:
-            console.note("nothing was fetched")
-            return
+            raise OptionError(f"Nothing was fetched: the answer was no. {way_out}")
     console.say(f"unpacked to {fetch_tree()}")

@@ -7,7 +7,7 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.evaluation.options import EvalOptions
-from dynquant.options import Only, Writes
+from dynquant.options import Former, Only, Writes
 from dynquant.session import Session
 from dynquant.storage.atomic import write_atomically
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 def evaluate(
     options: EvalOptions,
     session: Annotated[Session, Only(("device", "threads", "seed"))],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the result to this file."), Writes()
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Also write the result to this JSON file."),
+        Writes(),
+        Former("--json"),
     ] = None,
 ) -> None:
     """Compare a quantized model with its original: KL divergence, perplexity, multiple choice; before and after.
@@ -35,9 +38,9 @@ def evaluate(
 
     report = compare(options, session)
     print_report(report)
-    if json_file is not None:
-        write_atomically(json_file, report.to_json())
-        console.note(f"wrote {json_file}")
+    if output is not None:
+        write_atomically(output, report.to_json())
+        console.note(f"wrote {output}")
     candidate = Path(options.candidate)
     directory = candidate if candidate.is_dir() else candidate.parent
     if isinstance(report, PictureReport) and all((directory / n).is_file() for n in ("report.html", "plan.json")):

@@ -40,7 +40,7 @@ def print_files(files: list[Path]) -> None:
 
 
 def tune(options: TuneFileOptions, session: Annotated[Session, Only(("seed", "device"))]) -> None:
-    """Tune the stored scales and norms of any quantized GGUF on the KL to its original; types and size stay.
+    """Tune what has no codes in any quantized GGUF on the KL to its original; types and size stay.
 
     Example: dynquant tune model.gguf --reference ./model --calibration text.jsonl -o tuned.gguf
     """

@@ -23,8 +23,11 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
     Example: dynquant inspect model.gguf
     """
     from dynquant.checkpoints.inspect import inspect as read
+    from dynquant.families.common.config import read_json
     from dynquant.families.open import fault_of
 
+    if (config := Path(path) / "config.json").is_file():
+        read_json(config)  # refuses words where numbers belong
     summary = read(path)
     fault = summary.fault or fault_of(Path(path))
     if as_json:

@@ -38,6 +38,7 @@ from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.families.common.settings import settings_note
+from dynquant.families.model_kind import check_same_kind, difference_of_kind
 from dynquant.families.open import is_gguf, locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
@@ -83,6 +84,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
+    of_kinds = _notes_on_kinds(options, reference, candidate)
     infos = [runners.describe_model(path, runner=options.runner) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
@@ -90,7 +92,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         raise EvaluationError(
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
-    notes += runners.tokenizer_notes(reference, candidate)
+    notes += of_kinds + runners.tokenizer_notes(reference, candidate)
     if difference := settings_note(settings_of(reference), settings_of(candidate)):
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
@@ -131,6 +133,17 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         notes=notes,
         seconds=run.seconds,
     )  # fmt: skip
+
+
+def _notes_on_kinds(options: EvalOptions, reference: Path, candidate: Path) -> list[str]:
+    """Return a note where a comparison of models of two kinds was allowed, or refuse it before anything runs."""
+    difference = difference_of_kind(reference, candidate)
+    if difference and not options.allow_difference:
+        raise EvaluationError(
+            f"Nothing was run, since {difference}. Give the model that the candidate was made from as --reference. If "
+            "the two are to be compared as they are, repeat this with --allow-difference."
+        )
+    return [f"The comparison was allowed although {difference}."] if difference else []
 
 
 def common_columns(reference: runners.ModelInfo, candidate: runners.ModelInfo) -> tuple[int, list[str]]:
@@ -308,6 +321,9 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     batches, asked = _encoded_samples(encoder, file.samples[: options.questions.limit or None], "vqa" in tasks)
     inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
     if is_gguf(candidate := Path(options.candidate)) or (candidate / "config.json").is_file():
+        check_same_kind(
+            model.hf_directory, candidate, "Give the model that the candidate was made from as --reference."
+        )
         for note in runners.tokenizer_notes(model.hf_directory, candidate):
             session.note(note)
     check_context(model, inputs.longest)

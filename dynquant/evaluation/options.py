@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.errors import EvaluationError
-from dynquant.options import Flag, ModelPath, Options, Strict, Window
+from dynquant.options import Flag, Former, ModelPath, Options, Strict, Window
 
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu"}), frozenset({"kl", "vqa"})
 
@@ -18,7 +18,7 @@ class QuestionOptions(Options):
         tuple[Path, ...], Flag("Text for kl and ppl, as --calibration of plan takes it. May be repeated.")
     ] = ()
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu; with --data kl and vqa.")] = ("kl", "ppl")
-    max_tokens: Annotated[int, Flag("Tokens of each text.", min=2)] = 8192
+    max_tokens: Annotated[int, Flag("Tokens of each text.", ("--tokens",), min=2), Former("--max-tokens")] = 8192
     mmlu_data: Annotated[
         str | None, Flag("Questions, .jsonl, .json, .parquet or a datasets id. Default: cais/mmlu.")
     ] = None
@@ -69,6 +69,10 @@ class EvalOptions(Options):
     )
     adapter: Annotated[Path | None, Flag("Run the candidate, packed in transformers, with this LoRA adapter.")] = None
 
+    allow_difference: Annotated[
+        bool, Flag("Compare models of different architectures or sizes, too.", ("--allow-difference",))
+    ] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         tasks = self.questions.tasks
@@ -81,7 +85,7 @@ class EvalOptions(Options):
             return
         why = "with --data, all tasks run on its samples, and the models with pictures."
         self.questions.refuse_unused(why, "text", "mmlu_data", "max_tokens", "shots", "num_shots", "scoring")
-        self.refuse_unused(why, "window", "reference_cache", "runner", "rounded", "adapter")
+        self.refuse_unused(why, "window", "reference_cache", "runner", "rounded", "adapter", "allow_difference")
         unknown = sorted(set(tasks) - PICTURE_TASKS)
         if unknown or not tasks:
             raise EvaluationError(f"With --data, tasks are kl and vqa; {', '.join(unknown) or 'none'} was asked for.")

@@ -167,8 +167,9 @@ def _matrix(model: Model, checkpoint: SafetensorsSource, stored: str, made: str)
 def _experts(model: Model, source: ConvertedSource, name: str) -> LinearLayer:
     if f"{name.removesuffix('.weight')}.bias" in source.names():
         raise ExportError(
-            f"The experts of {model.name} have biases (`{name.removesuffix('.weight')}.bias`), for which a "
-            "compressed-tensors checkpoint has no place. Export it as GGUF, or as packed safetensors."
+            f"The experts of {model.name} have biases (`{name.removesuffix('.weight')}.bias`), and vLLM's loader takes "
+            "those as one stack in MXFP4, as they are published, or in BF16, not one by one as a compressed-tensors "
+            "checkpoint has experts. Let vLLM serve the published one, or export GGUF or packed safetensors."
         )
     shape, parts, role = source.info(name).shape, source.checkpoint_names(name), role_of(name)
     if len(parts) == shape[0]:

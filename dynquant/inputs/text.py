@@ -220,10 +220,12 @@ def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, 
     joined by an empty line. The last window may be shorter; one of a single token is left out.
 
     Raises:
-        EvaluationError: no such file or data set, a record without text, or fewer than two tokens.
+        EvaluationError: no such file or data set, a record without text, an empty text, or fewer than two tokens.
     """
     name, documents = _documents(source, max_tokens, EvaluationError)
     content = "\n\n".join(documents)
+    if not content.strip():
+        raise EvaluationError(f"The text {name} is empty. Give one that the models have not been tuned on.")
     plain, special = encode("a", add_special=False), encode("a")
     bos = special[:1] if special[:1] != plain[:1] else []
     tokens = first_tokens(partial(encode, add_special=False), content, max_tokens)[:max_tokens]

@@ -59,8 +59,9 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     target, directory, path = options.target, options.output, options.output / file_names.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
     fixed_types = _fixed_types(target, model)
-    candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
-    types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
+    fixed = tuple(dict.fromkeys(choice.type for choice in (fixed_types or {}).values()))
+    types = tuple(quant_type(name).name for name in target.types) or fixed or DEFAULT_TYPES
+    types = tuple(dict.fromkeys((*types, *fixed)))
     search = _search_of(options) if fixed_types is None else None  # before hours of measuring
     comparison = {"allow_difference": options.allow_difference, "max_memory": options.calibration.max_memory}
     compared = check_computation(model, session, folder=directory, **comparison)

@@ -19,9 +19,9 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.conversion_book import ConversionBook, some_of
+from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.strided_maps import StridedMap
-from dynquant.families.text.registry import FAMILIES
+from dynquant.families.text.registry import conversions_of
 from dynquant.formats import decode
 from dynquant.running.equal_entries import EqualEntries, as_in_file
 from dynquant.running.parameter_map import ParameterMap, parameter_map, unmapped
@@ -67,18 +67,18 @@ class LiveWeights:
         if "output.weight" in model.source.names() and head is not None and head.weight is embedding.weight:
             head.weight = nn.Parameter(head.weight.detach().clone())  # stored twice, it may get two types
         if isinstance(model.source, ConvertedSource):
-            places = _places(parameter_map(hf_model, model.source.checkpoint), model.source, hf_model)
+            self._places = _places(parameter_map(hf_model, model.source.checkpoint), model.source, hf_model)
         else:
-            places = places_of_a_file(model, hf_model)
-        # Buffers (corrections of routers) get no gradient and no type.
-        trained = {id(parameter) for parameter in hf_model.parameters()}
-        self._places = {
-            name: place for name, place in places.items() if all(id(tensor) in trained for tensor in place.parameters)
+            self._places = places_of_a_file(model, hf_model)
+        parameters = {id(parameter) for parameter in hf_model.parameters()}
+        self.buffers = {
+            name for name, place in self._places.items() if not parameters.issuperset(map(id, place.parameters))
         }
+        """GGUF names of what gets no gradient and no type: corrections of routers."""
 
     def names(self) -> list[str]:
-        """GGUF names, in no particular order."""
-        return list(self._places)
+        """GGUF names of parameters, in no particular order."""
+        return [name for name in self._places if name not in self.buffers]
 
     def check(self, names: Iterable[str]) -> None:
         """Raise CheckpointError for a tensor without a place, unless it is of a layer that the model does not run."""
@@ -174,14 +174,12 @@ def _gguf_places(model: Model, hf_model: Any) -> dict[str, LivePlace | None]:
 
 def _family_source(model: Model, hf_model: Any) -> ConvertedSource:
     """Return the conversions of the running model's family; none for a family without."""
+    if not model.has_family:
+        return ConvertedSource(model.source, [])
     values = hf_model.config.to_dict() | {"tie_word_embeddings": "output.weight" not in model.source.names()}
     config = Config(model.path, values, values)
-    if config.model_type not in FAMILIES:
-        return ConvertedSource(model.source, [])
     whole_kv_b = "blk.0.attn_kv_b.weight" in model.source.names()
-    book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
-    FAMILIES[config.model_type].add_tensors(book)
-    return ConvertedSource(model.source, book.finish())
+    return ConvertedSource(model.source, conversions_of(config, hf_model.state_dict(), whole_kv_b=whole_kv_b))
 
 
 def places_of_a_file(model: Model, hf_model: Any) -> dict[str, LivePlace]:

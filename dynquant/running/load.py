@@ -20,7 +20,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import CheckpointError
-from dynquant.families.common.config import quantization_of
+from dynquant.families.common.config import names_value, quantization_of, refused_value
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.from_gguf import NotUnderstoodError, config_from_gguf
 from dynquant.families.open import is_gguf
@@ -298,6 +298,8 @@ def _load(loader: str | type, model: Model | Path, **options: Any) -> Any:
             "'dynquant-toolchain[models]', or the one that is named here."
         ) from error
     except Exception as error:  # transformers raises errors of many libraries
+        if names_value(error) and path.is_dir():
+            raise CheckpointError(refused_value(path, error)) from error
         kind = _KINDS.get(loader, "model") if isinstance(loader, str) else "model"
         raise CheckpointError(
             f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {str(error)[:400]}). {way_out}"

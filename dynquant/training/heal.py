@@ -28,6 +28,7 @@ from dynquant.evaluation.reference_cache import TeacherWindows, build_teacher_wi
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
 from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
+from dynquant.families.model_kind import check_same_kind
 from dynquant.families.open import check_original, locate_model, open_model
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import CalibrationText, evaluation_windows, pack_windows, read_text
@@ -113,6 +114,7 @@ class _Healing:
     def __init__(self, options: HealOptions, session: Session, progress: Progress) -> None:
         self.base, self.original = locate_model(options.packed), locate_model(options.reference)
         check_packed(self.base)
+        check_same_kind(self.base, self.original, "Give the model that was quantized as --reference.")
         check_original(self.base, open_model(self.original))
         check_context(self.base, options.data.window, "--window")
         described = (describe_model(path, runner=TRANSFORMERS) for path in (self.original, self.base))

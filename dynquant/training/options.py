@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import TrainingError
-from dynquant.options import Flag, Options, Window, Writes
+from dynquant.options import Flag, Former, Options, Window, Writes
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,9 @@ class TrainOptions(Options):
     rslora: Annotated[bool, Flag("Scale by alpha / sqrt(rank) instead.", ("--rslora",))] = False
     experts: Annotated[bool, Flag("Adapt the routed experts too.")] = True
     llama_cpp: Annotated[
-        bool, Flag("Adapt only layers to which llama.cpp applies adapters, for export-adapter.", ("--llama-cpp",))
+        bool,
+        Flag("Adapt only layers to which llama.cpp applies adapters, for export-adapter.", ("--for-llama-cpp",)),
+        Former("--llama-cpp"),
     ] = False
     learning_rate: LearningRate = 5e-4
     epochs: Annotated[float, Flag("Passes over the training part, at most.", min=0, max=1000)] = 3.0
@@ -106,7 +108,7 @@ class HealData(Options):
         tuple[Path, ...],
         Flag("Held-out text to measure on, likewise. May be repeated. Default: a part of the data, kept apart."),
     ] = ()
-    max_tokens: Annotated[int, Flag("Tokens of each held-out text.", min=2)] = 8192
+    max_tokens: Annotated[int, Flag("Tokens of each --text; --tokens are those to train on.", min=2)] = 8192
     mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, as eval takes them.")] = None
     shots: Annotated[str | None, Flag("Few-shot questions, in the same forms.")] = None
     num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5

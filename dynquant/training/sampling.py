@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from dynquant.evaluation.reference_cache import cache_key, entry_path, load_cached, save_cached
 from dynquant.evaluation.runners import load_model
+from dynquant.inputs.continuation import START_TOKENS, continued, random_starts
 from dynquant.session import Progress
 from dynquant.training.options import LARGE
 
-START_TOKENS = 16
-"""Tokens of each beginning."""
 _BATCH, _BATCH_OF_LARGE = 2048, 64
 """Windows that are written side by side; keys and values of all their tokens are in memory."""
 
@@ -37,10 +36,7 @@ def sampled_windows(
     """
     generator = torch.Generator().manual_seed(seed)
     length = text.shape[1]
-    kept = min(START_TOKENS, length // 2)
-    rows = torch.randint(len(text), (count,), generator=generator)
-    places = torch.randint(length - kept + 1, (count,), generator=generator)
-    starts = text[rows[:, None], places[:, None] + torch.arange(kept)]
+    starts = random_starts(text, count, min(START_TOKENS, length // 2), generator)
     options = {"kind": "sampled", "columns": columns, "window": length, "seed": seed, "device": device}
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model: nn.Module | None = None
@@ -51,23 +47,9 @@ def sampled_windows(
             model = model or load_model(original, dtype).to(device).eval()
             parts = batch.split(_BATCH if model.num_parameters() < LARGE else _BATCH_OF_LARGE)
             draws = torch.Generator(device).manual_seed(seed + number)  # a restart draws the same
-            windows = torch.cat([_continue(model, part.to(device), length, columns, draws) for part in parts])
+            windows = torch.cat([continued(model, part.to(device), length, draws, columns) for part in parts])
             save_cached(directory, key, {"windows": windows.int().cpu()})
         batches.append(load_cached(directory, key)["windows"].long())
         done = sum(map(len, batches))
         progress("original, writing", done, count, unit="windows", resumed=is_there)
     return torch.cat(batches) if batches else text.new_empty(0, length)
-
-
-@torch.inference_mode()
-def _continue(model: nn.Module, starts: Tensor, length: int, columns: int, draws: torch.Generator) -> Tensor:
-    """Return `starts` [n, s] and what the model writes after them, [n, length]. An end of text ends no window."""
-    ids, past = starts, None
-    new = starts
-    while ids.shape[1] < length:
-        output = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
-        probabilities = output.logits[:, -1, :columns].float().softmax(-1)
-        new = torch.multinomial(probabilities, 1, generator=draws)
-        ids = torch.cat([ids, new], dim=1)
-    return ids

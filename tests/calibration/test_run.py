@@ -1,6 +1,7 @@
 """Calibration: exact logits, sums equal to a direct computation, held-back samples, starved experts, text sources."""
 
 import json
+import weakref
 from concurrent.futures import wait
 
 import pytest
@@ -37,6 +38,19 @@ from tests.helpers.tiny_models import write_f32
 
 N_LAYER, N_EXPERT = 6, 8
 HYPER = HyperParams("deepseek2", N_LAYER, 256, 4, 4, 8192, n_expert=N_EXPERT, n_expert_used=2, leading_dense=1)
+
+
+def test_a_model_is_gone_when_it_is_calibrated(small_moe, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(model, **options):
+        hf_model = load_hf(model, **options)
+        loaded.append(weakref.ref(hf_model))
+        return hf_model
+
+    monkeypatch.setattr(calibration_stage, "load_hf", load)
+    run_calibration(open_model(small_moe), CalibrationOptions(tokens=64, window=32), tmp_path / "stats.safetensors")
+    assert [model() for model in loaded] == [None]
 
 
 def test_statistics_of_their_own_are_not_taken_for_those_of_one_kind_of_token(small_moe, calibrated_16m, tmp_path):

@@ -1,6 +1,5 @@
 """Checkpoints whose weights are published in integers: read as what they stand for, run as a reference."""
 
-from functools import partial
 from pathlib import Path
 
 import gguf
@@ -15,6 +14,7 @@ from dynquant.encoding.parts import TensorPart
 from dynquant.encoding.stream import Guidance, TensorEncoder, holds_blocks, load_encoder
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import Conversion, ConvertedSource
+from dynquant.families.common.selection import selection_of_strides
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.running.load import load_directory
@@ -109,8 +109,9 @@ def test_integers_in_a_layout_that_is_not_known_are_refused(integers, tmp_path):
 def test_blocks_are_copied_where_the_plan_says_mxfp4(gpt_oss):
     packed = SafetensorsSource(gpt_oss / "packed")
     layouts = {"ffn_gate_exps": slice(0, None, 2), "ffn_up_exps": slice(1, None, 2)}
+    experts = torch.empty(packed.info(EXPERTS).shape, device="meta")
     conversions = [
-        Conversion(name, (EXPERTS,), (4, 96, 64), "BF16", partial(rows_of, rows=rows), by_slice=name == "ffn_up_exps")
+        Conversion(name, (EXPERTS,), (4, 96, 64), "BF16", selection_of_strides(rows_of(experts, rows), experts.shape))
         for name, rows in layouts.items()
     ]
     conversions.append(Conversion("turned", (EXPERTS,), (4, 64, 192), "BF16"))

@@ -96,7 +96,7 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     assert str(tmp_path) not in str([field.contents() for field in fields.values()])
     result = tmp_path / "eval.json"
     text = small_moe.parent / "demo_text.txt"
-    options = ("--reference", small_moe, "--text", text, "--max-tokens", 512, "--json", result)
+    options = ("--reference", small_moe, "--text", text, "--tokens", 512, "-o", result)
     succeed("eval", output, "--tasks", "kl,ppl", *options)
     kl = json.loads(result.read_text())["texts"][0]["kl"]
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
@@ -241,7 +241,7 @@ def test_a_damaged_table_of_a_comparison_is_refused(content, small_moe, tmp_path
     (tmp_path / "compare.json").write_text(content, "latin-1")
     text = small_moe.parent / "demo_text.txt"
     assert "compare.json is no table of an earlier" in refused(
-        "compare", small_moe, "--recipes", "f16", "--text", text, "-o", tmp_path
+        "compare", small_moe, "--presets", "f16", "--text", text, "-o", tmp_path
     )
 
 
@@ -320,3 +320,13 @@ def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, 
     ):
         assert words in refused(*arguments)
     assert (damaged / "model.safetensors").read_bytes() == weights
+
+
+def test_a_preset_measures_its_own_types_alone(tiny_moe, tmp_path):
+    """What no tensor of the plan takes costs minutes; a later budget measures the rest."""
+    options = (tiny_moe, "--tokens", 64, "--window", 32, "--encoder", "ggml", "--no-report", "-o", tmp_path)
+    succeed("plan", *options, "--preset", "uniform-q4_k")
+    table, plan = (json.loads((tmp_path / name).read_text()) for name in ("errors.json", "plan.json"))
+    assert {*table["types"]} <= {entry["type"] for entry in plan["entries"]}
+    assert "adding" in succeed("plan", *options, "--size", plan["predicted_bytes"], "--types", "q4_k,q5_0,q6_k")
+    assert {"Q6_K"} < {*json.loads((tmp_path / "errors.json").read_text())["types"]}

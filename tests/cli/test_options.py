@@ -196,7 +196,7 @@ def test_what_does_nothing_for_this_preset_or_these_tasks_is_said(small_moe, tmp
     assert "--tokens did nothing: no type of uniform-q8_0 uses statistics" in said
     asked = QuestionOptions(tasks=("mmlu",), text=(Path("t"),), max_tokens=9, limit=3)
     idle = EvalOptions(candidate="c", reference="r", questions=asked, window=9).idle
-    assert idle == ["--text", "--max-tokens", "--window"]
+    assert idle == ["--text", "--tokens", "--window"]
     asked = replace(asked, tasks=("kl",), num_shots=0)
     assert EvalOptions(candidate="c", reference="r", questions=asked).idle == ["--num-shots", "--limit"]
 
@@ -222,3 +222,23 @@ def test_encoders_without_a_closing_pass_go_on_whatever_its_tokens(tmp_path):
     _Results(tmp_path / "encoders.json", replace(options, tune=8, variants=("ggml",)), Session())
     with pytest.raises(OptionError, match="other --tune"):
         _Results(tmp_path / "encoders.json", replace(options, tune=8), Session())
+
+
+def test_former_names_of_options_work_and_are_not_shown(small_moe, tmp_path):
+    """Whoever knows a name from an older version, or from another command, gets the option that is shown."""
+    demo_text = small_moe.parent / "demo_text.txt"
+    for command, former, present in (
+        ("eval", "--max-tokens", "--tokens"), ("eval", "--json", "--output"), ("compare", "--recipes", "--presets"),
+        ("compare-encoders", "--recipes", "--presets"), ("heal", "--llama-cpp", "--for-llama-cpp"),
+        ("finetune", "--llama-cpp", "--for-llama-cpp"),
+    ):  # fmt: skip
+        opts = {name for parameter in COMMANDS[command].params for name in parameter.opts}
+        assert present in opts and former not in opts
+    for word in (["--max-tokens", "1"], ["--max-tokens=1"], ["--tokens", "1"]):
+        said = refused("eval", small_moe, "--reference", small_moe, "--text", demo_text, *word)
+        assert said.startswith("error: --tokens 1 is out of range")
+    said = refused("eval", small_moe, "--reference", small_moe, "--text", demo_text, "--json", demo_text)
+    assert f"{demo_text} (--output)" in said
+    for word in (["--llama-cpp"], ["--llama-cpp", tmp_path], [f"--llama-cpp={tmp_path}"], ["--for-llama-cpp"]):
+        said = refused("finetune", tmp_path / "none", *word, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "a")
+        assert "none.jsonl" in said, "the words behind the option are still read"

@@ -14,7 +14,7 @@ from tests.storage.test_lock import holder  # noqa: F401
 
 NOT_PATHS = {
     "preset", "encoder", "format", "runner", "hessians", "kv_type", "vision", "for_", "device", "ray", "tune", "size",
-    "fits", "start", "store", "types", "couple", "tasks", "scoring", "recipes", "variants", "sensitivity", "frontier",
+    "fits", "start", "store", "types", "couple", "tasks", "scoring", "presets", "variants", "sensitivity", "frontier",
     "hessian_memory", "max_memory", "split_max_size", "mmproj_type", "output", "imatrix", "fallback", "mtp_type",
 }  # fmt: skip
 """Options of type str that name no file that is read; `output` and `imatrix` are words of what `recipe` prints."""
@@ -64,8 +64,8 @@ def test_every_option_is_known_as_path_or_word():
         "export {m} --preset f16 --split-max-size 1GB -o {t}/p.gguf",
         "export {m} --preset iq2_xxs -o {t}/h.gguf",
         "export {m} --preset f16 --base-gguf {t}/mmproj-text.gguf -o {t}/text.gguf",
-        "compare {m} --recipes f16,q4_k --text {t}/text.txt -o {t}/c",
-        "compare-encoders {m} --recipes r --text {t}/text.txt -o {t}/c",
+        "compare {m} --presets f16,q4_k --text {t}/text.txt -o {t}/c",
+        "compare-encoders {m} --presets r --text {t}/text.txt -o {t}/c",
         "export {m} --plan {t}/plan.json -o {t}/plan.json",
         "export {m} --preset f16 --stats {t}/s -o {t}/s",
         "export {m} --preset f16 -f safetensors -o {m}",
@@ -75,10 +75,10 @@ def test_every_option_is_known_as_path_or_word():
         "export {t}/p-00001-of-00002.gguf --preset q4_k --split-max-size 1GB -o {t}/p.gguf",
         "tune {t}/g.gguf --reference {m} -o {t}/g.gguf",
         "tune {t}/g.gguf --reference {m} -o {m}/tokenizer.json",
-        "eval {t}/g.gguf --reference {m} --text {t}/text.txt --json {t}/g.gguf",
-        "eval {t}/g.gguf --reference {m} --text {t}/text.txt --json {t}/text.txt",
-        "eval {t}/g.gguf --reference {m} --text {t}/text.txt --json {m}/config.json",
-        "eval {t} --reference {m} --data {t}/text.txt --json {t}/plan.json",
+        "eval {t}/g.gguf --reference {m} --text {t}/text.txt -o {t}/g.gguf",
+        "eval {t}/g.gguf --reference {m} --text {t}/text.txt -o {t}/text.txt",
+        "eval {t}/g.gguf --reference {m} --text {t}/text.txt -o {m}/config.json",
+        "eval {t} --reference {m} --data {t}/text.txt -o {t}/plan.json",
         "finetune {m} --data {t}/text.txt -o {m}",
         "finetune {m} --data {t}/text.txt -o {t}",
         "heal {t}/g.gguf --reference {m} --data {t}/text.txt --text {t}/text.txt -o {t}",
@@ -87,7 +87,7 @@ def test_every_option_is_known_as_path_or_word():
         "export {m} --plan {t}/plan.json -o {t}/new.gguf --json-progress {t}/plan.json",
         "diff {t}/plan.json {t}/g.gguf --json-progress {t}/plan.json",
         "export {m} --preset f16 -o {t}/new.gguf --json-progress {t}/new.gguf",
-        "compare {m} --recipes f16 --text {t}/text.txt -o {t}/c --json-progress {t}/text.txt",
+        "compare {m} --presets f16 --text {t}/text.txt -o {t}/c --json-progress {t}/text.txt",
         "measure-machine -o /dev/null",
     ],
 )
@@ -117,7 +117,7 @@ def test_files_beside_what_is_read_may_be_written_and_written_again(model, tmp_p
     text = model.parent / "text.txt"
     text.write_text("The words of a text that is long enough to be a window of some tokens. " * 9)
     for _ in range(2):
-        succeed("eval", model, "--reference", model, "--text", text, "--window", 64, "--json", model / "eval.json")
+        succeed("eval", model, "--reference", model, "--text", text, "--window", 64, "-o", model / "eval.json")
 
 
 def test_a_file_in_a_folder_that_is_being_planned_is_not_written(small_moe, tmp_path):
@@ -186,13 +186,13 @@ def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):
         "calibrate {m} -o {t}/new --imatrix-out {o}",
         "calibrate {m} -o {t}/new --max-memory 4GB --spill {o}",
         "analyze {m} --stats {t}/s -o {o}",
-        "eval {m} --reference {m} --text {t}/text.txt --json {o}",
+        "eval {m} --reference {m} --text {t}/text.txt -o {o}",
         "finetune {m} --data {t}/text.txt -o {o}",
         "heal {m} --reference {m} --data {t}/text.txt -o {o}",
         "tune {t}/g.gguf --reference {m} -o {o}",
         "export-adapter {t} -o {o}",
-        "compare {m} --recipes f16 --text {t}/text.txt -o {o}",
-        "compare-encoders {m} --recipes f16 --text {t}/text.txt -o {o}",
+        "compare {m} --presets f16 --text {t}/text.txt -o {o}",
+        "compare-encoders {m} --presets f16 --text {t}/text.txt -o {o}",
         "measure-machine -o {o}",
         "demo -o {o}",
         "inspect {m} --json-progress {o}",

@@ -45,8 +45,8 @@ export {m} --preset uniform-w8a16 -f compressed-tensors -o {t}/ct
 tune {g} --reference {m} -o {t}/t.gguf
 eval {g} --reference {m} --text {text}
 eval {m} --reference {g} --text {text}
-compare {m} --recipes f16 --text {text} -o {t}/c
-compare-encoders {m} --recipes f16 --text {text} -o {t}/c
+compare {m} --presets f16 --text {text} -o {t}/c
+compare-encoders {m} --presets f16 --text {text} -o {t}/c
 finetune {m} --data {text} -o {t}/f
 heal {m} --reference {m} --data {text} -o {t}/h
 super-weights {m}
@@ -139,7 +139,7 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("calibrate {m} -o {t}/file/stats", "file is no directory"),
         ("analyze {m} --stats {t}/none -o {t}/e.json", "none cannot be read: No such file"),
         ("analyze {m} --stats {t}/folder -o {t}/e.json", "folder cannot be read: Is a directory"),
-        ("eval {g} --reference {m} --text {t}/file --json {t}/folder", "is a directory"),
+        ("eval {g} --reference {m} --text {t}/file -o {t}/folder", "is a directory"),
         ("export {m} --preset f16 -o {t}/folder", "is a directory"),
         ("export {m} --preset f16 -f safetensors -o {t}/file", "is a file"),
         ("finetune {m} --data {t}/file -o {t}/file2/adapter --json-progress {t}/folder", "is a directory"),
@@ -156,7 +156,7 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("calibrate {m} -o /", "is a directory"),
         ("analyze {m} --stats {t}/none -o .", "is a directory"),
         ("calibrate {m} --max-memory 4GB --spill {t}/file -o {t}/s", "file (--spill) is a file"),
-        ("eval {m} --reference {m} --text {t}/file --json {t}", "(--json) is a directory"),
+        ("eval {m} --reference {m} --text {t}/file -o {t}", "(--output) is a directory"),
     ],
 )
 def test_paths_of_the_wrong_kind_are_named_before_any_work(arguments, words, small_moe, exported, tmp_path):

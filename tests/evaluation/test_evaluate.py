@@ -15,7 +15,10 @@ from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import ModelInfo
 from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
 from dynquant.inputs.text import evaluation_windows
+from tests.helpers.commands import refused
+from tests.helpers.edited_checkpoints import edited_config
 from tests.helpers.evaluating import evaluated
+from tests.helpers.tiny_models import save_tiny
 
 SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
 
@@ -206,3 +209,46 @@ def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int, p
 
 def test_mcnemar_survives_large_counts() -> None:
     assert 0 < mcnemar_exact(3000, 3300) < 0.001
+
+
+def test_models_of_two_kinds_are_named_before_anything_runs(packed_moe, small_moe, data, tmp_path, monkeypatch) -> None:
+    """Two architectures may share a vocabulary: a comparison would say nothing of quantization."""
+    monkeypatch.setattr(evaluate_module.runners, "open_runner", lambda *_, **__: pytest.fail("a model was loaded"))
+    llama = save_tiny("llama", tmp_path / "llama", small_moe)
+    shallow = edited_config(small_moe, tmp_path / "shallow", lambda config: config.update(num_hidden_layers=5))
+    for candidate, reference, words in (
+        (packed_moe.gguf, llama, ["`llama` with", "`deepseek2` with 6 layers and a width of 256"]),
+        (llama, small_moe, ["`llama` with", "`deepseek_v3` (`deepseek2` in GGUF) with 6 layers"]),
+        (packed_moe.gguf, shallow, ["with 5 layers", "with 6 layers"]),
+    ):
+        with pytest.raises(
+            EvaluationError, match=r"two different models: .*as --reference.*--allow-difference"
+        ) as said:
+            evaluated(candidate, reference, tasks=["kl"], text=data["text"], **SMALL)
+        assert all(word in str(said.value) for word in [*words, str(candidate), str(reference)])
+    said = refused("tune", packed_moe.gguf, "--reference", llama, "-o", tmp_path / "tuned.gguf")
+    assert "`llama`" in said and "`deepseek2`" in said
+    said = refused("heal", packed_moe.gguf, "--reference", llama, "-o", tmp_path / "healed")
+    assert "`llama`" in said and "`deepseek2`" in said
+    for step in ("plan", "calibrate", "export"):
+        budget = {"plan": ["--bpw", 4], "export": ["--preset", "f16"]}.get(step, [])
+        said = refused(step, llama, "--base-gguf", packed_moe.gguf, *budget, "-o", tmp_path / "out.gguf")
+        assert "`llama`" in said and "`deepseek2`" in said and "as --base-gguf" in said
+    assert not any((tmp_path / name).exists() for name in ("tuned.gguf", "healed", "out.gguf"))
+
+
+def test_a_difference_of_kinds_that_is_allowed_is_noted(small_moe, data, tmp_path) -> None:
+    llama = save_tiny("llama", tmp_path / "llama", small_moe, max_position_embeddings=256)
+    asked = {**SMALL, "max_tokens": 64, "window": 64}
+    report = evaluated(llama, small_moe, tasks=["kl"], text=data["text"], allow_difference=True, **asked)
+    assert report.texts[0].kl.mean.value > 1
+    assert any("`llama`" in note and "`deepseek_v3`" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("e.txt", ""), ("b.txt", " \n\n\t\n"), ("b.jsonl", '{"text": " "}\n{"text": ""}\n')]
+)
+def test_a_text_of_nothing_but_space_measures_nothing(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(EvaluationError, match=rf"The text {name} is empty"):
+        evaluation_windows(tmp_path / name, lambda text, **_: [*text.encode()], window=8, max_tokens=8)

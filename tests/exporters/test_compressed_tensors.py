@@ -16,6 +16,7 @@ from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.runners import open_runner
 from dynquant.exporters.compressed_config import transformers_problem
+from dynquant.families.common.conversion import Conversion
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
@@ -23,11 +24,13 @@ from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.planning.chooser import SchemeChooser
 from dynquant.recipes.build_plan import plan_for_vllm
 from dynquant.recipes.plan import Plan
+from tests.helpers.architectures import converted_model, save_architecture
 from tests.helpers.commands import run
 from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.exports import export_compressed_tensors
 from tests.helpers.rounding_kl import kl_by_rounding
 from tests.helpers.tiny_models import save_tiny
+from tests.running.test_any_architecture import gpt_oss_conversions
 
 PLANS = Path(__file__).parent.parent / "examples" / "plans"
 DENSE = ("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W8A16", "BF16")
@@ -355,3 +358,12 @@ def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, c
     measured = kl_by_rounding(small_moe, stats, text, schemes, tmp_path, tokens=1024)
     kl = {rounding: value for rounding, value, _ in measured}
     assert kl["feedback"] < 0.8 * kl["nearest"] and kl["feedback"] < kl["importance"]
+
+
+def test_experts_with_biases_are_refused(tmp_path: Path) -> None:
+    save_architecture("gpt_oss", tmp_path)
+    stored = ("model.layers.0.mlp.experts.down_proj_bias",)
+    bias = Conversion("blk.0.ffn_down_exps.bias", stored, (4, 64), "F32")
+    model = converted_model(tmp_path, [bias, *gpt_oss_conversions()])
+    with pytest.raises(ExportError, match=r"`blk\.0\.ffn_down_exps\.bias`.*not one by one"):
+        linear_checkpoint(model)

@@ -210,7 +210,7 @@ def test_files_are_evaluated_on_pictures(models, exported, tmp_path):
     result = tmp_path / "eval.json"
     done = run(
         "eval", exported("qwen2_vl"), "--reference", models("qwen2_vl"), "--tasks", "kl,vqa", "--data", questions,
-        "--json", result,
+        "-o", result,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(result.read_text())

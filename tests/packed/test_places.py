@@ -180,7 +180,7 @@ def test_export_inspect_and_eval_agree_with_the_plan(qwen, pictures, tmp_path):
     questions = pictures.with_name("questions.jsonl")
     lines = [{"images": [f"{i}.png"], "question": "What color is it?", "answer": "red"} for i in range(2)]
     questions.write_text("\n".join(map(json.dumps, lines)))
-    done = run("eval", out, "--reference", model.path, "--tasks", "kl,vqa", "--data", questions, "--json", result)
+    done = run("eval", out, "--reference", model.path, "--tasks", "kl,vqa", "--data", questions, "-o", result)
     assert done.returncode == 0, done.stderr[-2000:]
     packed = json.loads(result.read_text())
     rendered = evaluated(tmp_path / "plan.json", model.path, tasks=("kl", "vqa"), data=questions)

@@ -137,7 +137,6 @@ def gpt_oss_conversions() -> list[Conversion]:
             shape,
             "F32",
             transform,
-            by_slice=True,
         )
         for i in range(2)
         for part, (name, shape, transform) in parts.items()

@@ -69,7 +69,8 @@ def running_without_family(model_type: str, arch: str, **sizes: object) -> tuple
     keys = {"block_count": 3, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
     fields = [MetadataField(f"{arch}.{key}", value, GGUFValueType.UINT32) for key, value in keys.items()]
     fields.append(MetadataField("general.architecture", arch, GGUFValueType.STRING))
-    model = Model(Path("tiny"), DictSource(tensors), tuple(fields), lambda name: (name,), hf_directory=Path("tiny"))
+    path = Path("tiny")
+    model = Model(path, DictSource(tensors), tuple(fields), lambda name: (name,), hf_directory=path, has_family=False)
     return model, hf_model
 
 
@@ -120,7 +121,7 @@ def test_a_planned_tensor_without_a_place_is_an_error() -> None:
     model, hf_model = running_without_family("olmoe", "olmoe", num_experts=4, num_experts_per_tok=2)
     tensors = {name: model.source.load(name) for name in model.source.names()}
     tensors["blk.1.ffn_gate_shexp.weight"] = tensors["blk.3.nextn.eh_proj.weight"] = torch.ones(4, 32)
-    other = Model(model.path, DictSource(tensors), model.metadata, model.checkpoint_names)
+    other = replace(model, source=DictSource(tensors))
     rendered = RenderedModel(hf_model, EncodedStore(other, Guidance(), GGML, Path("unused")))
     with pytest.raises(CheckpointError, match=r"no place that dynquant knows for `blk\.1\.ffn_gate_shexp\.weight`, so"):
         rendered.install({"blk.1.ffn_gate_shexp.weight": "Q4_0", "blk.1.attn_norm.weight": "F32"})
@@ -135,7 +136,7 @@ def test_a_gguf_in_f16_of_smaller_weights_is_that_of_the_checkpoint() -> None:
     # Rounded to multiples of 2^-24, and for one matrix with its rows in another order.
     tensors = {name: (model.source.load(name) * 2.0**-14).bfloat16().half() for name in model.source.names()}
     tensors["blk.1.attn_q.weight"] = tensors["blk.1.attn_q.weight"].flip(0)
-    live = LiveWeights(Model(model.path, DictSource(tensors), model.metadata, model.checkpoint_names), hf_model)
+    live = LiveWeights(replace(model, source=DictSource(tensors)), hf_model)
     assert set(tensors) <= set(live.names())
 
 

@@ -32,12 +32,15 @@ TENSORS = {"a": torch.randn(24, 8), "b": torch.randn(24, 8), "c": torch.randn(4,
         lambda a, b, c: c.flip(1).unbind(0)[2].unsqueeze(0).squeeze(),
         lambda a, b, c: torch.cat([a.view(4, 6, 8)[:, :4].reshape(16, 8), b.view(4, 6, 8)[:, 4:].reshape(8, 8)]),
         lambda a, b, c: c[1:3, ::2].to(torch.float64).float(),
+        lambda a, b, c: c[1, 2, :, None],
     ],
 )
 def test_what_moves_entries_is_traced(function: Callable[..., Tensor]) -> None:
     traced = function(**{name: TracedTensor(whole(name, tensor.shape)) for name, tensor in TENSORS.items()}).map
     expected = function(**TENSORS)
-    assert torch.equal(traced.gather(TENSORS.get), expected)
+    gathered = traced.gather(TENSORS.get)
+    assert torch.equal(gathered, expected)
+    assert gathered.contiguous().view(torch.uint8).numel() == 4 * expected.numel()  # the bytes that a file gets
     shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
     for name, back in traced.inverted(shapes, "result").items():
         values = torch.full(back.shape, torch.nan)

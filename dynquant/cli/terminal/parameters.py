@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.outputs import guarded
-from dynquant.options import Flag, Only, typed_fields
+from dynquant.options import Flag, Former, Only, typed_fields
 from dynquant.session import Session
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -54,8 +55,26 @@ def from_options(function: Callable[..., None]) -> Callable[..., None]:
     first = Parameter("invocation", Parameter.KEYWORD_ONLY, annotation=typer.Context)
     command.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (first, *parameters)}
+    command.former_names = {  # type: ignore[attr-defined]
+        note.name: f"--{parameter.name.replace('_', '-')}"
+        for parameter in parameters
+        for note in _bare(parameter.annotation)[1]
+        if isinstance(note, Former)
+    }
     command.__doc__, command.__name__ = function.__doc__, function.__name__
     return command
+
+
+def command_class(function: Callable[..., None]) -> type[TyperCommand]:
+    """Return the class of a command of `from_options`, which also takes the former names of its options."""
+    former_names: dict[str, str] = function.former_names  # type: ignore[attr-defined]
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            words = (word.partition("=") for word in args)
+            return super().parse_args(ctx, ["".join((former_names.get(name, name), *rest)) for name, *rest in words])
+
+    return Command
 
 
 def _bare(hint: Any) -> tuple[Any, tuple[Any, ...]]:

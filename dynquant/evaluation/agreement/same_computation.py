@@ -30,6 +30,7 @@ from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.families.converter.source_tree import find_tree, tree_version
+from dynquant.families.model_kind import check_same_kind
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
 from dynquant.resources import chosen_device, human_bytes, parse_size
@@ -97,6 +98,13 @@ def check_computation(
     """
     if model.hf_directory is None or not (model.base_gguf or model.is_converted):
         return None
+    if model.base_gguf is not None and not allow_difference:
+        check_same_kind(
+            model.base_gguf,
+            model.hf_directory,
+            "Give the GGUF that llama.cpp's converter made of this directory as --base-gguf, or go on with "
+            "--allow-difference.",
+        )
     path = None if folder is None else folder / SAME_COMPUTATION_NAME
     compared = None if path is None else _remembered(path, model)
     if compared is None:

@@ -4,11 +4,11 @@ Values that a checkpoint leaves out are taken from transformers, so that the GGU
 would build. What a family cannot express in GGUF is refused here in one form, with the way out.
 """
 
-import sys
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from dynquant.errors import CheckpointError, unreadable
 from dynquant.storage.strict_json import parse_json
@@ -16,11 +16,27 @@ from dynquant.storage.strict_json import parse_json
 WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
 _MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json have 35 MB
 _MAX_INTEGER = 1 << 31
+_LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32, which GGUF stores
 _LARGEST = {
     "num_hidden_layers": 512, "n_routed_experts": 2048, "num_experts": 2048, "num_local_experts": 2048,
     "vocab_size": 1 << 24,
 }  # fmt: skip
 """Numbers of things that are made in memory before any weight is looked at, far beyond any model."""
+
+_COUNT = re.compile(
+    r"(.*_)?(hidden_size|intermediate_size|vocab_size|head_dim|lora_rank|d_model|n_embd|(num|n)_(\w*_)?(layers?|heads?|"
+    r"experts?(_per_tok)?|groups?)|max_position_embeddings|top_?k)"
+)
+"""Names of whole numbers, in the file and its parts; lists of them may differ by layer."""
+_REAL = re.compile(r"(.*_)?(eps|epsilon|rope_theta|softcapping|multiplier|scaling_factor|rotary_factor|logits_scaling)")
+"""Names of finite numbers."""
+_REFUSED = re.compile(r"Validation error for field '(\w+)':(.*)", re.DOTALL)
+_IN_WORDS = {
+    "int": "a whole number", "float": "a number with a point", "str": "a text", "bool": "true or false",
+    "dict": "an object", "list": "a list",
+}  # fmt: skip
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Sizes of a language model, which are more than zero and not null."""
 
 _STATED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Sizes without which no configuration describes a model."""
@@ -46,10 +62,10 @@ class Config:
     def integer(self, key: str, default: int | None = None) -> int:
         """A non-negative whole number. Raises CheckpointError: absent without a default, or not such a number."""
         value = self.get(key, default)
-        largest = _LARGEST.get(key, _MAX_INTEGER)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
+        if not _is_count(value, key):
             raise CheckpointError(
-                f"{self.path} gives `{key}` as {value!r:.80}; a whole number up to {largest:,} is needed."
+                f"{self.path} gives `{key}` as {value!r:.80}; a whole number up to {_LARGEST.get(key, _MAX_INTEGER):,} "
+                "is needed."
             )
         return value
 
@@ -78,10 +94,24 @@ class Config:
 
 def finite(value: object, key: str, path: Path) -> float:
     """`value` as a finite float. Raises CheckpointError naming `key` otherwise."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
+    if not _is_finite(value):
         raise CheckpointError(f"{path} gives `{key}` as {value!r:.80}; a finite number is needed.")
     return float(value)
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
+
+
+def _is_count(value: object, key: str, at_least: int = 0) -> TypeGuard[int]:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return is_whole and at_least <= value <= _LARGEST.get(key, _MAX_INTEGER)
+
+
+def _items(value: object) -> list[object]:
+    """Return the values of a list by layer, or of a single one; none for null, which stands for a default."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if item is not None]
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -102,7 +132,27 @@ def read_json(path: Path) -> dict[str, object]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object. Fetch it again.")
+    if path.name == "config.json":  # here, since every way to a model reads it before transformers or a converter do
+        _check_numbers(content, path)
     return content
+
+
+def _check_numbers(values: Mapping[str, object], path: Path, prefix: str = "") -> None:
+    """Raise CheckpointError for words, negative numbers and the like where every architecture has a number."""
+    for key, value in values.items():
+        name, needed = f"{prefix}{key}", ""
+        if isinstance(value, dict) and not (_COUNT.fullmatch(key) or _REAL.fullmatch(key)):
+            _check_numbers(value, path, f"{name}.")
+        elif key in _NEEDED and prefix in ("", "text_config.") and not _is_count(value, key, at_least=1):
+            needed = f"a whole number from 1 to {_LARGEST.get(key, _MAX_INTEGER):,}"
+        elif _COUNT.fullmatch(key) and not all(_is_finite(item) and 0 <= item == int(item) for item in _items(value)):
+            needed = "a whole number"
+        elif _REAL.fullmatch(key) and not all(_is_finite(item) and item >= 0 for item in _items(value)):
+            needed = "a finite number that is not negative"
+        if needed:
+            raise CheckpointError(
+                f"{path} gives `{name}` as {value!r:.80}; {needed} is needed. Correct it, or fetch the file again."
+            )
 
 
 def quantization_of(directory: Path) -> dict[str, Any]:
@@ -145,13 +195,53 @@ def read_config(directory: Path, known: Collection[str], *, same_as: Mapping[str
 def _with_defaults(directory: Path, raw: dict[str, object], same_as: str | None) -> dict[str, object]:
     from transformers import AutoConfig
 
+    if same_as is None:
+        return hf_config(directory).to_dict()
+    values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
     try:
-        if same_as is not None:
-            values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
-            return AutoConfig.for_model(same_as, **values).to_dict()
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).to_dict()
+        return AutoConfig.for_model(same_as, **values).to_dict()
     except Exception as error:  # transformers validates with many exception types, none of them a contract
-        raise CheckpointError(
-            f"transformers does not accept {directory / 'config.json'} (model_type {raw['model_type']!r}): {error}. "
-            f"{WAY_OUT}"
-        ) from error
+        raise CheckpointError(refused_value(directory, error)) from error
+
+
+def hf_config(directory: Path) -> Any:
+    """Return transformers' configuration of a directory. Raises CheckpointError: it does not accept config.json."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers validates with many exception types, none of them a contract
+        raise CheckpointError(refused_value(directory, error)) from error
+
+
+def check_values(directory: Path) -> None:
+    """Raise CheckpointError for a value that an architecture of transformers cannot have; others are not checked."""
+    try:
+        hf_config(directory)
+    except CheckpointError as error:
+        if names_value(error.__cause__):
+            raise
+
+
+def names_value(error: BaseException | None) -> bool:
+    """Return whether transformers says which value of config.json it does not accept."""
+    return _REFUSED.match(str(error)) is not None
+
+
+def refused_value(directory: Path, error: Exception) -> str:
+    """Return the paragraph for a config.json that transformers does not accept; it names the value where that can."""
+    path = directory / "config.json"
+    raw = read_json(path)
+    field = _REFUSED.match(str(error))
+    if field is None:
+        said = " ".join(str(error).split())
+        return f"transformers does not accept {path} (model_type {raw.get('model_type')!r}): {said}. Correct the file."
+    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    name = "rope_scaling" if field[1] == "rope_parameters" and "rope_parameters" not in raw else field[1]
+    value = next((part[name] for part in parts if name in part), None)
+    types = dict.fromkeys(_IN_WORDS[kind] for kind in re.findall(r"expected (\w+)", field[2]) if kind in _IN_WORDS)
+    needed = f"; {' or '.join(types)} is needed" if types else ""
+    return (
+        f"{path} gives `{name}` as {value!r:.80}, which a {raw.get('model_type')!r} cannot have{needed}. Correct it, "
+        "or fetch the file again."
+    )

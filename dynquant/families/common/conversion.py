@@ -34,7 +34,6 @@ class Conversion:
     shape: tuple[int, ...]
     dtype: str
     transform: Transform = unchanged
-    by_slice: bool = False  # `transform` may be applied to one slice of the (single) part's first dimension at a time
     values: torch.Tensor | None = None  # the tensor itself, where it is computed from the configuration
 
     def load(self, source: TensorSource, index: int | slice | None) -> torch.Tensor:
@@ -45,8 +44,8 @@ class Conversion:
             if index is not None:
                 return self.transform(load_finite(source, self.parts[index]))
             return torch.stack([self.transform(load_finite(source, part)) for part in self.parts])
-        if self.by_slice or self.transform is unchanged:
-            return self.transform(load_finite(source, self.parts[0], index)).contiguous()
+        if self.transform is unchanged:
+            return load_finite(source, self.parts[0], index).contiguous()
         if isinstance(self.transform, Selection) and index is not None:
             rows = index if isinstance(index, slice) else slice(index, index + 1)
             stored_rows, transform = self.transform.of_rows(rows)
@@ -109,8 +108,9 @@ class ConvertedSource:
         """Return whether a GGUF tensor's MXFP4 blocks are those of the checkpoint, moved as a whole."""
         if name not in self._keeps_blocks:
             conversion, stored = self._conversions[name], self._source
-            is_stored = len(conversion.parts) == 1 and isinstance(stored, SafetensorsSource)
-            self._keeps_blocks[name] = is_stored and stored.is_mxfp4(conversion.parts[0]) and self._moves_blocks(name)
+            is_moved = conversion.transform is unchanged or isinstance(conversion.transform, Selection)
+            can_be = is_moved and len(conversion.parts) == 1 and isinstance(stored, SafetensorsSource)
+            self._keeps_blocks[name] = can_be and stored.is_mxfp4(conversion.parts[0]) and self._moves_blocks(name)
         return self._keeps_blocks[name]
 
     def load_packed(self, name: str, index: int | None = None) -> torch.Tensor:
@@ -135,12 +135,8 @@ class ConvertedSource:
 
     def _moved(self, name: str, expert: torch.Tensor) -> torch.Tensor:
         """Return what the conversion makes of one expert of a stored stack."""
-        conversion = self._conversions[name]
-        if conversion.by_slice or conversion.transform is unchanged:
-            return conversion.transform(expert)
-        if isinstance(conversion.transform, Selection):
-            return conversion.transform.of_rows(slice(0, 1))[1](expert[None])[0]
-        return conversion.transform(expert.expand(self._source.info(conversion.parts[0]).shape))[0]
+        transform = self._conversions[name].transform
+        return transform.of_rows(slice(1))[1](expert[None])[0] if isinstance(transform, Selection) else expert
 
     def entries(self, name: str, stored_shape: tuple[int, ...]) -> StridedMap:
         """Return a GGUF tensor as entries of its parts, which have `stored_shape`.

@@ -13,6 +13,8 @@ from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import WAY_OUT, Config
 from dynquant.families.common.conversion import Conversion, Transform, differ, unchanged
+from dynquant.families.common.selection import Selection
+from dynquant.families.common.strided_maps import whole
 
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 """Ends of names of what checkpoints may hold although the configuration decides it."""
@@ -79,11 +81,10 @@ class ConversionBook:
 
     def add_rows(self, name: str, checkpoint_name: str, shape: tuple[int, ...], start: int, stored_rows: int) -> None:
         """Rows `start…` of every slice of a fused tensor [slices, stored_rows, columns]."""
-        num_rows = shape[1]
-        dtype = self._take(checkpoint_name, (shape[0], stored_rows, shape[2]))
-        self.conversions.append(
-            Conversion(name, (checkpoint_name,), shape, dtype, lambda t: t.narrow(-2, start, num_rows), by_slice=True)
-        )
+        stored_shape = (shape[0], stored_rows, shape[2])
+        rows = Selection(stored_shape, whole("", stored_shape).sliced(1, start, start + shape[1]))
+        dtype = self._take(checkpoint_name, stored_shape)
+        self.conversions.append(Conversion(name, (checkpoint_name,), shape, dtype, rows))
 
     def add_computed(self, name: str, values: torch.Tensor) -> None:
         """A tensor that follows from the configuration."""

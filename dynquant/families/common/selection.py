@@ -83,7 +83,7 @@ def selection_of_strides(seen: Tensor, stored_shape: tuple[int, ...]) -> Selecti
     return Selection(stored_shape, StridedMap(tuple(seen.shape), (piece,)))
 
 
-def _pieces_of(positions: Tensor) -> list[Piece]:
+def _pieces_of(positions: Tensor) -> tuple[Piece, ...]:
     """Return positions [n] as pieces of one dimension, regular runs of runs as one piece."""
     numbers, steps = positions.tolist(), positions.diff()
     ends = [*((steps.diff() != 0).nonzero().flatten() + 1).tolist(), len(numbers) - 1]
@@ -93,9 +93,7 @@ def _pieces_of(positions: Tensor) -> list[Piece]:
         last = ends[bisect_right(ends, start)] if step >= 0 else start
         pieces.append(Piece("", numbers[start], (start,), (Axis(last + 1 - start, step, 0, 1),)[: last - start]))
         start = last + 1
-    while len(joined := joined_pieces(pieces)) < len(pieces):
-        pieces = list(joined)
-    return pieces
+    return joined_pieces(pieces)
 
 
 def _shifted(axes: tuple[Axis, ...], count: int) -> tuple[Axis, ...]:

@@ -100,7 +100,7 @@ class StridedMap:
         first = read(self.pieces[0].source)
         if self.is_view:
             strides = {axis.dim: axis.stride for axis in self.pieces[0].axes}
-            places = [strides.get(dim, 0) for dim in range(len(self.shape))]
+            places = [strides.get(dim, 1) for dim in range(len(self.shape))]
             return _contiguous(first).as_strided(self.shape, places, first.storage_offset() + self.pieces[0].offset)
         dtype = torch.float32 if self.added else first.dtype  # norms that are near one would be rounded
         # Entries without a source, as rows for tokens without an embedding, are zeros.
@@ -405,7 +405,8 @@ def joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
             run.append(piece)
         else:
             result.append([piece])
-    return tuple(_one_piece(run) for run in result)
+    joined_runs = tuple(map(_one_piece, result))
+    return joined_pieces(joined_runs) if len(joined_runs) < len(pieces) else joined_runs  # runs of runs
 
 
 def _distance(piece: Piece, other: Piece) -> tuple[int, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, refuse_quantized
 from dynquant.errors import CheckpointError
-from dynquant.families.common.config import read_json
+from dynquant.families.common.config import check_values, read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.families.common.conversion_book import COMPUTED_BUFFERS, some_of
 from dynquant.families.common.metadata import recorded_fields
@@ -40,6 +40,7 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     """
     raw = read_json(directory / "config.json")
     refuse_quantized(directory, raw.get("quantization_config"))
+    check_values(directory)
     checkpoint = SafetensorsSource(directory)
     description = describe(directory, checkpoint, tree, no_mtp=not mtp)
     source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))

@@ -157,6 +157,12 @@ def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointE
     if kind == "tensor":
         said = f"llama.cpp's converter makes tensors of {directory} in a way that dynquant cannot follow: {reason}"
         return CheckpointError(f"{said}. {WAY_OUT}")
+    if "Can not map tensor" in reason:
+        return CheckpointError(
+            f"llama.cpp's converter in {tree} has no place for a tensor of {directory} ({reason}): llama.cpp's graph "
+            "of the architecture does not read it, and would compute something else. A newer tree, by --llama-cpp DIR, "
+            "may have a place for it."
+        )
     return CheckpointError(
         f"llama.cpp's converter in {tree} refuses {directory} ({reason}). Complete its files, or give another version "
         f"of the tree by --llama-cpp DIR. {WAY_OUT}"

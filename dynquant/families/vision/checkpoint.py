@@ -18,7 +18,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource, refuse_qu
 from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.checkpoints.vision_names import keys_of, language_name
 from dynquant.errors import CheckpointError
-from dynquant.families.common.config import Config, read_json
+from dynquant.families.common.config import Config, hf_config, read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, differ, unchanged
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
@@ -137,14 +137,8 @@ def _sizes(directory: Path, text: Any, arch: str, source: ConvertedSource) -> tu
 
 
 def _read_config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    path = directory / "config.json"
-    refuse_quantized(directory, read_json(path).get("quantization_config"))
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers validates with many exception types, none of them a contract
-        raise CheckpointError(f"transformers does not accept {path}: {error}. Fetch the file again.") from error
+    refuse_quantized(directory, read_json(directory / "config.json").get("quantization_config"))
+    return hf_config(directory)
 
 
 def _conversions(stored: SafetensorsSource, name: str, arch: str, n_layer: int) -> list[Conversion]:

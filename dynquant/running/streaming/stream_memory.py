@@ -20,6 +20,9 @@ from dynquant.running.streaming.layer_stream import LayerStream
 COMFORTABLE_SHARE = 0.7
 """A model whose float weights take more than this share of the free memory is streamed without being asked."""
 
+_ACTIVATIONS_SHARE = 0.25
+"""Activations of windows that go through a loaded model at a time, at most this share of the free memory: more passes
+of fewer windows take seconds longer, and a mixture of 7B weights kept as much as its weights in float32."""
 MOST_TOKENS_AT_ONCE = 4096
 """More at a time make a GPU no faster."""
 _SHARES_INPUT = ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
@@ -73,7 +76,7 @@ def windows_at_once(hf_model: nn.Module, window: int, free_bytes: int) -> int:
     """Return how many windows can go forward and back through a loaded model at a time, at least one."""
     work = Workload(min(window, MOST_TOKENS_AT_ONCE), is_backward=True)
     needed = 4 * work.batch_tokens * _layer_channels(hf_model, work)
-    return max(1, min(MOST_TOKENS_AT_ONCE // work.batch_tokens, int(COMFORTABLE_SHARE * free_bytes / needed)))
+    return max(1, min(MOST_TOKENS_AT_ONCE // work.batch_tokens, int(_ACTIVATIONS_SHARE * free_bytes / needed)))
 
 
 def _stage_bytes(stream: LayerStream, stage: int, work: Workload) -> int:

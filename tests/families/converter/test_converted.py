@@ -8,16 +8,20 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.model import Model
+from dynquant.errors import CheckpointError
+from dynquant.families.converter.converted import open_converted
 from dynquant.families.open import open_model
-from tests.helpers.tiny_models import randomize
+from tests.helpers.tiny_models import TINY, randomize
 
 COMMON: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -41,6 +45,10 @@ ARCHITECTURES = {
         "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1,
     },
     "apertus": {},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "qwen3_next": LINEAR | {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
     "gemma3n_text": {
         "head_dim": 16, "num_hidden_layers": 4, "tie_word_embeddings": True, "num_kv_shared_layers": 0,
         "vocab_size_per_layer_input": 8000, "hidden_size_per_layer_input": 32, "sliding_window": 128,
@@ -64,6 +72,27 @@ with torch.inference_mode():
     model_class(directory, gguf.LlamaFileType.ALL_F32, output, eager=True).write()
 """
 
+OTHER_KEYS = {
+    "tokenizer.ggml.add_eos_token": "False is llama.cpp's default",
+    "vocab_size": "the converter writes it where the configuration is of Llama",
+}
+OTHER_KEYS_OF = {
+    "qwen2-yarn": {
+        "rope.scaling.attn_factor": "llama.cpp multiplies its magnitude by it, and reads",
+        "rope.scaling.yarn_attn_factor": "nothing of that name: KL 0.2 to transformers",
+    },
+    "qwen2-moe-tied": {"general.size_label": "counts the output matrix, without which llama.cpp loads no qwen2moe"},
+    "gemma3-period-3": {"attention.sliding_window_pattern": "else every sixth layer sees all tokens: KL 0.03"},
+    "deepseek-v2": {"expert_gating_func": "llama.cpp guesses it where the configuration names none"},
+    "deepseek-v2-lite": {
+        "expert_gating_func": "as above", "attention.q_lora_rank": "llama.cpp loads no file without it",
+        "expert_group_count": "one", "expert_group_used_count": "one",
+    },
+    "deepseek-v3": {"expert_gating_func": "llama.cpp guesses softmax: KL 0.13"},
+    "deepseek-v3-yarn": {"expert_gating_func": "as above"},
+}  # fmt: skip
+"""Keys, without their architecture, that a family writes otherwise than the converter does, and why."""
+
 pytestmark = pytest.mark.nightly
 
 
@@ -74,20 +103,24 @@ def tree(llama_cpp_tree: Path) -> Iterator[Path]:
         yield llama_cpp_tree
 
 
-@pytest.fixture
-def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, small_moe: Path) -> Path:
-    """A random checkpoint of an architecture, in bfloat16."""
+def saved(model_type: str, settings: dict[str, Any], folder: Path, tokenizer_from: Path) -> Path:
+    """Write a random checkpoint of an architecture, in bfloat16, and return its directory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    directory = tmp_path / request.param
-    config = AutoConfig.for_model(request.param, **COMMON | ARCHITECTURES[request.param])
+    directory = folder / model_type
     torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model)
     model.to(torch.bfloat16).save_pretrained(directory)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(small_moe / file, directory / file)
+        shutil.copy(tokenizer_from / file, directory / file)
     return directory
+
+
+@pytest.fixture
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, small_moe: Path) -> Path:
+    return saved(request.param, COMMON | ARCHITECTURES[request.param], tmp_path, small_moe)
 
 
 @pytest.mark.parametrize("checkpoint", ARCHITECTURES, indirect=True)
@@ -112,3 +145,41 @@ def test_tensors_and_keys_are_those_of_the_converter(checkpoint: Path, tree: Pat
     for key in ("general.file_type", "general.quantization_version"):
         theirs.pop(key, None)
     assert ours == theirs
+
+
+def values_by_key(model: Model) -> dict[str, tuple[object, ...]]:
+    """GGUF keys without their architecture; floats as GGUF holds them, in 32 bits."""
+    values = {field.key.removeprefix(f"{model.arch}."): field for field in model.metadata}
+    return {
+        key: (np.float32(field.value) if isinstance(field.value, float) else field.value, field.value_type)
+        for key, field in values.items()
+    }
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_families_and_the_converter_agree(name: str, tree: Path, tiny_text: Callable[[str], Path]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = open_model(tiny_text(name)), open_converted(tiny_text(name), tree)
+    assert ours.has_family and not theirs.has_family
+    lacking = {"output.weight"} if name == "qwen2-moe-tied" else set()
+    assert set(ours.source.names()) - lacking == set(theirs.source.names())
+    for tensor in theirs.source.names():
+        values, converted = ours.source.load(tensor), theirs.source.load(tensor)
+        assert ours.source.checkpoint_names(tensor) == theirs.source.checkpoint_names(tensor)
+        # Frequency factors are computed, here in float64.
+        tolerance = 2e-7 if tensor == "rope_freqs.weight" else 0.0
+        torch.testing.assert_close(values, converted, rtol=tolerance, atol=0.0, msg=tensor)
+        if values.dim() > 1:
+            assert torch.equal(ours.source.load(tensor, 1), theirs.source.load(tensor, 1)), tensor
+    here, there = values_by_key(ours), values_by_key(theirs)
+    others = {key for key in here.keys() | there.keys() if here.get(key) != there.get(key)}
+    assert others - OTHER_KEYS.keys() == OTHER_KEYS_OF.get(name, {}).keys()
+
+
+def test_a_tensor_without_a_place_is_refused_by_name(tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    """llama.cpp's graph of LFM2 with experts reads the embedding as its output matrix."""
+    settings = COMMON | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "moe_intermediate_size": 32}
+    directory = saved("lfm2_moe", settings | {"num_experts": 4, "num_experts_per_tok": 2}, tmp_path, small_moe)
+    with pytest.raises(CheckpointError, match=r"has no place for a tensor.*'lm_head\.weight'"):
+        open_model(directory)

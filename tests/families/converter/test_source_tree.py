@@ -94,9 +94,11 @@ def test_an_archive_without_a_converter_leaves_nothing(tmp_path: Path, empty_cac
 
 def test_nothing_is_fetched_without_a_yes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_tree, "fetch_tree", lambda: pytest.fail("fetched"))
-    for typed in ("n\n", ""):
+    for typed, why in (("n\n", "the answer was no"), ("", "nobody answered")):
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        assert "othing was fetched" in run("fetch-llama-cpp").stderr
+        done = run("fetch-llama-cpp")
+        assert done.returncode == 1 and "70 MB" in done.stdout
+        assert f"error: Nothing was fetched: {why}. Give --yes" in done.stderr
 
 
 def test_pip_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
