@@ -228,7 +228,7 @@ class ErrorTable(FrozenRecord):
 
     @property
     def origin(self) -> tuple[str, ...]:
-        """What its errors were measured on and by: statistics, weights, encoder and second moments."""
+        """Return statistics, weights, encoder and second moments that its errors rest on."""
         return self.stats_hash, self.fingerprint, self.encoder, self.moments
 
     @property
