@@ -38,7 +38,7 @@ from dynquant.session import SILENT
 from dynquant.storage.file_names import ERRORS_NAME
 from tests.helpers.evaluating import evaluated
 
-TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
+TYPES = ("TQ2_0", "Q2_K", "Q4_K")
 TOKENS = 4096
 
 
@@ -115,13 +115,13 @@ def test_a_pass_from_the_middle_gives_the_same_logits(model, windows):
 
 def test_blocks_are_encoded_once_and_lose_what_the_table_says(table, store, monkeypatch):
     name = "blk.2.ffn_down_exps.weight"
-    first = store.packed(name, "IQ2_XXS")
+    first = store.packed(name, "TQ2_0")
     monkeypatch.setattr("dynquant.encoding.stream.TensorEncoder.tensor", None)
-    assert torch.equal(store.packed(name, "IQ2_XXS"), first)
+    assert torch.equal(store.packed(name, "TQ2_0"), first)
     weights = store.model.source.load(name)
-    decoded = decode("IQ2_XXS", first, tuple(weights.shape))
+    decoded = decode("TQ2_0", first, tuple(weights.shape))
     error = ((weights - decoded).square().sum() / weights.square().sum()).sqrt()
-    assert table.row(name, "IQ2_XXS").relative_rms == pytest.approx(float(error), rel=0.1)
+    assert table.row(name, "TQ2_0").relative_rms == pytest.approx(float(error), rel=0.1)
 
 
 def test_other_second_moments_are_another_store(model, calibrated, tmp_path):
