@@ -9,7 +9,7 @@ from dynquant.options import Flag, Options
 
 
 class Progress(Protocol):
-    """Called by a stage whenever a part of its work is done, and possibly before the first."""
+    """Called by a stage when it begins, with 0 or what an earlier run left, and whenever a part of its work is done."""
 
     def __call__(
         self,

@@ -29,6 +29,7 @@ from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import Session
 
+_FEW_HELD_TOKENS = 2048
 BYTES_PER_WEIGHT = 20  # peak memory: the model, its gradients, the decoded codes of one or two parts, and activations
 
 
@@ -55,7 +56,9 @@ def _outcome(tuned: Tuned) -> str:
     change += f"; most likely token kept {before.agreement:.1%} -> {after.agreement:.1%}"
     if before.rerouted:
         change += f"; tokens that go to other experts, mean over layers, {before.rerouted:.1%} -> {after.rerouted:.1%}"
-    run = f"{tuned.tokens:,} tokens ({tuned.ended}; {tuned.fraction:.0%} of the way)"
+    run = f"{tuned.tokens:,} tokens (ended because {tuned.ended}; {tuned.fraction:.0%} of the trained change is best)"
+    if tuned.held_tokens < _FEW_HELD_TOKENS:
+        change += "; so few tokens decide little: calibrate on more text"
     if tuned.replacements:
         return f"closing pass on {run}: {change}"
     return f"the closing pass on {run} did not clearly help, and all stays as encoded: {change}"

@@ -135,7 +135,7 @@ class TuneFileOptions(Options):
     text: CalibrationText = None
     tokens: Annotated[
         int, Flag("Train on at most this many tokens; fewer when the held-out KL stops falling.", min=1)
-    ] = 98304
+    ] = 131072
     closing: ClosingPassOptions = field(default_factory=ClosingPassOptions)
     step_tokens: Annotated[int, Flag("Tokens in a step.", min=1)] = 1024
     window: Window = 512

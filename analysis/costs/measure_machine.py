@@ -51,6 +51,7 @@ def measure_machine(progress: Progress = ignore_progress) -> Machine:
     small = open_model(str(resources.files("dynquant") / "data" / "textbook-moe-16m"))
     parts = (partial(_running, small), _encoding, _error_speeds, _disk_speed)
     measurements: dict[str, Any] = {}
+    progress("measure", 0, len(parts), unit="parts")
     for number, measure in enumerate(parts, 1):
         measurements |= measure()
         progress("measure", number, len(parts), unit="parts")

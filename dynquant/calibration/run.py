@@ -121,13 +121,13 @@ def collect_statistics(
     summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
     kinds = KINDS if inputs.has_pictures else ()
     collector = options.collector(hf_model, names, by_kind=bool(kinds))
-    device, done = next(hf_model.parameters()).device, 0
+    device = next(hf_model.parameters()).device
     ahead = None if kinds else layer_ahead_of(hf_model)
 
     def run(stage: str, part: ModelInputs, labels: Labels | None = None, *, is_held: bool = False) -> None:
         """Run all batches; with labels, go back from those that are drawn."""
-        nonlocal done
-        progress(stage, done, inputs.num_tokens, unit="tokens")
+        done = 0
+        progress(stage, done, part.num_tokens, unit="tokens")
         for number, batch in enumerate(part, start=1):
             fill = number / part.num_batches if is_held else None
             collector.start(batch, fill)
@@ -140,7 +140,7 @@ def collect_statistics(
                 if labels is not None:
                     sampled_log_probability(logits, labels.after_next).backward()
             done += batch.num_tokens
-            progress(stage, done, inputs.num_tokens, unit="tokens")
+            progress(stage, done, part.num_tokens, unit="tokens")
 
     with collector.attached(), nullcontext() if ahead is None else ahead.following():
         if collector.with_gradients:

@@ -59,6 +59,7 @@ def calibrate_in_shards(
         results = pool.run(task, shards, TaskNeeds(gpus=int(device.startswith("cuda"))), ordered=True)
     total: Calibration | None = None
     done, left_out = 0, dict[str, None]()  # a set in the order of arrival
+    progress("calibrate", 0, inputs.num_tokens, unit="tokens")
     for shard, part in results:
         left_out |= dict.fromkeys(part.left_out)
         if total is None:

@@ -97,6 +97,9 @@ def print_plan(plan: "Plan", directory: Path) -> None:
         for entry in plan.entries:
             if "super " in entry.reason or "stands out" in entry.reason:
                 console.say(f"  {entry.name}: {entry.type}, {entry.reason}")
+        for done, reason in (("lowered", "lowered from"), ("dropped", "no floor at this budget")):
+            if count := sum(reason in entry.reason for entry in plan.entries):
+                console.say(f"  floors {done} at this budget: {count} tensors (--floors); plan.json says which")
     else:
         from dynquant.exporters.compressed_config import transformers_problem
 
@@ -104,7 +107,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
             console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
     _print_remarks(plan)
     if plan.predicted_kl is not None:
-        error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
+        error = f" ± {plan.predicted_kl_se:.4f} (sampling error alone)" if plan.predicted_kl_se else ""
         measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
         console.say(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
     console.say(

@@ -159,6 +159,7 @@ def score_questions(
         groups.setdefault((item.question.subject, item.dropped_shots), []).append(i)
     runner.reserve(tokens_in_memory(encoded))
     scores: dict[int, AnswerScores] = {}
+    progress(0, len(encoded))
     for indices in groups.values():
         # At least one token must be left to run, because the answer's first logits come from it.
         columns = zip(*(encoded[i].prompt[:-1] for i in indices), strict=False)

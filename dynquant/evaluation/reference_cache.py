@@ -180,6 +180,7 @@ def build_teacher_windows(
     keys = [cache_key(reference, shard.flatten().tolist(), **options) for shard in shards]
     runner: HuggingFaceRunner | None = None
     done = 0
+    progress(stage, 0, len(windows), unit="windows")
     for shard, key in zip(shards, keys, strict=True):
         path = entry_path(directory, key)
         if not (is_there := path.is_file()):

@@ -29,7 +29,7 @@ _MORE_COLUMNS, _POWER_ITERATIONS = 16, 4
 
 
 @torch.no_grad()
-def start_from_residual(adapted: PeftModel, original: Model, *, progress: Progress | None = None) -> None:
+def start_from_residual(adapted: PeftModel, original: Model, *, progress: Progress = ignore_progress) -> None:
     """Set the factors of the active adapter of every packed linear layer and of routed experts.
 
     One matrix of the original, or one expert, is in memory at a time. Adapted embeddings keep their start.
@@ -52,10 +52,11 @@ def start_from_residual(adapted: PeftModel, original: Model, *, progress: Progre
     by_key = places_by_key(adapted.get_base_model(), original)
     places = {key: place for key, place in by_key.items() if place.name in names}
     residuals = _Residuals(original, places)
-    for done, (path, layer) in enumerate(layers):
+    progress("residual", 0, len(layers), unit="layers")
+    for done, (path, layer) in enumerate(layers, 1):
         for matrix, (a, b), scaling in _matrices(residuals, path, layer):
             _fill(a, b, scaling, matrix)
-        (progress or ignore_progress)("residual", done + 1, len(layers), unit="layers")
+        progress("residual", done, len(layers), unit="layers")
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,8 @@ class _Planner:
             return f"{why}, but bytes are worth more elsewhere at this budget; {error}"
         if row.role.is_routed_expert:
             return f"crushed: routed expert, best use of the budget; {error}"
-        return f"{why}: no floor at this budget, bytes are worth more elsewhere; {error}"
+        has_floor = self.rules.floors and row.role not in _NO_FLOOR
+        return f"{why}: no floor{' at this budget' * has_floor}, bytes are worth more elsewhere; {error}"
 
 
 def _highest(floors: Iterable[QuantType | None]) -> QuantType | None:

@@ -159,7 +159,8 @@ def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list[Chan
     """Return loss, perplexity and KL from the base over the learned tokens of a TRL trainer's held-out batches."""
     adapted.eval()
     before, after, moved, lengths = [], [], [], []
-    for done, batch in enumerate(batches):
+    progress("measure", 0, len(batches), unit="batches")
+    for done, batch in enumerate(batches, 1):
         labels = batch.pop("labels")[:, 1:]
         learned = labels != -100  # not the prompt, not the padding
         base, tuned = (_learned_logits(adapted, batch, learned, with_adapter) for with_adapter in (False, True))
@@ -167,7 +168,7 @@ def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list[Chan
             losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])
         moved.append(Distributions.of(base).kl(tuned))
         lengths += learned.sum(1).tolist()
-        progress("measure", done + 1, len(batches), unit="batches")
+        progress("measure", done, len(batches), unit="batches")
     lengths = [length for length in lengths if length]
     old, new, kl = (bootstrap_mean(torch.cat(values).numpy(), lengths) for values in (before, after, moved))
     none = Estimate(value=0.0, low=0.0, high=0.0)

@@ -41,6 +41,7 @@ def sampled_windows(
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model: nn.Module | None = None
     batches = []
+    progress("original, writing", 0, count, unit="windows")
     for number, batch in enumerate(starts.split(_BATCH)):
         key = cache_key(original, batch.flatten().tolist(), number=number, **options)
         if not (is_there := entry_path(directory, key).is_file()):

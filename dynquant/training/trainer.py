@@ -57,6 +57,8 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress("train", state.global_step, state.max_steps, unit="steps")
 
+    on_train_begin = on_step_end  # with the steps of the checkpoint from which training goes on
+
 
 def trainer_settings(
     adapted: nn.Module, options: TrainOptions, directory: Path, *, num_examples: int, device: str

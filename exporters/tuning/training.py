@@ -34,7 +34,7 @@ from dynquant.session import Progress, ignore_progress
 
 GIVEN, WRITTEN = "given text", "text that the original wrote"
 _TRAINED_TOP = 1024
-_STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "the text ended", "time was over"
+_STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "all text was used", "time was over"
 _FULL_RATE_STEPS = 16
 _GROWTH = 1.4  # of the text between two looks at the held-out KL
 _PATIENCE = 2  # looks without a gain before training ends
@@ -204,6 +204,8 @@ def _written(hf_model: Any, windows: Tensor, options: TuneOptions, progress: Pro
     going_on = random_starts(windows, count - from_nothing, min(START_TOKENS, length // 2), generator)
     starts = [torch.full((from_nothing, 1), begin or 0), going_on]
     written = [windows[:0].long()]
+    if count:
+        progress("original, writing", 0, count, unit="windows")
     for part in starts:
         if len(part):
             written.append(continued(hf_model, part.long().to(device), length, draws).cpu())
@@ -247,6 +249,7 @@ class _Tuning:
         """Return what the original makes of batches, or of those that it can see `until` a time; at least one."""
         seen: list[_Batch] = []
         total = sum(ids.numel() for _, ids in batches)
+        self._progress("original", 0, total, unit="tokens")
         for kind, ids in batches:
             target = Distributions.of(self._logits(ids), **reduction)
             seen.append(_Batch(kind, ids, target, self._small_routes()))
@@ -281,6 +284,7 @@ class _Tuning:
         average = [tensor.parameter.clone() for tensor in self.trained]
         best, lowest, look, idle = average, math.inf, _FULL_RATE_STEPS, 0
         tokens, total, ended = 0, sum(batch.ids.numel() for batch in train), _TEXT_ENDED
+        self._progress("tune", 0, total, unit="tokens")
         for step, batch in enumerate(train, 1):
             self._step(batch, optimizer)
             schedule.step()

@@ -362,7 +362,7 @@ def test_calibrate_a_model_on_disk(small_moe, tmp_path):
     found = calibrate(model, path, tokens=256, window=64, progress=lambda *step, **_: steps.append(step)).stats
     assert found.provenance.fingerprint == model.fingerprint
     assert found.provenance.num_windows == 4 and found.provenance.text_name == "text.txt"
-    assert steps[-1] == ("sample", 256, 256)
+    assert [steps[0], steps[-1]] == [("calibrate", 0, 192), ("sample", 64, 64)]
     assert [row.layer for row in coverage_report(found, model.hyper)] == [1, 2, 3, 4, 5]
 
 

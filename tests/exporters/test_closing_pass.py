@@ -8,6 +8,7 @@ import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_roles import Role, role_of
+from dynquant.cli.terminal.record import RunRecord
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError, ExportError, StatsError
 from dynquant.exporters.closing_pass import check_original, too_large_to_tune
@@ -81,7 +82,7 @@ def test_kl_falls_on_windows_that_decided_nothing(tuned):
     assert 0 < tuned.after.kl < 0.97 * tuned.before.kl
     assert tuned.after.agreement > tuned.before.agreement
     assert tuned.tokens == 3072 and tuned.held_tokens == 640
-    assert tuned.ended == "the text ended"
+    assert tuned.ended == "all text was used"
 
 
 def test_tokens_that_go_to_other_experts_become_fewer(tuned):
@@ -140,8 +141,10 @@ def test_a_pass_that_does_not_help_changes_nothing(model, crushed, windows):
 
 
 def test_steps_that_go_too_far_are_taken_back_in_part(model, crushed, windows):
-    result = tune(model, load_hf(model), GGUFSource(crushed), windows, replace(SHORT, scale_rate=0.6, norm_rate=0.24))
+    record, options = RunRecord(), replace(SHORT, scale_rate=0.6, norm_rate=0.24)
+    result = tune(model, load_hf(model), GGUFSource(crushed), windows, options, progress=record.report)
     assert result.fraction < 1
+    assert record.stages["tune"].amount == result.tokens > 0
 
 
 def test_a_part_that_the_file_lacks_is_not_trained(model, crushed, windows):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dynquant.cli.terminal.record import RunRecord
 from dynquant.errors import DataError, TrainingError
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -121,11 +122,11 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, lists, short, tm
 
     with pytest.raises(KeyboardInterrupt):
         finetune(str(crushed.packed), lists, tmp_path / "adapter", SHORT, progress=interrupt)
-    steps = []
-    resumed = finetune(
-        str(crushed.packed), lists, tmp_path / "adapter", SHORT, progress=lambda *s, **_: steps.append(s)
-    )
-    assert [done for stage, done, _ in steps if stage == "train"] == [3, 4]
+    record = RunRecord()
+    resumed = finetune(str(crushed.packed), lists, tmp_path / "adapter", SHORT, progress=record.report)
+    train, measure = record.stages["train"], record.stages["measure"]
+    assert (train.amount, train.done, train.total) == (2, 4, 4)
+    assert measure.amount == measure.total > 0
     for found, expected in zip(resumed.history, short[1].history, strict=True):
         assert (found.step, found.train is None) == (expected.step, expected.train is None)
         assert (found.train or found.held_out) == pytest.approx(expected.train or expected.held_out, rel=1e-3)

@@ -28,6 +28,7 @@ err = Console(stderr=True, highlight=False)
 
 _FOR_AUTHORS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 _SHOW_CURSOR = "\x1b[?25h"
+_OWN_BYTES = 100_000  # fewer are what the table leaves out: telling of progress reads and writes some itself
 
 _record = RunRecord()
 _json_lines: JsonLines | None = None
@@ -103,9 +104,12 @@ def finish(status: str, message: str | None = None) -> None:
 
     def row(name: str, amount: str, spent: Spent, cuda_bytes: int | None = None) -> tuple[str, ...]:
         sizes = [spent.read, spent.written, cuda_bytes][: 2 + had_gpu]
-        return (name, duration(spent.seconds), amount, *("" if size is None else human_bytes(size) for size in sizes))
+        cells = ("" if size is None or size < _OWN_BYTES else human_bytes(size) for size in sizes)
+        return (name, duration(spent.seconds), amount, *cells)
 
-    rest = Spent(total.seconds - sum(stage.spent.seconds for stage in stages), None, None)
+    rest = total
+    for stage in stages:
+        rest = rest.plus(stage.spent, -1)
     rows = [row(stage.name, f"{short(stage.amount)} {stage.unit}", stage.spent, stage.cuda_bytes) for stage in stages]
     rows += [row("loading and other", "", rest), row("all", "", total)]
     print_table("", ("stage", "time", "amount", "read", "written", "GPU")[: 5 + had_gpu], rows, console=err)

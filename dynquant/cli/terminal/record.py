@@ -158,7 +158,7 @@ class RunRecord:
             record.begin(done)
         else:
             record.use_gpu(cuda_bytes)
-            if resumed:
+            if resumed or done < record.done:  # fewer: the stage counts anew
                 record.begin(done, spent)
             else:
                 record.advance(done, spent)

@@ -67,6 +67,15 @@ def test_rate_and_time_left_ignore_what_an_earlier_run_had_done(record, clock):
     assert (stage.rate, stage.seconds_left, stage.amount) == (10.0, 30.0, 100)
 
 
+def test_a_stage_that_counts_again_from_the_start_adds_to_its_amount(record, clock):
+    for total in (4, 2):
+        for done in range(total + 1):
+            clock.now += 1
+            stage = tell(record, "original", done, total)
+    record.close()
+    assert (stage.amount, stage.done, stage.spent.seconds) == (6, 2, 7)
+
+
 def test_parts_of_an_earlier_run_tell_no_speed_wherever_they_come(record, clock):
     stage = tell(record, "measure", 0, 1000)
     for done in range(100, 700, 100):  # a journal is read
