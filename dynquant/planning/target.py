@@ -61,10 +61,13 @@ class Target(Options):
     ] = None
     fallback: Fallback = ()
     types: Types = ()
-    floors: Annotated[bool, Flag(
+    floors: Annotated[
+        bool,
+        Flag(
             "Keep all but routed experts at 4 bits or more, where that costs no more than a tenth of the predicted KL: "
             "small budgets lower or drop these floors, and the plan says so."
-        )] = True
+        ),
+    ] = True
     mtp_type: Annotated[
         str,
         Flag(
