@@ -99,7 +99,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
                 console.say(f"  {entry.name}: {entry.type}, {entry.reason}")
         for done, reason in (("lowered", "lowered from"), ("dropped", "no floor at this budget")):
             if count := sum(reason in entry.reason for entry in plan.entries):
-                console.say(f"  floors {done} at this budget: {count} tensors (--floors); plan.json says which")
+                console.say(f"  floors {done} at this budget: {count} tensors (--floors); plan.json has each reason")
     else:
         from dynquant.exporters.compressed_config import transformers_problem
 
