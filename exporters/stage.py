@@ -81,7 +81,13 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
             protected = _protected(options.plan.with_name(SUPER_NAME), plan)
             if not options.mtp:
-                plan = plan_of_rest(model, plan, stats and stats.stats)
+                rest = plan_of_rest(model, plan, stats and stats.stats)
+                if len(rest.entries) < len(plan.entries):
+                    session.note(
+                        f"the plan is of {plan.predicted_bytes:,} bytes with the layers that predict tokens ahead; "
+                        f"without them {rest.predicted_bytes:,} bytes are predicted"
+                    )
+                plan = rest
         if options.mmproj_type is not None:
             plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
         encoding = Encoding(
@@ -236,6 +242,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     path, output = options.file, options.output
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
+    file = GGUFSource(path)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
     tuning = tune_options(options.closing, **steps)
@@ -245,7 +252,6 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
     check_context(model, windows.shape[1])
-    file = GGUFSource(path)
     check_complete(file)
     encoder = recorded_encoder(file).removesuffix("+tune")
     return tune_file(model, path, windows, tuning, output, session, encoder=encoder)

@@ -104,7 +104,7 @@ def _of_checkpoint(source: GGUFSource, base: str | Path | Model) -> tuple[Any, L
             f"`base` is {model.path}, which is no Hugging Face directory of a language model. Give the checkpoint that "
             f"{source.path} was made from."
         )
-    check_original(source.path, model)
+    check_original(source.path, model, "base=")
     names = set(model.source.names())
     _check_names(source, names - model.mtp_tensors, names)
     for name in source.names():

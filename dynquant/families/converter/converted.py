@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, refuse_quantized
+from dynquant.checkpoints.tensor_roles import stored_ahead
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import check_values, read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
@@ -51,7 +52,10 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     elif description.about["asked_pre_tokenizer"]:
         for note in description.pre_tokenizer_notes:
             warnings.warn(note, stacklevel=3)
-    _tell_unused(directory, description, has_tower=isinstance(raw.get("vision_config"), dict))
+    unused = [name for name in description.about["unused"] if mtp or not stored_ahead(name, raw)]
+    has_tower = isinstance(raw.get("vision_config"), dict)
+    _check_width(directory, source, metadata)
+    _tell_unused(directory, unused, description.about["mtp_fault"], has_tower=has_tower)
     about = {"hf_directory": directory, "settings": {**settings_of_metadata(metadata), **settings_of_config(raw)}}
     return Model(directory, source, metadata, source.checkpoint_names, has_family=False, **about)
 
@@ -65,6 +69,18 @@ def _conversions(description: Description, checkpoint: SafetensorsSource) -> Ite
         selection = _SELECTION.validate_python(entry["selection"])
         dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
         yield Conversion(name, parts, shape, dtype, unchanged if selection.is_identity else selection)
+
+
+def _check_width(directory: Path, source: ConvertedSource, metadata: tuple[MetadataField, ...]) -> None:
+    """Refuse a hidden size in config.json that is not that of the embedding, which the converter does not look at."""
+    width = next((field.value for field in metadata if field.key.endswith(".embedding_length")), None)
+    shape = source.info("token_embd.weight").shape if "token_embd.weight" in source.names() else (0, width)
+    if width is not None and shape[1] != width:
+        raise CheckpointError(
+            f"{directory / 'config.json'} and the tensors do not agree: with its hidden size "
+            f"`{source.checkpoint_names('token_embd.weight')[0]}` would be {[shape[0], width]}, and it is stored as "
+            f"{list(shape)}. Restore config.json, or fetch it with the weights."
+        )
 
 
 def _own_tokenizer(directory: Path, source: ConvertedSource, fault: str, tree: Path) -> tuple[MetadataField, ...]:
@@ -91,13 +107,12 @@ def _without_quirk(field: MetadataField) -> MetadataField:
     return replace(field, value=re.sub(r"(?i)(phi)-?3", r"\1 3", str(field.value)))
 
 
-def _tell_unused(directory: Path, description: Description, *, has_tower: bool) -> None:
+def _tell_unused(directory: Path, unused: list[str], fault: str, *, has_tower: bool) -> None:
     """Say which tensors the converter leaves out; a tower is said to be by who opens the model."""
-    unused = [name for name in description.about["unused"] if not name.endswith(COMPUTED_BUFFERS)]
+    unused = [name for name in unused if not name.endswith(COMPUTED_BUFFERS)]
     if has_tower:
         unused = [name for name in unused if not _OF_TOWERS.search(name)]
     if unused:
-        fault = description.about["mtp_fault"]
         because = fault and f"; it fails with layers that predict tokens ahead ({fault})"
         warnings.warn(
             f"{directory}: llama.cpp's converter leaves out {len(unused)} tensors ({some_of(unused)}){because}.",
