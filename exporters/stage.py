@@ -81,13 +81,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
             protected = _protected(options.plan.with_name(SUPER_NAME), plan)
             if not options.mtp:
-                rest = plan_of_rest(model, plan, stats and stats.stats)
-                if len(rest.entries) < len(plan.entries):
-                    session.note(
-                        f"the plan is of {plan.predicted_bytes:,} bytes with the layers that predict tokens ahead; "
-                        f"without them {rest.predicted_bytes:,} bytes are predicted"
-                    )
-                plan = rest
+                plan = _without_layers_ahead(model, plan, stats, session)
         if options.mmproj_type is not None:
             plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
         encoding = Encoding(
@@ -112,6 +106,17 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
         check_written(model, files[0], session, **how)
     return Exported(files, plan.num_weights)
+
+
+def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, session: Session) -> Plan:
+    """Return the plan of a model without its layers that predict tokens ahead, and say both predicted sizes."""
+    rest = plan_of_rest(model, plan, stats and stats.stats)
+    if len(rest.entries) < len(plan.entries):
+        session.note(
+            f"the plan is of {plan.predicted_bytes:,} bytes with the layers that predict tokens ahead; without them "
+            f"{rest.predicted_bytes:,} bytes are predicted"
+        )
+    return rest
 
 
 def _write(encoding: Encoding, checkpoint: LinearCheckpoint | None, options: ExportOptions) -> list[Path]:
