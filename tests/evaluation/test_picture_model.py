@@ -55,7 +55,7 @@ def test_every_picture_has_a_question():
 def test_the_trained_model_answers_new_pictures():
     tokenizer = files.train_tokenizer()
     model = Qwen2VLForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32)
-    batches = [Encoder(tokenizer).batch(77, range(first, first + 100), 1) for first in (0, 100, 200)]
+    batches = [Encoder(tokenizer).batch(77, range(100), 1)]
     share, by_kind = accuracy(model, batches)
     assert share > 0.95 and set(by_kind) == set(QUESTION_KINDS)
 
