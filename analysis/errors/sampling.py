@@ -49,7 +49,7 @@ class Sampling:
     first_rows: int = _FEWEST_ROWS
     """Rows of a matrix that are measured first, and of each of few experts. A GPU takes as long for more."""
     version: int = 2
-    """Of how rows are drawn; an interrupted table does not go on with rows that were drawn in another way."""
+    """Number of the way of drawing; an interrupted table does not go on with rows that were drawn in another way."""
 
 
 @dataclass(frozen=True)
