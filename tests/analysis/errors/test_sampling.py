@@ -20,6 +20,7 @@ from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.session import Session
+from tests.helpers.representatives import represented_by
 
 TYPES = ("Q3_K", "Q4_0")
 STACK, MATRIX = "blk.2.ffn_down_exps.weight", "blk.1.attn_output.weight"
@@ -92,10 +93,10 @@ def test_a_seed_repeats_its_rows_and_another_one_draws_others(table_of, sampled)
     assert other.row(STACK, "Q4_0").weighted_error != sampled.row(STACK, "Q4_0").weighted_error
 
 
-def test_processes_measure_what_one_thread_does(table_of, sampled, exact):
-    for sampling, table in ((Sampling(seed=3), sampled), (None, exact)):
-        processes, one_thread = (table_of(sampling, threads=threads) for threads in (3, 1))
-        assert processes.model_dump_json() == one_thread.model_dump_json() == table.model_dump_json()
+@pytest.mark.parametrize("name", represented_by(("sampled",), ("sampled", "exact")))
+def test_processes_measure_what_one_thread_does(name, table_of, request):
+    tables = [table_of(Sampling(seed=3) if name == "sampled" else None, threads=threads) for threads in (3, 1)]
+    assert tables == [request.getfixturevalue(name)] * 2
 
 
 def test_an_interrupted_sample_goes_on_to_the_same_table(table_of, sampled, tmp_path):
