@@ -41,7 +41,8 @@ def read_types(path: Path) -> TypeList:
     if path.suffix == ".gguf":
         summary = inspect(path)
         if fault := summary.fault or fault_of(path):
-            warnings.warn(f"{path} is not a whole model: what lacks is in no recipe and no difference. {fault}")
+            about = f"{path} is not a whole model: what lacks is in no recipe and no difference. {fault}"
+            warnings.warn(about, stacklevel=2)
         return TypeList(path.name, summary.arch, summary.total_bytes, summary.tensors)
     if path.is_dir():
         path = path / PLAN_NAME

@@ -120,19 +120,19 @@ def test_results_that_cannot_be_written_are_a_refusal(arguments, exported):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "blocks"),
+    "line",
     represented_by(
-        [(("export", "--preset", "f16"), 9000)],
-        [
-            (("export", "--preset", "f16"), 9000),
-            (("export", "--preset", "f16", "-f", "safetensors"), 9000),
-            (("calibrate", "--tokens", "256"), 1000),
-            (("plan", "--tokens", "256", "--bpw", "5", "--types", "q4_k,q8_0"), 4),
-        ],
+        ("9000 export --preset f16",),
+        (
+            "9000 export --preset f16",
+            "9000 export --preset f16 -f safetensors",
+            "1000 calibrate --tokens 256",
+            "4 plan --tokens 256 --bpw 5 --types q4_k,q8_0",
+        ),
     ),
 )
-def test_a_file_that_may_not_grow_leaves_nothing_behind(arguments, blocks, small_moe, tmp_path):
-    name, *options = arguments
+def test_a_file_that_may_not_grow_leaves_nothing_behind(line, small_moe, tmp_path):
+    blocks, name, *options = line.split()
     limited = f'ulimit -f {blocks}; "$@"'
     status, _, said = shell(limited, name, small_moe, *options, "-o", tmp_path / "output")
     assert status == 1 and "Traceback" not in said and "File too large" in said.splitlines()[-1]
