@@ -149,12 +149,10 @@ def _check(options: ExportOptions) -> None:
         raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
     if options.format not in FORMATS:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
-    ending = options.output.suffix.lower()
-    if ending == ".safetensors" or (ending == ".gguf" and options.format != "gguf"):
-        written = "a GGUF file" if options.format == "gguf" else "a directory"
+    if options.format != "gguf" and options.output.suffix.lower() in (".gguf", ".safetensors"):
         raise ExportError(
-            f"--format {options.format} writes {written}, and {options.output} (--output) has the name of another "
-            "kind. Give another name, or another --format."
+            f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
+            "Give another name, or another --format."
         )
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
