@@ -1,10 +1,11 @@
 """The closing pass: what has no codes in a quantized model is tuned on the KL to the original.
 
-Codes are fixed. Every super-block's d (and dmin) gets a factor; norms, biases and routers, which are stored in F32, get
-values of their own. All are trained together by Adam on KL(original || quantized) over calibration text, and text that
-the original writes itself, with gradients that flow through the whole model under its own routing, so that each layer
-also makes up for what the layers before it lost. Step sizes follow the damage: a scale moves in proportion to the
-relative error of its tensor, the others to the mean one. File size and types stay as they are.
+Codes are fixed. Every super-block's d (and dmin) gets a factor; norms and biases, which are stored in F32, get values
+of their own, as routers do if asked for. All are trained together by Adam on KL(original || quantized) over
+calibration text, and text that the original writes itself, with gradients that flow through the whole model under its
+own routing, so that each layer also makes up for what the layers before it lost. Step sizes follow the damage: a scale
+moves in proportion to the relative error of its tensor, the others to the mean one. File size and types stay as they
+are.
 
 Which text is used, how far it goes and whether the result is kept is decided in `tuning.training`.
 """

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 from dynquant.analysis.errors.measure import ErrorMeter
@@ -163,8 +163,11 @@ def _check(options: ExportOptions) -> None:
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
         flags = ("tune", "base_gguf", "max_memory", "ray")
         options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
+        options.closing.refuse_unused("there is no closing pass for schemes of vLLM.")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):
             raise ExportError(f"--{flag.replace('_', '-')} is for GGUF files and packed safetensors; leave it out.")
+    if options.tune == 0 or (options.tune is None and options.encoder != "dynquant"):
+        options.closing.refuse_unused("the closing pass runs with --encoder dynquant, and without --tune 0.")
     if (options.plan is None) == (options.preset is None):
         plan, preset = "--plan FILE", "--preset NAME"
         if options.format == "compressed-tensors":
@@ -210,14 +213,21 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     """Export under another name, tune, and write the result; a run that was stopped goes on where it was."""
     assert encoding.moments is not None
     output, is_gguf = options.output, options.format == "gguf"
-    identity = hashlib.sha256(json.dumps([encoding.identity("any"), split]).encode()).hexdigest()[:12]
-    untuned = output.with_name(f".{output.stem}.untuned-{identity}.gguf")
-    written = sorted(untuned.parent.glob(f"{untuned.stem}-*-of-*.gguf")) or [untuned] * untuned.exists()
-    if not written or not options.resume:
-        written = export_gguf(encoding, untuned, split_max_bytes=split)
-    target = output if is_gguf else output.with_name(f".{output.stem}.tuned-{identity}.gguf")
-    windows, encoder = encoding.moments.tokens, encoding.encoder.name
-    files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, encoder=encoder)
+
+    def beside(kind: str, *identity: object) -> tuple[Path, list[Path]]:
+        """Return a name of what is made on the way, and its files that a stopped run has left."""
+        digest = hashlib.sha256(json.dumps([encoding.identity("any"), split, *identity]).encode()).hexdigest()[:12]
+        path = output.with_name(f".{output.stem}.{kind}-{digest}.gguf")
+        files = sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf")) or [path] * path.exists()
+        return path, files if options.resume else []
+
+    untuned, written = beside("untuned")
+    written = written or export_gguf(encoding, untuned, split_max_bytes=split)
+    # Training that ends by the clock does not give the same bytes twice, and some may be in the output already.
+    target, files = (output, []) if is_gguf else beside("tuned", astuple(tuning))
+    if not files:
+        windows, encoder = encoding.moments.tokens, encoding.encoder.name
+        files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, encoder=encoder)
     if not is_gguf:
         written += files
         files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))  # tuned bytes

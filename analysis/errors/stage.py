@@ -75,8 +75,7 @@ def _is_of(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
 
 def _rests_on(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
     """Return whether the table was measured on this model with these statistics and by this encoder."""
-    inputs = (stats.hash, meter.model.fingerprint, meter.origin["encoder"], meter.origin["moments"])
-    return (table.stats_hash, table.fingerprint, table.encoder, table.moments) == inputs
+    return table.origin == (stats.hash, meter.model.fingerprint, meter.origin["encoder"], meter.origin["moments"])
 
 
 def written_errors(
@@ -91,9 +90,8 @@ def written_errors(
         return None
     rows = ((name, table.tensors().get(name, {}).get(stored)) for name, stored in types.items())
     estimated = {name: row.type for name, row in rows if row is not None and row.weighted_error_se is not None}
-    return (
-        WrittenErrors(path, meter, estimated, output.with_name(f"{output.name}.errors.journal")) if estimated else None
-    )
+    journal = output.with_name(f"{output.name}.errors.journal")
+    return WrittenErrors(path, table.origin, meter, estimated, journal) if estimated else None
 
 
 def scheme_table(

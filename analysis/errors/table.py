@@ -227,6 +227,11 @@ class ErrorTable(FrozenRecord):
         return self._copy(rows=tuple(measured.get((row.name, row.type), row) for row in self.rows), prices=prices)
 
     @property
+    def origin(self) -> tuple[str, ...]:
+        """Return statistics, weights, encoder and second moments that its errors rest on."""
+        return self.stats_hash, self.fingerprint, self.encoder, self.moments
+
+    @property
     def num_exact(self) -> int:
         """Number of rows whose errors are exact: every weight was measured."""
         return sum(row.weighted_error_se is None for row in self.rows)

@@ -34,8 +34,10 @@ class WrittenErrors:
     A context manager: what an export that cannot go on has measured is removed.
     """
 
-    def __init__(self, table_path: Path, meter: ErrorMeter, types: Mapping[str, str], journal_path: Path) -> None:
-        self.table_path, self.meter, self.types = table_path, meter, types
+    def __init__(
+        self, table_path: Path, origin: tuple[str, ...], meter: ErrorMeter, types: Mapping[str, str], journal_path: Path
+    ) -> None:
+        self.table_path, self.origin, self.meter, self.types = table_path, origin, meter, types
         self._journal = Journal(journal_path, sync=False)
         self._lock = Lock()  # parts are encoded side by side
         self._sums: dict[str, dict[Span, ErrorSums]] = {}
@@ -43,7 +45,7 @@ class WrittenErrors:
     def begin(self, identity: Record) -> Self:
         """Take over what an interrupted export of this identity has measured, or start anew."""
         for record in self._journal.records if self._journal.belongs_to(identity) else []:
-            with suppress(ValueError, TypeError, KeyError):  # measured again, or the estimate stays
+            with suppress(ValueError, TypeError, LookupError):  # measured again, or the estimate stays
                 name, span = str(record["name"]), (int(record["rows"][0]), int(record["rows"][1]))
                 self._take(name, span, ErrorSums.read(record["sums"], len(self._experts(name, span))))
         records = [_record(name, *sums) for name, spans in self._sums.items() for sums in spans.items()]
@@ -75,10 +77,10 @@ class WrittenErrors:
 
     def save(self, session: Session) -> None:
         """Enter the errors of all tensors that were measured whole into the table, and say what that changed."""
-        with suppress(PlanError):  # removed or replaced meanwhile
+        with suppress(PlanError):  # removed meanwhile, or replaced by what is no such table
             before = ErrorTable.load(self.table_path)
             rows = [row for row in map(self._exact, before.rows) if row is not None]
-            if before.fingerprint == self.meter.model.fingerprint and before.stats_hash and rows:
+            if before.origin == self.origin and rows:
                 after = before.with_measured(rows)
                 try:
                     after.save(self.table_path)

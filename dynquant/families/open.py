@@ -287,7 +287,7 @@ def _build(directory: Path, book: ConversionBook, checkpoint: TensorSource | Non
     family = SIZED_FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(None, family.arch)
     family.add_tensors(book)
-    source = ConvertedSource(checkpoint or _NoWeights(directory), book.finish())
+    source = ConvertedSource(checkpoint or NoWeights(directory), book.finish())
     write_general_keys(writer, directory, source)
     family.write_keys(config, writer)
     if checkpoint is not None or any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -297,8 +297,8 @@ def _build(directory: Path, book: ConversionBook, checkpoint: TensorSource | Non
     return Model(directory, source, metadata, source.checkpoint_names, **about)
 
 
-class _NoWeights:
-    """Stands in for the weights of `open_config`."""
+class NoWeights:
+    """Stands in for weights where a configuration alone is opened."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

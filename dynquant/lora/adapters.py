@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.checkpoints.vision_names import vision_name
 from dynquant.errors import AdapterError
-from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
 from dynquant.lora.layers import fused_parts
-from dynquant.lora.places import takes_adapter
+from dynquant.lora.places import gguf_names, takes_adapter
 from dynquant.lora.saved import (
     WEIGHTS_NAME,
     check_copies,
@@ -62,7 +60,7 @@ class AdapterOptions:
     """Also train, and save, copies of the routers."""
     llama_cpp: bool = False
     """Adapt, of the default targets, only those to which llama.cpp applies adapters, so that `export_adapter` can write
-    them all. That leaves out queries, keys and values of DeepSeek's attention, and nothing elsewhere."""
+    them all. That leaves out queries, keys and values of DeepSeek's attention, and little elsewhere."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -103,7 +101,8 @@ def _config(model: "PreTrainedModel", options: AdapterOptions) -> LoraConfig:
     if options.targets is not None:
         names = _checked(options.targets, packed, model)
     else:
-        names = [name for name in packed if not options.llama_cpp or _is_applied_by_llama_cpp(model, name)]
+        named = gguf_names(model) if options.llama_cpp else ("", {})
+        names = [name for name in packed if not options.llama_cpp or _is_applied_by_llama_cpp(*named, name)]
     parameters = [f"experts.{part}" for part in fused_parts(experts[0])] if options.experts and has_experts else []
     if has_experts:
         # PEFT takes these names for those of experts, which transformers has fused, wherever they occur.
@@ -248,14 +247,9 @@ def _packed_linears(model: nn.Module) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
 
 
-def _is_applied_by_llama_cpp(model: "PreTrainedModel", name: str) -> bool:
-    config = model.config
-    if config.model_type not in FAMILIES:
-        raise AdapterError(f"llama.cpp's graph of the model type {config.model_type!r} is not known; name `targets`.")
-    arch = FAMILIES[config.model_type].arch
-    layers = [path for path, _ in model.named_modules() if path.endswith(f".{name}")]
-    gguf_names = [gguf_name_of(path, arch, config.num_hidden_layers) for path in layers]
-    return all(matrix is not None and takes_adapter(arch, f"{matrix}.weight") for matrix in gguf_names)
+def _is_applied_by_llama_cpp(arch: str, names: Mapping[str, str], name: str) -> bool:
+    matrices = [matrix for key, matrix in names.items() if f".{key.rpartition('.')[0]}".endswith(f".{name}")]
+    return bool(matrices) and all(takes_adapter(arch, matrix) for matrix in matrices)
 
 
 def _checked(targets: Collection[str], packed: list[str], model: nn.Module) -> list[str]:

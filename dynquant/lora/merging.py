@@ -75,7 +75,7 @@ def merge(
     if not layers:
         raise AdapterError("There is no adapter on packed weights to merge; call merge_and_unload of PEFT instead.")
     base = model.get_base_model()
-    names = gguf_names(base)
+    _, names = gguf_names(base)
     parts = {}
     for part in (part for path, layer in layers.items() for part in _parts(bare_path(path), layer)):
         if part.key not in names:

@@ -25,8 +25,7 @@ from dynquant.checkpoints.vision_names import keys_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import Conversion, ConvertedSource, Transform, unchanged
-from dynquant.families.common.conversion_book import ConversionBook
-from dynquant.families.text.registry import FAMILIES
+from dynquant.families.text.registry import conversions_of
 from dynquant.formats import decode
 from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
@@ -123,10 +122,9 @@ def find_places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False
     Raises:
         CheckpointError: this transformers has parameters that the family does not know.
     """
-    book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
-    FAMILIES[config.model_type].add_tensors(book)
-    computed = {conversion.name for conversion in book.finish() if conversion.values is not None}
-    stored = [conversion for conversion in book.conversions if conversion.name not in computed]
+    conversions = conversions_of(config, hf_model.state_dict(), whole_kv_b=whole_kv_b)
+    computed = {conversion.name for conversion in conversions if conversion.values is not None}
+    stored = [conversion for conversion in conversions if conversion.name not in computed]
     return {conversion.name: _place_of(conversion, hf_model) for conversion in stored}, computed
 
 

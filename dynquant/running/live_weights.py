@@ -19,9 +19,9 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.conversion_book import ConversionBook, some_of
+from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.strided_maps import StridedMap
-from dynquant.families.text.registry import FAMILIES
+from dynquant.families.text.registry import conversions_of
 from dynquant.formats import decode
 from dynquant.running.equal_entries import EqualEntries, as_in_file
 from dynquant.running.parameter_map import ParameterMap, parameter_map, unmapped
@@ -179,9 +179,7 @@ def _family_source(model: Model, hf_model: Any) -> ConvertedSource:
     values = hf_model.config.to_dict() | {"tie_word_embeddings": "output.weight" not in model.source.names()}
     config = Config(model.path, values, values)
     whole_kv_b = "blk.0.attn_kv_b.weight" in model.source.names()
-    book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
-    FAMILIES[config.model_type].add_tensors(book)
-    return ConvertedSource(model.source, book.finish())
+    return ConvertedSource(model.source, conversions_of(config, hf_model.state_dict(), whole_kv_b=whole_kv_b))
 
 
 def places_of_a_file(model: Model, hf_model: Any) -> dict[str, LivePlace]:

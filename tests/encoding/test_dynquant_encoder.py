@@ -18,7 +18,7 @@ from dynquant.errors import EncodeError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from tests.conftest import REPOSITORY
-from tests.helpers.representatives import represented_by
+from tests.helpers.representatives import SLOW_GGML_TABLES, represented_by
 
 ASKED = [
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "TQ1_0",
@@ -26,6 +26,7 @@ ASKED = [
 ]  # fmt: skip
 QUICK = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q4_K", "IQ4_XS", "TQ2_0", "MXFP4", "Q2_0")
 """One of each way to search: grids by signs and by codes, scales with and without offsets, tables, ternary, floats."""
+QUICK_IN_GGML = set(QUICK) - set(SLOW_GGML_TABLES)
 EXPERTS, ROWS, COLUMNS = 2, 7, 256
 ENCODER = DynquantEncoder("cpu")
 
@@ -87,7 +88,7 @@ def test_every_asked_type_is_searched():
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", represented_by(QUICK, ASKED))
+@pytest.mark.parametrize("name", represented_by(QUICK_IN_GGML, ASKED))
 def test_weighted_error_is_never_above_ggmls(name, kind):
     weights, weight_of = WEIGHTS[kind](), importance()
     theirs = decode(name, ggml_encode(QUANT_TYPES[name], weights, weight_of))
@@ -96,7 +97,7 @@ def test_weighted_error_is_never_above_ggmls(name, kind):
     assert weighted_error(weights, ours, weight_of) <= weighted_error(weights, theirs, weight_of) + floor
 
 
-@pytest.mark.parametrize("name", represented_by(QUICK, [n for n in ASKED if n not in ("TQ1_0", "MXFP4")]))
+@pytest.mark.parametrize("name", represented_by(QUICK_IN_GGML, [n for n in ASKED if n not in ("TQ1_0", "MXFP4")]))
 def test_error_feedback_lowers_the_loss_on_correlated_inputs(name):
     """On rows of two super-blocks, whose scales are refitted together."""
     weights, hessian = 0.02 * noise(EXPERTS, ROWS, 2 * COLUMNS), correlated(2 * COLUMNS, 64)
@@ -139,7 +140,7 @@ def test_threads_do_not_change_bytes(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 8])
-@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "Q2_K"])
+@pytest.mark.parametrize("name", represented_by(QUICK_IN_GGML, ["IQ1_S", "IQ2_XXS", "Q2_K"]))
 def test_hessians_of_few_tokens_and_dead_channels_work(name, tokens):
     """Rank 0, 1 and 8, with channels that were never active; damping is all that makes them invertible."""
     weights = 0.02 * noise(4, 256)

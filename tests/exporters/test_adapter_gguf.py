@@ -19,6 +19,7 @@ from dynquant.errors import AdapterError, ExportError
 from dynquant.exporters.adapter_gguf import export_adapter
 from dynquant.families.open import open_hf
 from dynquant.running.load import load_hf
+from tests.families.converter.test_converted import ARCHITECTURES, COMMON, saved
 from tests.helpers.commands import refused, succeed
 from tests.helpers.exports import export_gguf
 from tests.helpers.gguf_writing import finish
@@ -28,7 +29,7 @@ from tests.helpers.tiny_models import mean_kl, write_f32
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-from dynquant.lora import add_adapter  # noqa: E402
+from dynquant.lora import add_adapter, load_adapter, merge  # noqa: E402
 from dynquant.lora.places import takes_adapter  # noqa: E402
 
 TOKENS = torch.randint(1, 8000, (48,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -52,9 +53,9 @@ def decoded(file: Path, checkpoint: Path, path: Path) -> Path:
     return write_f32(replace(open_hf(checkpoint), source=GGUFSource(file)), path)
 
 
-def adapter_of(file: Path, directory: Path, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def adapter_of(file: Path, directory: Path, base: Path | None = None, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """Save a random adapter for the model in `file`; logits without and with it."""
-    adapted = add_adapter(dynquant.load(file), **{"rank": 4, "alpha": 6, "llama_cpp": True} | options)
+    adapted = add_adapter(dynquant.load(file, base=base), **{"rank": 4, "alpha": 6, "llama_cpp": True} | options)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -96,6 +97,27 @@ def test_llama_cpp_adds_what_peft_adds(name, tmp_path, tiny_text):
     # With packed weights llama.cpp rounds activations to 8 bits, with or without an adapter; a random router then sends
     # some tokens to other experts.
     assert mean_kl(on, llama_logits(file, exported)) < (1e-1 if name == "mixtral" else 2e-2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["olmoe", "glm4_moe", "granitemoe", "qwen3_next", "gemma2"])
+def test_an_architecture_without_a_family(name, tmp_path, small_moe, llama_cpp_tree, monkeypatch):
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(llama_cpp_tree))
+    settings = COMMON | ARCHITECTURES[name] | {"num_key_value_heads": 4}  # as llama.cpp's OLMoE has them
+    original = saved(name, settings, tmp_path, small_moe)
+    file, adapter = packed_gguf(original, tmp_path), tmp_path / "adapter"
+    off, on = adapter_of(file, adapter, original)
+    with pytest.raises(AdapterError, match=r"dynquant knows the architectures .*--base"):
+        export_adapter(adapter, tmp_path / "adapter.gguf")
+    exported = export_adapter(adapter, tmp_path / "adapter.gguf", base=original)
+    base = decoded(file, original, tmp_path / "decoded.gguf")
+    limit = 1e-6 if "gemma" in name else 1e-9  # as without an adapter
+    assert mean_kl(off, on) > 20 * limit
+    assert mean_kl(off, llama_logits(base)) < limit
+    assert mean_kl(on, llama_logits(base, exported)) < limit
+    merged = merge(load_adapter(dynquant.load(file, base=original), adapter), encoder="ggml")
+    with torch.inference_mode():
+        assert mean_kl(on, merged(torch.tensor([TOKENS])).logits[0]) < 0.6 * mean_kl(off, on)
 
 
 def test_the_small_moe_and_its_base_from_a_directory(packed_moe, tmp_path):

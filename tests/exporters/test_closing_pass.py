@@ -12,7 +12,7 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError, ExportError, StatsError
 from dynquant.exporters.closing_pass import check_original, too_large_to_tune
 from dynquant.exporters.gguf import write_patched
-from dynquant.exporters.options import ClosingPassOptions
+from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions
 from dynquant.exporters.tuning.tensors import Correction
 from dynquant.exporters.tuning.training import TuneOptions, tune
 from dynquant.families.open import open_model
@@ -69,7 +69,7 @@ def crushed(model, tmp_path_factory) -> Path:
     return path
 
 
-OPTIONS = TuneOptions(tokens=3072, step_tokens=256, held_out_tokens=640)
+OPTIONS = TuneOptions(tokens=3072, step_tokens=256, held_out_tokens=640, parts=TUNABLE_PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,7 @@ def test_the_patched_file_has_the_new_bytes_and_nothing_else(crushed, tuned, tmp
 SHORT = replace(OPTIONS, tokens=512, held_out_tokens=256)
 
 
+@pytest.mark.nightly
 def test_the_same_run_gives_the_same_bytes(model, crushed, windows):
     """With text that the original writes, which is held out in part, and with routers alone."""
     options = replace(SHORT, tokens=256, held_out_tokens=256, sampled_tokens=240, parts=("routers",))
@@ -149,6 +150,11 @@ def test_a_part_that_the_file_lacks_is_not_trained(model, crushed, windows):
     assert not result.replacements and result.tokens == 0 and "none of the parts" in result.ended
     with pytest.raises(ExportError, match=r"--tune-parts: there is no part codes; name some of scales, norms"):
         ClosingPassOptions(tune_parts=("codes",))
+
+
+def test_routers_stay_unless_they_are_asked_for():
+    """Training them made models of experts worse on text that was held out."""
+    assert ClosingPassOptions().tune_parts == TuneOptions().parts == ("scales", "norms", "biases")
 
 
 def test_training_ends_when_the_time_is_over(model, crushed, windows):

@@ -115,6 +115,21 @@ def test_an_interrupted_export_goes_on_with_what_it_measured(exported, exact, fo
     with suppress(KeyboardInterrupt):
         exported(StoppedEncoder(parts=5))
     assert {"m.gguf.errors.journal", "m.gguf.partial"} <= set(left_in(folder / "out"))
+    with (folder / "out" / "m.gguf.errors.journal").open("a") as journal:
+        journal.write('{"name": "token_embd.weight", "rows": [0], "sums": []}\n')  # of no use, and no reason to stop
     table, _ = exported()
     check_exact(table, exact, STACK)
     check_exact(table, exact, MATRIX)
+
+
+def test_a_table_that_another_plan_put_in_its_place_stays_as_it_is(model, stats, folder):
+    """The numbers are those of another encoder, or of other statistics."""
+    path, file = folder / "errors.json", StatsFile(folder / "stats.safetensors")
+    plan, meter = tiny_plan(model, stats=stats, stats_hash=file.hash), ErrorMeter(model, stats, GGML)
+    types, output = {entry.name: entry.type for entry in plan.entries}, folder / "m.gguf"
+    with written_errors(path, meter, file, types, output).begin(IDENTITY) as errors:
+        export_gguf(model, plan, stats, output, encoder=GGML, errors=errors)
+        other = ErrorTable.load(path).model_copy(update={"encoder": "dynquant 2"})
+        other.save(path)
+        errors.save(Session())
+    assert ErrorTable.load(path) == other

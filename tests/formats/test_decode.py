@@ -15,6 +15,7 @@ from dynquant.encoding.ggml import library_path
 from dynquant.errors import PlanError
 from dynquant.formats import decode, tables
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from tests.helpers.representatives import SLOW_GGML_TABLES, represented_by
 
 ALL_TYPES = sorted(QUANT_TYPES)
 BLOCK_TYPES = [name for name in ALL_TYPES if not QUANT_TYPES[name].is_float]
@@ -151,7 +152,7 @@ def ggml() -> ctypes.CDLL:
     return library
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", represented_by(set(BLOCK_TYPES) - set(SLOW_GGML_TABLES), BLOCK_TYPES))
 def test_real_rows_encoded_and_decoded_by_ggml(name: str, real_rows: np.ndarray, ggml: ctypes.CDLL) -> None:
     layout = QUANT_TYPES[name]
     rows, row_length = real_rows.shape

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFValueType
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -19,11 +20,13 @@ import dynquant.lora
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
-from dynquant.errors import CheckpointError
+from dynquant.errors import AdapterError, CheckpointError
+from dynquant.exporters import adapter_gguf
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.lora.places import bare_path
 from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import PackedLinear, PackedSortedExperts
+from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_directory, load_hf
 from tests.helpers.adapters import randomized
 from tests.helpers.tiny_models import randomize
@@ -179,6 +182,25 @@ def test_a_merged_adapter_is_in_the_packed_weights(exported):
     merged = dict(dynquant.lora.merge(adapted, encoder="ggml").named_modules())
     for path, (wanted, before) in expected.items():
         assert (products(merged[path], layers[path]) - wanted).norm() < 0.2 * (before - wanted).norm(), path
+
+
+def test_factors_for_llama_cpp_have_rows_and_columns_of_the_gguf(exported, tmp_path, monkeypatch):
+    model, is_llama4 = exported.model, "llama4" in exported.folder.name  # PEFT takes its experts' sides for each other
+    adapted = dynquant.lora.add_adapter(exported.packed(), rank=4, alpha=6, experts=not is_llama4)
+    randomized(adapted).save_pretrained(tmp_path)
+    monkeypatch.setattr(adapter_gguf, "open_model", lambda _: model)
+    with pytest.raises(AdapterError, match=r"is packed, and of its type .* only the original .*--base"):
+        adapter_gguf.export_adapter(tmp_path, tmp_path / "adapter.gguf")
+    file = GGUFSource(adapter_gguf.export_adapter(tmp_path, tmp_path / "adapter.gguf", base=model.path))
+    merged = PeftModel.from_pretrained(load_hf(model, dtype=torch.float32), tmp_path).merge_and_unload()
+    live, changed = LiveWeights(model, merged), {name.rpartition(".")[0] for name in file.names()}
+    for name in live.names():
+        added = live.read(name) - model.source.load(name)
+        if name in changed:
+            a, b = (file.load(f"{name}.{factor}") for factor in ("lora_a", "lora_b"))
+            added = added - 6 / 4 * b @ a
+        assert added.abs().max() < 1e-5, name
+    assert len(changed) > 8
 
 
 def layers_of(adapted: Any) -> dict[str, LoraLayer]:

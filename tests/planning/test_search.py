@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
-from dynquant.analysis.errors.table import Price
-from dynquant.analysis.sensitivity.closed_form import output_sensitivity
+from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.sensitivity.unit_kl import group_of, measure_steps, prices_from, refine
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
@@ -36,11 +34,11 @@ from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.running.streaming.layer_replay import LayerReplay
-from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import SILENT
+from dynquant.storage.file_names import ERRORS_NAME
 from tests.helpers.evaluating import evaluated
 
-TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
+TYPES = ("TQ2_0", "Q2_K", "Q4_K")
 TOKENS = 4096
 
 
@@ -80,12 +78,10 @@ def store(model, calibrated):
 
 
 @pytest.fixture(scope="module")
-def table(model, calibrated, store, windows):
-    stats, _ = calibrated
-    measured = build_error_table(ErrorMeter(model, stats, store.encoder), TYPES, stats_hash="stats")
-    hf_model = load_hf(model)
-    found = output_sensitivity(hf_model, weight_inputs(model, hf_model), ModelInputs(windows[:4]))
-    return measured.with_sensitivity(*found)
+def table(calibrated, selected):
+    """The errors that the plan in this folder has measured, priced by the closed form."""
+    _, directory = calibrated
+    return ErrorTable.load(directory / ERRORS_NAME)
 
 
 def types_of(table, wanted):
@@ -117,15 +113,15 @@ def test_a_pass_from_the_middle_gives_the_same_logits(model, windows):
         assert torch.equal(replay.embedded(0), replay.layer_input(0, 0))
 
 
-def test_blocks_are_encoded_once_and_are_those_of_the_exact_table(table, store, monkeypatch):
+def test_blocks_are_encoded_once_and_lose_what_the_table_says(table, store, monkeypatch):
     name = "blk.2.ffn_down_exps.weight"
-    first = store.packed(name, "IQ2_XXS")
+    first = store.packed(name, "TQ2_0")
     monkeypatch.setattr("dynquant.encoding.stream.TensorEncoder.tensor", None)
-    assert torch.equal(store.packed(name, "IQ2_XXS"), first)
+    assert torch.equal(store.packed(name, "TQ2_0"), first)
     weights = store.model.source.load(name)
-    decoded = decode("IQ2_XXS", first, tuple(weights.shape))
+    decoded = decode("TQ2_0", first, tuple(weights.shape))
     error = ((weights - decoded).square().sum() / weights.square().sum()).sqrt()
-    assert table.row(name, "IQ2_XXS").relative_rms == pytest.approx(float(error), rel=1e-5)
+    assert table.row(name, "TQ2_0").relative_rms == pytest.approx(float(error), rel=0.1)
 
 
 def test_other_second_moments_are_another_store(model, calibrated, tmp_path):

@@ -8,7 +8,7 @@ of one checkpoint tensor in two models join into a map from one to the other.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from math import prod
+from math import gcd, prod
 from operator import mul
 
 import torch
@@ -382,14 +382,12 @@ def _sliced(piece: Piece, dim: int, start: int, stop: int, step: int) -> list[Pi
         )
         return [part for each in single for part in _sliced(each, dim, start, stop, step)]
     axis = inside[0] if inside else Axis(1, 0, dim, 1)
-    hits = [
-        number
-        for number in range(axis.size)
-        if start <= (position := first + number * axis.step) < stop and (position - start) % step == 0
-    ]
+    lowest, end = max(0, -((first - start) // axis.step)), min(axis.size, -((first - stop) // axis.step))
+    apart = step // gcd(step, axis.step)
+    numbers = range(lowest, min(end, lowest + apart))
+    hits = range(next((n for n in numbers if (first + n * axis.step - start) % step == 0), end), end, apart)
     if not hits:
         return []
-    apart = hits[1] - hits[0] if len(hits) > 1 else 1
     cut = Axis(len(hits), axis.stride * apart, dim, max(1, axis.step * apart // step))
     axes = tuple(cut if other is axis else other for other in piece.axes)
     axes = tuple(other for other in axes if other.size > 1)

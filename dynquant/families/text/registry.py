@@ -5,12 +5,13 @@ llama.cpp's converter and graphs; where those fix what a configuration leaves op
 converted wrongly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import gguf
 
 from dynquant.families.common.config import Config
+from dynquant.families.common.conversion import Conversion
 from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.text.deepseek import add_deepseek_tensors, write_deepseek_keys
 from dynquant.families.text.gemma import add_gemma3_tensors, write_gemma3_keys
@@ -41,6 +42,14 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("deepseek2", write_deepseek_keys, add_deepseek_tensors),
 }
 """Families by `model_type` of config.json."""
+
+
+def conversions_of(config: Config, names: Iterable[str], *, whole_kv_b: bool = False) -> list[Conversion]:
+    """Return the conversions of a configuration's family for a model that has tensors of these names."""
+    book = ConversionBook(config, None, names=list(names), whole_kv_b=whole_kv_b)
+    FAMILIES[config.model_type].add_tensors(book)
+    return book.finish()
+
 
 _LLAMA4 = Family("llama4", write_llama4_keys, add_llama4_tensors)
 SIZED_FAMILIES = FAMILIES | {"llama4": _LLAMA4, "llama4_text": _LLAMA4, "kimi_k2": FAMILIES["deepseek_v3"]}

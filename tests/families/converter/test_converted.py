@@ -46,6 +46,10 @@ ARCHITECTURES = {
         "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1,
     },
     "apertus": {},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "qwen3_next": LINEAR | {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
     "gemma3n_text": {
         "head_dim": 16, "num_hidden_layers": 4, "tie_word_embeddings": True, "num_kv_shared_layers": 0,
         "vocab_size_per_layer_input": 8000, "hidden_size_per_layer_input": 32, "sliding_window": 128,
