@@ -201,7 +201,8 @@ def check_original(path: Path, original: Model) -> None:
     if recorded and recorded != original.fingerprint:
         raise CheckpointError(
             f"{path} was made from the checkpoint with fingerprint {recorded[:12]}; {original.name} is another, "
-            f"{original.fingerprint[:12]}. Give the checkpoint that it was made from as --reference."
+            f"{original.fingerprint[:12]}. Give the checkpoint that it was made from (as --reference, or as "
+            "--base where a command has that)."
         )
     if recorded and (difference := differing_settings(settings, original.settings)):
         raise CheckpointError(
