@@ -160,6 +160,11 @@ def _check(options: ExportOptions) -> None:
         raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
     if options.format not in FORMATS:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
+    if options.format != "gguf" and options.output.suffix.lower() in (".gguf", ".safetensors"):
+        raise ExportError(
+            f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
+            "Give another name, or another --format."
+        )
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
     for source in ("plan", "stats"):

@@ -79,9 +79,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             have.
     """
     if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a directory, and a GGUF file is needed. Give the .gguf itself, of a split the first part."
-        )
+        raise CheckpointError(f"{path} is a directory, not a GGUF file. Give the file in it.")
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Check the path; of a split GGUF all parts must be present.")
     try:

@@ -40,6 +40,8 @@ _LOADERS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 """Loaders of models without and with a vision tower."""
 _KINDS = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}
 """Loaders of something else."""
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*tiktoken*")
+"""Names of a tokenizer's files; transformers speaks of packages where there is none."""
 LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
 
@@ -236,6 +238,11 @@ def load_tokenizer(model: Model | Path) -> "PreTrainedTokenizerBase":
     directory = model if isinstance(model, Path) else model.hf_directory
     if directory is not None and not is_gguf(directory):
         read_tokenizer_files(directory)  # transformers raises anything for what has another shape
+        if directory.is_dir() and not any(next(directory.glob(name), None) for name in _TOKENIZERS):
+            raise CheckpointError(
+                f"{directory} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json). Put the files of the "
+                "model's tokenizer beside its config.json."
+            )
     return _load("AutoTokenizer", model, **(_tokenizer_type(model) if isinstance(model, Model) else {}))
 
 

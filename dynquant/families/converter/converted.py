@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from dynquant.families.common.config import check_values, read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.families.common.conversion_book import COMPUTED_BUFFERS, some_of
 from dynquant.families.common.metadata import recorded_fields
+from dynquant.families.common.rope import yarn_magnitude
 from dynquant.families.common.selection import Selection
 from dynquant.families.common.settings import settings_of_config, settings_of_metadata
 from dynquant.families.converter.description import Description, describe
@@ -45,7 +46,7 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     checkpoint = SafetensorsSource(directory)
     description = describe(directory, checkpoint, tree, no_mtp=not mtp)
     source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
-    metadata = tuple(field for field in description.keys.metadata if field.key not in OWN_KEYS)
+    metadata = _with_magnitude(field for field in description.keys.metadata if field.key not in OWN_KEYS)
     fault = description.about["tokenizer_fault"]
     if fault:
         metadata = tuple(map(_without_quirk, metadata)) + _own_tokenizer(directory, source, fault, tree)
@@ -105,6 +106,21 @@ def _without_quirk(field: MetadataField) -> MetadataField:
     if field.key != "general.name":
         return field
     return replace(field, value=re.sub(r"(?i)(phi)-?3", r"\1 3", str(field.value)))
+
+
+def _with_magnitude(fields: Iterable[MetadataField]) -> tuple[MetadataField, ...]:
+    """Return the keys with a checkpoint's own YaRN magnitude under the name that llama.cpp reads, as the families do.
+
+    It takes `yarn_attn_factor`, where it reads it at all, for none, and multiplies its default by `attn_factor`.
+    """
+    metadata = {field.key: field for field in fields}
+    rope = f"{metadata['general.architecture'].value}.rope.scaling."
+    field = metadata.pop(f"{rope}yarn_attn_factor", None)
+    if field is not None:
+        # Grok's number is a multiplier already; of all others the converter writes transformers' `attention_factor`.
+        default = 1.0 if rope.startswith("grok.") else yarn_magnitude(metadata[f"{rope}factor"].value)
+        metadata[f"{rope}attn_factor"] = replace(field, key=f"{rope}attn_factor", value=field.value / default)
+    return tuple(metadata.values())
 
 
 def _tell_unused(directory: Path, unused: list[str], fault: str, *, has_tower: bool) -> None:
