@@ -70,6 +70,7 @@ def reason(error: OSError) -> str:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return f"{error.filename} is no directory"
     path = f": {error.filename}" if error.filename else ""
+    path += f" -> {error.filename2}" if error.filename2 else ""  # of a copy, else the source would seem to be at fault
     return f"{error.strerror or error}{path}"
 
 

@@ -81,7 +81,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
             protected = _protected(options.plan.with_name(SUPER_NAME), plan)
             if not options.mtp:
-                plan = plan_of_rest(model, plan, stats and stats.stats)
+                plan = _without_layers_ahead(model, plan, stats, session)
         if options.mmproj_type is not None:
             plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
         encoding = Encoding(
@@ -106,6 +106,17 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
         check_written(model, files[0], session, **how)
     return Exported(files, plan.num_weights)
+
+
+def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, session: Session) -> Plan:
+    """Return the plan of a model without its layers that predict tokens ahead, and say both predicted sizes."""
+    rest = plan_of_rest(model, plan, stats and stats.stats)
+    if len(rest.entries) < len(plan.entries):
+        session.note(
+            f"the plan is of {plan.predicted_bytes:,} bytes with the layers that predict tokens ahead; without them "
+            f"{rest.predicted_bytes:,} bytes are predicted"
+        )
+    return rest
 
 
 def _write(encoding: Encoding, checkpoint: LinearCheckpoint | None, options: ExportOptions) -> list[Path]:
@@ -149,6 +160,11 @@ def _check(options: ExportOptions) -> None:
         raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
     if options.format not in FORMATS:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
+    if options.format != "gguf" and options.output.suffix.lower() in (".gguf", ".safetensors"):
+        raise ExportError(
+            f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
+            "Give another name, or another --format."
+        )
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
     for source in ("plan", "stats"):
@@ -236,6 +252,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     path, output = options.file, options.output
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
+    file = GGUFSource(path)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
     tuning = tune_options(options.closing, **steps)
@@ -245,7 +262,6 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
     check_context(model, windows.shape[1])
-    file = GGUFSource(path)
     check_complete(file)
     encoder = recorded_encoder(file).removesuffix("+tune")
     return tune_file(model, path, windows, tuning, output, session, encoder=encoder)

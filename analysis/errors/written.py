@@ -45,7 +45,7 @@ class WrittenErrors:
     def begin(self, identity: Record) -> Self:
         """Take over what an interrupted export of this identity has measured, or start anew."""
         for record in self._journal.records if self._journal.belongs_to(identity) else []:
-            with suppress(ValueError, TypeError, KeyError):  # measured again, or the estimate stays
+            with suppress(ValueError, TypeError, LookupError):  # measured again, or the estimate stays
                 name, span = str(record["name"]), (int(record["rows"][0]), int(record["rows"][1]))
                 self._take(name, span, ErrorSums.read(record["sums"], len(self._experts(name, span))))
         records = [_record(name, *sums) for name, spans in self._sums.items() for sums in spans.items()]

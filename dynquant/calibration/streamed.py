@@ -158,7 +158,7 @@ class _Run:
             self._moments.used_bytes, self._moments.left_out = done[-1]["moment_bytes"], list(done[-1]["left_out"])
         if done:
             self._collector.know_aliases(done[-1]["aliases"])
-        self._passes.states.check_space((len(forward) if self._with_gradients else 2) + 2 * self._with_gradients)
+        self._passes.states.check_space((head + 1 if self._with_gradients else 2) + 2 * self._with_gradients)
         num_kept = len(done)
         progress("calibrate", num_kept, len(order), unit="layers")
         for number, (direction, stage) in enumerate(order):

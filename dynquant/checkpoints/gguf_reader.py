@@ -78,6 +78,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         CheckpointError: no such file, a header that cannot be true of the file, or a tensor type that ggml does not
             have.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory, not a GGUF file. Give the file in it.")
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Check the path; of a split GGUF all parts must be present.")
     try:

@@ -106,7 +106,7 @@ def inspect(path: str | Path) -> FileSummary:
         CheckpointError: nothing is there, or a file is truncated, corrupt or of another kind.
     """
     path = Path(path)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not (path / "config.json").is_file():
         return _inspect_gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
         summary = _inspect_safetensors(path.parent, spans_of(path))

@@ -191,6 +191,16 @@ def mtp_layers(names: Iterable[str]) -> frozenset[int]:
     return frozenset(int(match[1]) for match in map(_NEXTN_LAYER.match, names) if match)
 
 
+def stored_ahead(name: str, config: Mapping[str, object]) -> bool:
+    """Return whether a checkpoint's tensor is of a layer that predicts tokens ahead: under `mtp`, or after the last."""
+    if re.match(r"(.*\.)?mtp\.", name):
+        return True
+    text = config.get("text_config")
+    count = (text if isinstance(text, Mapping) else config).get("num_hidden_layers")
+    match = re.match(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
+    return match is not None and isinstance(count, int) and int(match[1]) >= count
+
+
 def roles_of(names: Iterable[str]) -> dict[str, Role]:
     """The role of every tensor of a model; all matrices of layers that predict tokens ahead are `MTP`."""
     names = list(names)

@@ -85,7 +85,8 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
     of_kinds = _notes_on_kinds(options, reference, candidate)
-    infos = [runners.describe_model(path, runner=options.runner) for path in (reference, candidate)]
+    where = {"runner": options.runner, "base": reference}
+    infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
     if options.window > context_length:
@@ -205,7 +206,7 @@ class _Run:
     def opening(self, path: Path, *, adapter: Path | None = None) -> Iterator[Opener]:
         """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
         where = {"threads": self.session.threads, "device": self.session.device, "adapter": adapter}
-        how = {"runner": self.options.runner, "rounded": self.options.rounded}
+        how = {"runner": self.options.runner, "rounded": self.options.rounded, "base": self.reference}
         opener = cache(partial(runners.open_runner, path, **where, **how))  # loads once
         try:
             yield opener

@@ -63,7 +63,13 @@ class EvalOptions(Options):
     encoder: Annotated[str, Flag("What renders a plan with --data: dynquant or ggml.")] = "dynquant"
     window: Window = 512
     reference_cache: Annotated[Path | None, Flag("Keep the reference's distributions here.")] = None
-    runner: Annotated[str, Flag("What runs GGUF files: llama.cpp, or transformers with packed weights.")] = "llama.cpp"
+    runner: Annotated[
+        str,
+        Flag(
+            "What runs GGUF files: llama.cpp, or transformers with packed weights; the latter takes those of "
+            "architectures without a family where --reference is the directory that they were made from."
+        ),
+    ] = "llama.cpp"
     rounded: Annotated[bool, Flag("Round activations to 8 bits in packed transformers models, as llama.cpp does.")] = (
         False
     )

@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from dynquant.evaluation.llama_cpp import (
     without_padding,
 )
 from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
-from dynquant.families.from_gguf import config_from_gguf
+from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import is_gguf
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, tree_batch
@@ -39,6 +39,7 @@ from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.packed.layers import choose_layout
+from dynquant.packed.load_gguf import config_to_load
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
 from dynquant.running.load import REFUSALS, load_config, load_directory, load_tokenizer
@@ -98,8 +99,8 @@ class PictureRunner(LogitRunner, Protocol):
         """Return the greedy answer to a question, as token ids."""
 
 
-def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
-    """Vocabulary and context length of a resolved model, without loading its weights."""
+def describe_model(path: Path, *, runner: str = LLAMA_CPP, base: Path | None = None) -> ModelInfo:
+    """Vocabulary and context length of a resolved model, without loading its weights; `base` as `open_runner`."""
     if not is_gguf(path):
         config = load_config(path).get_text_config()
         context_length = getattr(config, "max_position_embeddings", None) or 2**31
@@ -109,7 +110,12 @@ def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
     if runner == LLAMA_CPP:
         return ModelInfo(path, LLAMA_CPP, *llama_facts(path))
     source = GGUFSource(path)
-    config = config_from_gguf(source)
+    try:
+        config = config_to_load(source)
+    except NotUnderstoodError:
+        if base is None or is_gguf(base):
+            raise
+        return replace(describe_model(base), path=path)
     vocab_size, context_length = config.integer("vocab_size"), config.integer("max_position_embeddings")
     tokens = next((field.value for field in source.metadata if field.key == "tokenizer.ggml.tokens"), None)
     num_named = without_padding(len(tokens), tokens.__getitem__) if isinstance(tokens, list) else vocab_size
@@ -124,18 +130,20 @@ def open_runner(
     runner: str = LLAMA_CPP,
     rounded: bool = False,
     adapter: Path | None = None,
+    base: Path | None = None,
 ) -> LogitRunner:
     """Load a resolved model. `threads` defaults to all cores; `device` is for transformers (None: CUDA if present).
 
     `runner` runs GGUF files: llama.cpp, or transformers with the weights packed. Directories run in transformers. With
     `rounded`, packed models in transformers round activations to 8 bits as llama.cpp does (`packed.rounding`).
-    `adapter` is a directory of PEFT, for models in transformers.
+    `adapter` is a directory of PEFT, for models in transformers. `base` is the checkpoint that a GGUF file was made
+    from, for files that transformers cannot load without it.
     """
     if is_gguf(path) and runner == LLAMA_CPP:
         return LlamaCppRunner(path, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load_model(path).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_model(path, base=base).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     choose_layout(loaded)
     use_tensor_cores(loaded)
     if rounded:
@@ -221,12 +229,21 @@ def _tokenization(path: Path) -> _Tokenization:
     return _Tokenization(special, (whole[:start], whole[start + len(plain) :]), named, strings)
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a directory, or a GGUF file with packed weights, in transformers on the CPU, or raise CheckpointError."""
+def load_model(path: Path, dtype: torch.dtype = torch.float32, *, base: Path | None = None) -> Any:
+    """Load a directory, or a GGUF file with packed weights, in transformers on the CPU; `base` as `open_runner`.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
     if not is_gguf(path):
         return load_directory(path, dtype)
     try:
-        return load_packed(path, dtype=dtype)
+        try:
+            return load_packed(path, dtype=dtype)
+        except NotUnderstoodError:
+            if base is None:
+                raise
+            return load_packed(path, base=base, dtype=dtype)
     except REFUSALS as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
 

@@ -51,6 +51,7 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None, mtp: bo
         return _open_gguf(directory)
     if base_gguf is not None:
         model = _open_gguf(Path(base_gguf))
+        _refuse_quantized_base(model.source, Path(base_gguf), directory)
         paths = {"path": directory, "hf_directory": directory, "gguf_file": None, "base_gguf": Path(base_gguf)}
         settings, has_family = {**model.settings, **settings_of(directory)}, _unknown_type(directory) is None
         return replace(model, **paths, settings=settings, has_family=has_family)
@@ -64,6 +65,20 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None, mtp: bo
             stacklevel=2,
         )
     return model
+
+
+def _refuse_quantized_base(source: TensorSource, file: Path, directory: Path) -> None:
+    """Refuse a quantized file as the base of a directory, save in types that are the directory's own.
+
+    llama.cpp's converter keeps the blocks of experts that are stored in FP4.
+    """
+    floats = ("F32", "F16", "BF16", *(("MXFP4", "NVFP4") if quantization_of(directory) else ()))
+    for info in map(source.info, source.names()):
+        if info.dtype not in floats:
+            raise CheckpointError(
+                f"{file} (--base-gguf) is quantized: `{info.name}` is of type {info.dtype}. A file in F32, F16 or BF16 "
+                "is needed, as llama.cpp's converter writes it with --outtype bf16."
+            )
 
 
 def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None, mtp: bool = True) -> Model:
@@ -185,8 +200,10 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def check_original(path: Path, original: Model) -> None:
+def check_original(path: Path, original: Model, option: str = "--reference") -> None:
     """Refuse an original from which dynquant did not make the file or directory at `path`, where that is recorded.
+
+    `option` is what gave the original.
 
     Raises:
         CheckpointError: the two fingerprints differ, or what the two configurations compute.
@@ -201,7 +218,7 @@ def check_original(path: Path, original: Model) -> None:
     if recorded and recorded != original.fingerprint:
         raise CheckpointError(
             f"{path} was made from the checkpoint with fingerprint {recorded[:12]}; {original.name} is another, "
-            f"{original.fingerprint[:12]}. Give the checkpoint that it was made from as --reference."
+            f"{original.fingerprint[:12]}. Give the checkpoint that it was made from as {option}."
         )
     if recorded and (difference := differing_settings(settings, original.settings)):
         raise CheckpointError(

@@ -14,6 +14,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import TORCH_DTYPES
 from dynquant.errors import CheckpointError
+from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.from_gguf import NotUnderstoodError, config_from_gguf
 from dynquant.families.open import check_original, open_model
@@ -44,6 +45,7 @@ def load(
     one; `save_pretrained` writes a checkpoint that loads packed.
 
     Raises:
+        NotUnderstoodError: a file that needs its checkpoint, without `base`.
         CheckpointError: no such file, an architecture or key that is not known, or tensors that do not fit.
     """
     source = GGUFSource(Path(file))
@@ -76,14 +78,24 @@ def load(
     return model
 
 
+def config_to_load(source: GGUFSource) -> Config:
+    """Return the configuration under which `load` loads a file without its checkpoint.
+
+    Raises:
+        NotUnderstoodError: the file needs its checkpoint; says how to give it.
+    """
+    try:
+        return config_from_gguf(source)
+    except NotUnderstoodError as error:
+        raise NotUnderstoodError(
+            f"{error} With that checkpoint the file can be loaded too: give it as --reference to eval and heal, as "
+            "--base to finetune, or to `dynquant.load(file, base=DIRECTORY)`."
+        ) from error
+
+
 def _of_family(source: GGUFSource) -> tuple[Any, Layout]:
     """Return the model of a file's metadata on the meta device, and where the file's tensors go in it."""
-    try:
-        config = config_from_gguf(source)
-    except NotUnderstoodError as error:
-        raise CheckpointError(
-            f"{error} Of that checkpoint the file can be loaded too: `dynquant.load(file, base=DIRECTORY)`."
-        ) from error
+    config = config_to_load(source)
     meta = build_meta_model(config)
     places, computed = find_places(config, meta, whole_kv_b="blk.0.attn_kv_b.weight" in source.names())
     _check_names(source, places.keys(), computed)
@@ -104,7 +116,7 @@ def _of_checkpoint(source: GGUFSource, base: str | Path | Model) -> tuple[Any, L
             f"`base` is {model.path}, which is no Hugging Face directory of a language model. Give the checkpoint that "
             f"{source.path} was made from."
         )
-    check_original(source.path, model)
+    check_original(source.path, model, "base=")
     names = set(model.source.names())
     _check_names(source, names - model.mtp_tensors, names)
     for name in source.names():

@@ -20,7 +20,7 @@ from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.checkpoints.tensor_source import TensorSource, checked_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap, by_source, row_blocks, whole
+from dynquant.families.common.strided_maps import StridedMap, by_source, row_blocks, unless_sorted, whole
 from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.packed.joined_rows import ROWS_PREFIX
@@ -226,21 +226,22 @@ class _Builder:
         covered = torch.cat(rows)
         if not torch.equal(covered.sort().values, torch.arange(self._shapes[parameter][0])):
             self.refuse(tensors[0][0].name, f"and others are not all rows of `{parameter}`")
-        is_moved = not torch.equal(orders[0], torch.arange(width))
+        input_order = unless_sorted(orders[0], width)
         if any(not torch.equal(columns, orders[0]) for columns in orders):
             self.refuse(tensors[0][0].name, f"has columns in another order than other rows of `{parameter}`")
-        if len(tensors) == 1 and not is_moved:
-            self._place(tensors[0][0], parameter, _moved(covered))
+        if len(tensors) == 1 and input_order is None:
+            self._place(tensors[0][0], parameter, unless_sorted(covered, len(covered)))
             return
         for number, (entry, _) in enumerate(tensors):
             self._place(entry, f"{path}.{ROWS_PREFIX}{number}")
-        row_order = _moved(covered.argsort())
+        row_order = unless_sorted(covered.argsort(), len(covered))
         if row_order is not None:
             self._orders[f"{path}.row_order"] = row_order
-        if is_moved:
-            self._orders[f"{path}.input_order"] = orders[0]
+        if input_order is not None:
+            self._orders[f"{path}.input_order"] = input_order
         self.joined[path] = {
-            "rows": [len(order) for order in rows], "has_row_order": row_order is not None, "has_input_order": is_moved,
+            "rows": [len(order) for order in rows], "has_row_order": row_order is not None,
+            "has_input_order": input_order is not None,
         }  # fmt: skip
 
     def _add_single(self, parameter: str, tensors: _Tensors, can_be_packed: bool) -> None:
@@ -249,9 +250,9 @@ class _Builder:
         if others or len(shape) != 2 or len(entry.shape) != 2:
             self.refuse(entry.name, f"is only a part of `{parameter}`, or of another shape")
         rows, columns = self._rows_and_columns(entry, entries, shape[1])
-        if len(rows) != shape[0] or _moved(columns) is not None:
+        if len(rows) != shape[0] or unless_sorted(columns, shape[1]) is not None:
             self.refuse(entry.name, f"has other rows or columns than `{parameter}`")
-        self._place(entry, parameter, _moved(rows), can_be_packed=can_be_packed)
+        self._place(entry, parameter, unless_sorted(rows, shape[0]), can_be_packed=can_be_packed)
 
     def _add_experts(self, parameter: str, tensors: _Tensors) -> None:
         path = parameter.rpartition(".")[0]
@@ -298,11 +299,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _kind(name: str) -> str:
     return name.split(".", 2)[-1]
-
-
-def _moved(order: Tensor) -> Tensor | None:
-    """Return an order, or None for that in which everything is already."""
-    return None if torch.equal(order, torch.arange(len(order))) else order
 
 
 def _samples(experts: StridedMap) -> list[StridedMap]:

@@ -3,12 +3,14 @@
 Both kinds of file answer the same questions (names, shapes, types, bytes), so recipes and comparisons take either.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant.checkpoints.inspect import TensorRecord, inspect
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
+from dynquant.families.open import fault_of
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import stays_f32
@@ -38,6 +40,9 @@ def read_types(path: Path) -> TypeList:
     """
     if path.suffix == ".gguf":
         summary = inspect(path)
+        if fault := summary.fault or fault_of(path):
+            about = f"{path} is not a whole model: what lacks is in no recipe and no difference. {fault}"
+            warnings.warn(about, stacklevel=2)
         return TypeList(path.name, summary.arch, summary.total_bytes, summary.tensors)
     if path.is_dir():
         path = path / PLAN_NAME

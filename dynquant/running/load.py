@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
+from dynquant.checkpoints.tensor_roles import stored_ahead
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import names_value, quantization_of, refused_value
@@ -39,6 +40,8 @@ _LOADERS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 """Loaders of models without and with a vision tower."""
 _KINDS = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}
 """Loaders of something else."""
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*tiktoken*")
+"""Names of a tokenizer's files; transformers speaks of packages where there is none."""
 LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
 
@@ -235,6 +238,11 @@ def load_tokenizer(model: Model | Path) -> "PreTrainedTokenizerBase":
     directory = model if isinstance(model, Path) else model.hf_directory
     if directory is not None and not is_gguf(directory):
         read_tokenizer_files(directory)  # transformers raises anything for what has another shape
+        if directory.is_dir() and not any(next(directory.glob(name), None) for name in _TOKENIZERS):
+            raise CheckpointError(
+                f"{directory} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json). Put the files of the "
+                "model's tokenizer beside its config.json."
+            )
     return _load("AutoTokenizer", model, **(_tokenizer_type(model) if isinstance(model, Model) else {}))
 
 
@@ -304,19 +312,28 @@ def _load(loader: str | type, model: Model | Path, **options: Any) -> Any:
         raise CheckpointError(
             f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {str(error)[:400]}). {way_out}"
         ) from error
-    _check_complete(path, report, way_out)
+    _check_complete(path, report, loaded.config.to_dict(), way_out)
     return loaded
 
 
-def _check_complete(path: Path, report: dict[str, Any], way_out: str) -> None:
-    """Refuse a model of which transformers made up weights, or left some of the checkpoint's out."""
-    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if new:
+def _check_complete(path: Path, report: dict[str, Any], config: dict[str, Any], way_out: str) -> None:
+    """Refuse a model of which transformers made up weights, or left some of the checkpoint's out.
+
+    Layers that predict tokens ahead take no part in what is computed; those that dynquant knows it adds.
+    """
+    if mismatched := report["mismatched_keys"]:
+        name, stored, expected = min(mismatched)
         raise CheckpointError(
-            f"{path} lacks {len(new)} weights of the model, or has them in other shapes ({some_of(new)}); transformers "
-            f"would fill them with random numbers. {way_out}"
+            f"{path}: {len(mismatched)} tensors have other shapes than the configuration calls for: `{name}` is stored "
+            f"as {list(stored)}, and should be {list(expected)}. Restore config.json, or fetch it with the weights."
         )
-    unread = [name for name in report["unexpected_keys"] if not name.endswith(".inv_freq")]
+    if new := report["missing_keys"]:
+        raise CheckpointError(
+            f"{path} lacks {len(new)} weights of the model ({some_of(new)}); transformers would fill them with random "
+            f"numbers. {way_out}"
+        )
+    unread = report["unexpected_keys"]
+    unread = [name for name in unread if not name.endswith(".inv_freq") and not stored_ahead(name, config)]
     if unread:
         warnings.warn(
             f"transformers does not use {len(unread)} tensors of {path} ({some_of(unread)}); what it computes may not "

@@ -18,7 +18,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.errors import StatsError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap, row_blocks
+from dynquant.families.common.strided_maps import StridedMap, row_blocks, unless_sorted
 from dynquant.running.equal_entries import EqualEntries
 from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.parameter_map import parameter_map
@@ -146,7 +146,7 @@ def _linear_input(entries: StridedMap, owners: dict[str, tuple[nn.Module, str]])
     rows = torch.zeros(prod(entries.shape[:-1]), dtype=torch.int64)
     for block in blocks:
         rows[block.rows] = starts[block.source] + block.stored_rows
-    return LinearInput(tuple(modules.values()), _unless_sorted(columns, width), _unless_sorted(rows, sum(counts)))
+    return LinearInput(tuple(modules.values()), unless_sorted(columns, width), unless_sorted(rows, sum(counts)))
 
 
 def _row_and_column(positions: Tensor, shape: tuple[int, ...], is_transposed: bool) -> tuple[Tensor, Tensor]:
@@ -158,10 +158,6 @@ def _row_and_column(positions: Tensor, shape: tuple[int, ...], is_transposed: bo
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer, transposed
-
-
-def _unless_sorted(order: Tensor, size: int) -> Tensor | None:
-    return None if torch.equal(order, torch.arange(size)) else order
 
 
 def _expert_inputs(model: Model, hf_model: nn.Module, held: dict[str, StridedMap]) -> dict[nn.Module, ExpertInputs]:
@@ -197,7 +193,7 @@ def _experts_of(module_name: str, inner: list[str], down: str | None) -> ExpertI
 def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module, part: str) -> None:
     shape, is_transposed = tuple(expert_stack(module, part).shape), part in expert_layout(module).transposed
     blocks = row_blocks(entries, lambda _, positions: _row_and_column(positions, shape, is_transposed))
-    if blocks is None or _unless_sorted(blocks[0].columns, shape[1 if is_transposed else 2]) is not None:
+    if blocks is None or unless_sorted(blocks[0].columns, shape[1 if is_transposed else 2]) is not None:
         raise StatsError(
             f"The columns of `{name}` are not the channels of its input in their order, which is not supported for "
             "experts; calibrate with llama-imatrix and import the file instead (`dynquant calibrate --imatrix FILE`)."

@@ -14,7 +14,11 @@ def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
         ValueError: not JSON, not UTF-8, nested too deeply for Python's parser, half of a surrogate pair, or a repeated
             name.
     """
-    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    if isinstance(text, bytes):
+        encoding = json.detect_encoding(text)
+        if not encoding.startswith("utf-8"):
+            raise ValueError(f"it is {encoding[:6].upper()} and must be UTF-8: convert it")
+        text = text.decode("utf-8-sig")
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats if unique_names else None)
         if re.search(r"\\u[dD][89a-fA-F]", text):

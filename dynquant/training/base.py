@@ -30,17 +30,19 @@ def require_training_packages() -> None:
             )
 
 
-def open_packed_model(path: Path, *, device: str = "cpu") -> "PreTrainedModel":
+def open_packed_model(path: Path, *, device: str = "cpu", original: Path | None = None) -> "PreTrainedModel":
     """Load a packed model for training: activations are float32 on a CPU, bfloat16 on a GPU.
 
     Args:
         path: resolved directory of `export -f safetensors`, or a GGUF file.
+        original: the checkpoint that it was made from, which GGUF files of architectures without a family need.
 
     Raises:
         CheckpointError: it cannot be loaded.
         TrainingError: its weights are not packed.
     """
-    model = load_model(path, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    model = load_model(path, dtype, base=original)
     if not any(isinstance(module, PackedModule) for module in model.modules()):
         raise _not_packed(path)
     model = model.to(device)
@@ -49,11 +51,11 @@ def open_packed_model(path: Path, *, device: str = "cpu") -> "PreTrainedModel":
     return model
 
 
-def open_with_adapter(path: Path, options: TrainOptions, *, device: str) -> "PeftModel":
+def open_with_adapter(path: Path, options: TrainOptions, *, device: str, original: Path | None = None) -> "PeftModel":
     """`open_packed_model` with the fresh adapter that `options` describe; `options.seed` decides it."""
     from dynquant.lora import add_adapter
 
-    model = open_packed_model(path, device=device)
+    model = open_packed_model(path, device=device, original=original)
     torch.manual_seed(options.seed)
     return add_adapter(
         model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora,
@@ -72,13 +74,14 @@ def check_packed(path: Path) -> None:
         raise _not_packed(path)
 
 
-def check_context(path: Path, tokens: int, option: str) -> None:
+def check_context(path: Path, tokens: int, option: str, original: Path | None) -> None:
     """Refuse sequences of `tokens`, as `option` asks for, beyond the context of a resolved model.
 
     Raises:
+        CheckpointError: a GGUF file that cannot be loaded without its `original`, which is missing.
         TrainingError: naming both numbers.
     """
-    context = describe_model(path, runner=TRANSFORMERS).context_length
+    context = describe_model(path, runner=TRANSFORMERS, base=original).context_length
     if tokens > context:
         raise TrainingError(f"{option} {tokens} is beyond the context of {path.name}, {context} tokens; give less.")
 
@@ -103,5 +106,5 @@ def open_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
             raise
         raise CheckpointError(
             f"transformers cannot read the tokenizer of {path}. Give the Hugging Face directory of the original, "
-            "as --tokenizer to finetune, or as --reference to heal."
+            "as --base or --tokenizer to finetune, or as --reference to heal."
         ) from error

@@ -55,18 +55,19 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> TrainingRep
         device = chosen_device(session.device)
         data = read_training_data(options.data)
         parts = data.split(options.held_out, seed=session.seed)
-        base = locate_model(options.packed)
+        base, original = locate_model(options.packed), options.base and locate_model(options.base)
         check_packed(base)
-        check_context(base, options.max_length, "--max-length")
+        check_context(base, options.max_length, "--max-length", original)
         run = RunDirectory(options.output, _identity(options, base, data, device), resume=options.resume)
-        tokenizer = open_tokenizer(locate_model(options.tokenizer) if options.tokenizer else base)
+        tokenizer = open_tokenizer(locate_model(options.tokenizer) if options.tokenizer else original or base)
         notes = _add_chat_template(tokenizer, data)
 
         # transformers takes seconds to import, which nobody who mistyped a path should wait for
         from dynquant.lora import round_adapter, save_adapter
         from dynquant.training.trainer import train
 
-        trainer = _trainer(options, base, tokenizer, parts, run, device=device, progress=progress)
+        where = {"device": device, "original": original}
+        trainer = _trainer(options, base, tokenizer, parts, run, progress=progress, **where)
         notes += _left_out(trainer, data, [len(part.rows) for part in parts], options.max_length)
         trained = train(trainer, run)
         round_adapter(trainer.model, options.training.stored_dtype)
@@ -93,8 +94,8 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> TrainingRep
 def _identity(options: FinetuneOptions, base: Path, data: TrainingData, device: str) -> dict[str, object]:
     return {
         "task": "finetune", "base": model_fingerprint(base), "data": data.sha256, "held_out_share": options.held_out,
-        "max_length": options.max_length, "tokenizer": options.tokenizer or "the base's", "device": device,
-        **asdict(options.training),
+        "max_length": options.max_length, "tokenizer": options.tokenizer or options.base or "the base's",
+        "device": device, **asdict(options.training),
     }  # fmt: skip
 
 
@@ -106,6 +107,7 @@ def _trainer(
     run: RunDirectory,
     *,
     device: str,
+    original: Path | None,
     progress: Progress,
 ) -> Any:
     from datasets import Dataset, disable_progress_bars
@@ -114,7 +116,7 @@ def _trainer(
     from dynquant.training.trainer import callbacks, trainer_settings
     from dynquant.training.trl_head import use_packed_head
 
-    adapted = open_with_adapter(base, options.training, device=device)
+    adapted = open_with_adapter(base, options.training, device=device, original=original)
     disable_progress_bars()
     train, held = (Dataset.from_list(list(part.rows)) for part in parts)
     settings = trainer_settings(adapted, options.training, run.checkpoints, num_examples=len(train), device=device)

@@ -116,8 +116,9 @@ class _Healing:
         check_packed(self.base)
         check_same_kind(self.base, self.original, "Give the model that was quantized as --reference.")
         check_original(self.base, open_model(self.original))
-        check_context(self.base, options.data.window, "--window")
-        described = (describe_model(path, runner=TRANSFORMERS) for path in (self.original, self.base))
+        check_context(self.base, options.data.window, "--window", self.original)
+        where = {"runner": TRANSFORMERS, "base": self.original}
+        described = (describe_model(path, **where) for path in (self.original, self.base))
         self.num_columns, self.notes = common_columns(*described)  # leading logits that both models have
         self.options = replace(options, training=replace(options.training, seed=session.seed))
         self.device, self.progress = chosen_device(session.device), progress
@@ -210,7 +211,7 @@ class _Healing:
         from dynquant.training import trainer as trainers
 
         options = self.options.training
-        adapted = open_with_adapter(self.base, options, device=self.device)
+        adapted = open_with_adapter(self.base, options, device=self.device, original=self.original)
         if self.options.start == RESIDUAL:
             start_from_residual(adapted, open_model(self.original), progress=self.progress)
         start = AdapterStart(adapted)

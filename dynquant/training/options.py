@@ -135,7 +135,16 @@ class FinetuneOptions(Options):
     ]
     held_out: Annotated[float, Flag("Share of the lines that is held out.", min=0, max=0.9)] = 0.1
     max_length: Annotated[int, Flag("Tokens of an example; longer ones are cut.", min=2)] = 1024
-    tokenizer: Annotated[str | None, Flag("Model whose tokenizer to use. Default: that of the packed model.")] = None
+    base: Annotated[
+        str | None,
+        Flag(
+            "The original, Hugging Face directory or hub id. A .gguf file of an architecture without a family is "
+            "loaded by it; its tokenizer is used."
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None, Flag("Model whose tokenizer to use. Default: that of --base, or of the packed model.")
+    ] = None
     training: TrainOptions = field(default_factory=TrainOptions)
     resume: Resume = True
 
@@ -149,7 +158,13 @@ class HealOptions(Options):
     """
 
     packed: Packed
-    reference: Annotated[str, Flag("The original: Hugging Face directory, hub id or .gguf.")]
+    reference: Annotated[
+        str,
+        Flag(
+            "The original: Hugging Face directory, hub id or .gguf; the directory or id for a packed .gguf file of an "
+            "architecture without a family."
+        ),
+    ]
     output: Output
     data: HealData = field(default_factory=HealData)
     start: Annotated[

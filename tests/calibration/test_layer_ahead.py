@@ -18,6 +18,8 @@ from dynquant.calibration.run import Calibration, StatisticsOptions, collect_sta
 from dynquant.calibration.streamed import calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
+from dynquant.exporters.options import ExportOptions
+from dynquant.exporters.stage import export
 from dynquant.families.common.conversion import Conversion, unchanged
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
@@ -28,7 +30,7 @@ from dynquant.running.layer_ahead import layer_ahead_of
 from dynquant.running.load import load_hf
 from dynquant.running.weight_inputs import weight_inputs
 from dynquant.running.weights import add_layer_ahead
-from dynquant.session import Progress, ignore_progress
+from dynquant.session import Progress, Session, ignore_progress
 from tests.helpers.architectures import converted_model
 from tests.helpers.layers_ahead import NUM_LAYERS, SIZES, save_with_layer_ahead
 
@@ -208,3 +210,23 @@ def test_a_plan_lists_no_matrix_of_the_layer(
     for entry in entries:
         if entry.name.endswith("_exps.weight"):
             assert bool((found.stats.input_of(entry.name).counts > 0).all()), entry.name
+
+
+@pytest.mark.nightly
+def test_an_export_without_the_layer_says_that_the_plan_was_with_it(
+    tmp_path: Path, small_moe: Path, llama_cpp_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(llama_cpp_tree))
+    save_with_layer_ahead("glm4_moe", directory := tmp_path / "model", small_moe)
+    model = open_model(directory)
+    plan = plan_from_types(model, preset_types("uniform-q8_0", model), recipe="preset uniform-q8_0")
+    plan.save(tmp_path / "plan.json")
+    how = {"plan": tmp_path / "plan.json", "output": tmp_path / "o.gguf", "encoder": "ggml", "mtp": False}
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        export(ExportOptions(model=str(directory), allow_difference=True, **how), Session(note=notes.append))
+    assert f"{plan.predicted_bytes:,} bytes with the layers that predict tokens ahead" in " ".join(notes)
+    assert not [
+        warning for warning in said if "leaves out" in str(warning.message) or "not use" in str(warning.message)
+    ]

@@ -112,7 +112,9 @@ def test_a_gpu_streams_the_same_files_too(moe, cuda, tmp_path, monkeypatch):
     assert same_files(calibrated_whole(moe, tmp_path / "whole", "activations", device=str(cuda)), tmp_path)
 
 
-@pytest.mark.parametrize("stages", [3, 9])  # in the middle of the layers, and before the last one runs backward
+@pytest.mark.parametrize(
+    "stages", represented_by((3,), (3, 9))
+)  # in the middle of the layers, and before the last one runs backward
 def test_a_killed_run_goes_on(stages, moe, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         streamed(moe, tmp_path, "gradients", progress=stopping_after(stages))
@@ -313,6 +315,7 @@ def test_a_streamed_plan_is_that_of_a_whole_model(tiny_moe, tmp_path):
     assert refused.returncode == 1 and "--sensitivity closed-form" in refused.stderr
 
 
+@pytest.mark.nightly
 def test_an_export_that_calibrates_keeps_the_limit_too(tiny_moe, tmp_path):
     made = [
         run("export", tiny_moe, "--preset", "uniform-iq2_xxs", "--encoder", "ggml", "--tune", "0", "--tokens", "1024",

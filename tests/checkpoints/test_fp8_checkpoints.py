@@ -119,6 +119,7 @@ def test_exports_are_those_of_the_floats(fp8, tmp_path):
     assert all(torch.equal(found.load(name), expected.load(name)) for name in found.names())
 
 
+@pytest.mark.nightly
 def test_a_plan_is_made_within_a_limit(fp8, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The heart pumps blood through the arteries to all parts of the body. " * 40)

@@ -189,7 +189,7 @@ def test_truncated_checkpoint(damaged):
 
 
 def test_missing_checkpoint(tmp_path):
-    assert "nowhere" in refused("plan", tmp_path / "nowhere", "-o", tmp_path / "plan", start=run_alone)
+    assert "nowhere" in refused("plan", tmp_path / "nowhere", "-o", tmp_path / "plan")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,16 +297,13 @@ def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path,
             succeed(*arguments)
 
 
-def test_a_linked_or_renamed_model_exports_its_plan(small_moe, planned, tmp_path):
-    (tmp_path / "linked").symlink_to(small_moe)
-    shutil.copytree(small_moe, tmp_path / "a copy of another name")
-    files = []
-    for model in (tmp_path / "linked", tmp_path / "a copy of another name"):
-        files.append(tmp_path / f"{len(files)}.gguf")
-        succeed("export", model, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", files[-1])
-    tensors = [[(t.name, t.data.tobytes()) for t in gguf.GGUFReader(file).tensors] for file in files]
-    assert tensors[0] == tensors[1]
-    assert files[0].stat().st_size == Plan.load(planned / "plan.json").predicted_bytes
+@pytest.mark.parametrize("put", [os.symlink, pytest.param(shutil.copytree, marks=pytest.mark.nightly)])
+def test_a_linked_or_renamed_model_exports_its_plan(small_moe, planned, tmp_path, put):
+    put(small_moe, tmp_path / "another name")
+    command_line = ("export", tmp_path / "another name", "--plan", planned / "plan.json", "--encoder", "ggml")
+    succeed(*command_line, "-o", tmp_path / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types == {entry.name: entry.type for entry in Plan.load(planned / "plan.json").entries}
 
 
 def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, tmp_path):

@@ -95,6 +95,7 @@ def test_targets_that_cannot_be_are_refused(small_moe, arguments, words):
     assert isinstance(error, PlanError) and words in str(error)
 
 
+@pytest.mark.nightly
 def test_a_plan_like_another_is_measured_and_exported_with_its_types(small_moe, tmp_path):
     like = planned(small_moe, "--recipe", "ffn_.*_exps=q4_0 .*=q8_0")
     like.save(tmp_path / "like.json")

@@ -119,6 +119,26 @@ def test_results_that_cannot_be_written_are_a_refusal(arguments, exported):
     assert (status, len(result), said) == (0, 1, "")
 
 
+@pytest.mark.parametrize(
+    "line",
+    represented_by(
+        ("9000 export --preset f16 -f gguf",),
+        (
+            "9000 export --preset f16 -f gguf",
+            "9000 export --preset f16 -f safetensors",
+            "1000 calibrate --tokens 256",
+            "4 plan --tokens 256 --bpw 5 --types q4_k,q8_0",
+        ),
+    ),
+)
+def test_a_file_that_may_not_grow_leaves_nothing_behind(line, small_moe, tmp_path):
+    blocks, name, *options = line.split()
+    limited, output = f'ulimit -f {blocks}; "$@"', tmp_path / ("output.gguf" if "gguf" in options else "output")
+    status, _, said = shell(limited, name, small_moe, *options, "-o", output)
+    assert status == 1 and "Traceback" not in said and "File too large" in said.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_moe, exported, tmp_path):
     arguments = ("export", small_moe, "--preset", "f16", "-o", tmp_path / "model.gguf")
     message = refused(*arguments, "--json-progress", "/dev/full")
@@ -131,6 +151,8 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
     ("arguments", "words"),
     [
         ("inspect {long}", "File name too long"),
+        ("inspect {t}/folder.gguf", "folder.gguf is a directory, not a GGUF file"),
+        ("recipe {t}/folder.gguf", "folder.gguf is a directory"),
         ("export {m} --preset f16 -o {long}.gguf", "File name too long"),
         ("export {m} --preset f16 -o {t}/{name}.gguf", "File name too long"),
         ("plan {m} -o {t}/file", "is a file"),
@@ -142,6 +164,8 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("eval {g} --reference {m} --text {t}/file -o {t}/folder", "is a directory"),
         ("export {m} --preset f16 -o {t}/folder", "is a directory"),
         ("export {m} --preset f16 -f safetensors -o {t}/file", "is a file"),
+        ("export {m} --preset f16 -f safetensors -o {t}/a.gguf", "writes a directory, and"),
+        ("export {m} --preset f16 -o {t}/a.safetensors", "does not end in .gguf"),
         ("finetune {m} --data {t}/file -o {t}/file2/adapter --json-progress {t}/folder", "is a directory"),
         ("measure-machine -o {t}/folder", "is a directory"),
         ("demo -o {t}/file", "is a file"),
@@ -161,11 +185,12 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
 )
 def test_paths_of_the_wrong_kind_are_named_before_any_work(arguments, words, small_moe, exported, tmp_path):
     (tmp_path / "file").write_text("text")
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "folder.gguf"):
+        (tmp_path / name).mkdir()
     names = {"m": small_moe, "g": exported, "t": tmp_path, "long": "x" * 300, "name": "x" * 240}
     message = refused(*(word.format(**names) for word in arguments.split()))
     assert words in message and "corrupt" not in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "folder.gguf"]
 
 
 @pytest.mark.parametrize(

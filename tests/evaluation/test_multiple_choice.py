@@ -17,7 +17,6 @@ from dynquant.evaluation.multiple_choice import (
 )
 from dynquant.evaluation.runners import open_encoder, open_runner
 from dynquant.inputs.questions import Question, load_questions, take_evenly
-from tests.helpers.representatives import represented_by
 
 SHOT = Question(subject="high_school_physics", question=" What falls? ", choices=("up", "a stone"), answer=1)
 ASKED = Question(subject="high_school_physics", question="What is hot?", choices=("the sun", "ice"), answer=0)
@@ -168,7 +167,8 @@ def harness_task(name: str, scoring: str, subject: str, files: dict[str, str]) -
     }
 
 
-@pytest.mark.parametrize("scoring", represented_by(["cloze"], ["letter", "cloze"]))
+@pytest.mark.nightly  # every run compares the prompts with those of MMLU, and the scores with the model's logits
+@pytest.mark.parametrize("scoring", ["letter", "cloze"])
 def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, shots, scoring, tmp_path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `dev`)")
     from lm_eval.models.huggingface import HFLM

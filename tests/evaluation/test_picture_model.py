@@ -100,6 +100,7 @@ def test_training_sees_what_the_processor_gives(tmp_path):
         assert torch.allclose(model(**ours).logits, expected, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_training_goes_on_and_lowers_the_loss(tmp_path, capsys):
     options = Namespace(
         output=tmp_path / "model", device="cpu", minutes=10, steps=3, pictures=2, questions=2, held_out=4,

@@ -123,6 +123,7 @@ def test_the_patched_file_has_the_new_bytes_and_nothing_else(crushed, tuned, tmp
 SHORT = replace(OPTIONS, tokens=512, held_out_tokens=256)
 
 
+@pytest.mark.nightly
 def test_the_same_run_gives_the_same_bytes(model, crushed, windows):
     """With text that the original writes, which is held out in part, and with routers alone."""
     options = replace(SHORT, tokens=256, held_out_tokens=256, sampled_tokens=240, parts=("routers",))

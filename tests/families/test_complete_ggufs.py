@@ -256,6 +256,8 @@ def test_inspect_shows_what_is_there_and_says_what_is_not(whole, tmp_path: Path)
         shown = succeed("inspect", path)
         assert re.search(rf"bits per weight of what is there\nThis is not a whole model\. .*{said}", shown), shown
         assert "F32" in shown and re.search(said, json.loads(run("inspect", path, "--json").stdout)["fault"])
+        for looked in (("recipe", path), ("diff", path, whole("llama").path)):
+            assert re.search(r"is not a whole model: .*" + said, run(*looked).stderr)
     shown = succeed("inspect", whole("llama").path)
     assert "what is there" not in shown and "whole" not in shown.splitlines()[-1]
 

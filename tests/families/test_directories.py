@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, weight_files
+from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
 from dynquant.families.open import locate_model, open_model
+from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.presets import preset_types
 from dynquant.running.load import load_directory, load_hf
 from tests.helpers.commands import refused, run
-from tests.helpers.tiny_models import save_tiny
+from tests.helpers.exports import export_gguf
+from tests.helpers.tiny_models import save_tiny, write_f32
 from tests.helpers.tiny_vision import save_vision_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 4096\n"
@@ -209,6 +213,23 @@ def test_weights_that_transformers_leaves_out_are_said(model: Path) -> None:
         open_model(model)
 
 
+def test_layers_ahead_are_not_said_to_be_left_out(model: Path, recwarn: pytest.WarningsRecorder) -> None:
+    tensors = load_file(model / SINGLE_NAME)
+    tensors |= {"model.layers.99.eh_proj.weight": torch.ones(8, 16), "mtp.fc.weight": torch.ones(8, 16)}
+    save_file(tensors, model / SINGLE_NAME, {"format": "pt"})
+    load_directory(model, torch.float32)
+    assert not [warning for warning in recwarn if "does not use" in str(warning.message)]
+
+
+def test_a_quantized_base_gguf_is_refused(model: Path, tmp_path: Path) -> None:
+    opened, base = open_model(model), tmp_path / "base.gguf"
+    assert open_model(model, base_gguf=write_f32(opened, base)).base_gguf == base
+    plan = plan_from_types(opened, preset_types("uniform-q8_0", opened), recipe="preset uniform-q8_0")
+    export_gguf(opened, plan, None, base, encoder=load_encoder("ggml", "cpu"))
+    with pytest.raises(CheckpointError, match=r"base-gguf\) is quantized: `\S+weight` is of type Q8_0\."):
+        open_model(model, base_gguf=base)
+
+
 @pytest.mark.parametrize("name", ["visual.blocks.1.attn.qkv.weight", "norm.weight"])
 def test_a_vision_model_without_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
     directory = save_vision_model("qwen2_vl", tmp_path / "qwen")
@@ -224,5 +245,6 @@ def test_weights_of_another_shape_are_named(model: Path) -> None:
     tensors = load_file(model / SINGLE_NAME)
     tensors["model.layers.1.self_attn.k_proj.weight"] = torch.ones(64, 256)
     save_file(tensors, model / SINGLE_NAME, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"in other shapes \(`model\.layers\.1\.self_attn\.k_proj\.weight`\)"):
+    name = r"`model\.layers\.1\.self_attn\.k_proj\.weight`"
+    with pytest.raises(CheckpointError, match=rf"1 tensors have other shapes .*{name} is stored as \[64, 256\], and"):
         load_directory(model, torch.float32)

@@ -60,9 +60,9 @@ def run_alone(*arguments: object) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def refused(*arguments: object, start=run) -> str:
-    """Run a command that must be refused, with `run` or `run_alone`; returns its one paragraph."""
-    done = start(*arguments)
+def refused(*arguments: object) -> str:
+    """Run a command that must be refused; returns its one paragraph."""
+    done = run(*arguments)
     assert done.returncode == 1, (done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr
     paragraphs = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

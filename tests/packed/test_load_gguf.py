@@ -201,3 +201,13 @@ def test_an_unknown_architecture_or_a_missing_file_is_refused(tmp_path):
         dynquant.load(tmp_path / "other.gguf")
     with pytest.raises(CheckpointError, match="no file"):
         dynquant.load(tmp_path / "none.gguf")
+
+
+def test_a_directory_and_another_base_are_refused_in_words_of_load(tiny_text, tmp_path):
+    with pytest.raises(CheckpointError, match="is a directory"):
+        dynquant.load(tmp_path)
+    model = open_hf(tiny_text("llama"))
+    types = plan_from_types(model, preset_types("bf16", model), recipe="preset bf16")
+    export_gguf(model, types, None, tmp_path / "model.gguf", encoder=load_encoder("ggml", "cpu"))
+    with pytest.raises(CheckpointError, match="Give the checkpoint that it was made from as base="):
+        dynquant.load(tmp_path / "model.gguf", base=tiny_text("mixtral"))

@@ -20,17 +20,22 @@ import dynquant.lora
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
+from dynquant.encoding.stream import load_encoder
 from dynquant.errors import AdapterError, CheckpointError
+from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model
 from dynquant.exporters import adapter_gguf
+from dynquant.exporters.gguf import write_patched
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.lora.places import bare_path
+from dynquant.packed import load_gguf
 from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import PackedLinear, PackedSortedExperts
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_directory, load_hf
 from tests.helpers.adapters import randomized
+from tests.helpers.exports import export_safetensors
 from tests.helpers.tiny_models import randomize
-from tests.helpers.traced_models import packed_and_decoded
+from tests.helpers.traced_models import mixed_plan, packed_and_decoded
 
 TOKENS = torch.arange(5, 45)[None]
 _SIZES = {
@@ -120,6 +125,8 @@ def conversions(checkpoint: SafetensorsSource) -> Iterator[Conversion]:
             )
         elif plain.endswith("linear_attn.out_proj.weight"):
             yield Conversion(f"blk.{layer}.ssm_out.weight", (name,), info.shape, "F32", lambda t: halves_swapped(t.T).T)
+        elif ".q_norm." in plain or ".k_norm." in plain:  # as Gemma's are, from 0 in the checkpoint and from 1 in GGUF
+            yield Conversion(plain, (name,), info.shape, "F32", lambda t: t + 1)
         else:
             yield Conversion(plain, (name,), info.shape, "F32", unchanged)
     for name, parts in stacks.items():
@@ -227,7 +234,34 @@ def test_a_gguf_file_loads_by_its_checkpoint(exported):
     loaded = dynquant.load(exported.folder / "model.gguf", base=exported.model)
     expected, state = exported.packed().state_dict(), loaded.state_dict()
     assert expected.keys() == state.keys()
-    assert all(torch.equal(expected[key], values) for key, values in state.items())
+    for key, values in state.items():  # norms were stored as 1 more, in float32
+        torch.testing.assert_close(values, expected[key], rtol=0, atol=1e-6 if values.is_floating_point() else 0)
+
+
+def test_commands_load_a_gguf_file_by_its_original(exported, monkeypatch):
+    file, original = exported.folder / "model.gguf", exported.folder / "original"
+    with pytest.raises(CheckpointError, match=r"as --reference to eval and heal, as --base to finetune"):
+        describe_model(file, runner=TRANSFORMERS)
+    assert describe_model(file, runner=TRANSFORMERS, base=original).vocab_size == _SIZES["vocab_size"]
+    monkeypatch.setattr(load_gguf, "open_model", lambda _: exported.model)
+    loaded = load_model(file, base=original)
+    with torch.inference_mode():
+        assert torch.allclose(loaded(input_ids=TOKENS).logits, exported.logits, atol=1e-5)
+
+
+def test_tuned_norms_are_exported_packed(exported, tmp_path):
+    model, file = exported.model, GGUFSource(exported.folder / "model.gguf")
+    norms = {name: file.load(name) for name in file.names() if "norm" in name}
+    tuned = {name: values * torch.linspace(0.9, 1.2, values.numel()) for name, values in norms.items()}
+    write_patched(file, tmp_path / "tuned.gguf", tuned, encoder="ggml")
+    stored, encoder = GGUFSource(tmp_path / "tuned.gguf"), load_encoder("ggml")
+    export_safetensors(model, mixed_plan(model), None, tmp_path / "packed", stored=stored, encoder=encoder)
+    packed = load_directory(tmp_path / "packed", torch.float32)
+    state, before = packed.state_dict(), exported.packed().state_dict()
+    for name, values in tuned.items():
+        (key,) = model.checkpoint_names(name)
+        assert torch.allclose(state[key] - before[key], values - norms[name], atol=1e-6), name
+    assert len(tuned) > 4 and all(torch.equal(state[key], before[key]) for key in state if "norm" not in key)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "gpt_oss"])

@@ -37,6 +37,7 @@ def planted(small_moe, tmp_path):
     return directory, strongest.in_channel
 
 
+@pytest.mark.nightly
 def test_a_planted_super_weight_in_a_routed_expert_keeps_that_tensor_precise(planted, tmp_path):
     directory, column = planted
     (tmp_path / "text.txt").write_text(TEXT)

@@ -168,15 +168,20 @@ def note(message: str) -> None:
 def noted_warnings(*, of_all_kinds: bool) -> Iterator[None]:
     """Context manager: warnings of this program and its libraries are notes of one line.
 
-    What libraries tell each other's authors (deprecations) is left out, unless those `of_all_kinds` are wanted.
+    What libraries tell each other's authors (deprecations) is left out, unless those `of_all_kinds` are wanted. The
+    same words are noted once.
     """
+    noted: set[str] = set()
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
     ) -> None:
         if of_all_kinds or not issubclass(category, _FOR_AUTHORS):
             where = f" ({category.__name__}, {filename}:{lineno})" if of_all_kinds else ""
-            note(f"warning: {' '.join(str(message).split())}{where}")
+            line = f"warning: {' '.join(str(message).split())}{where}"
+            if line not in noted:
+                noted.add(line)
+                note(line)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

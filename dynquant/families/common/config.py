@@ -127,8 +127,7 @@ def read_json(path: Path) -> dict[str, object]:
         ) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            unreadable(path, error)
-            or f"{path} is not valid JSON ({error}). It is truncated or corrupt; fetch it again."
+            unreadable(path, error) or f"{path} is not valid JSON in UTF-8 ({error}). Repair it, or fetch it again."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object. Fetch it again.")

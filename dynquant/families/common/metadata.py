@@ -14,6 +14,7 @@ from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
+from dynquant.families.tokenizers.files import checked_generation
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def write_general_keys(
 ) -> None:
     """`general.*` keys: type, and what the directory name and model card tell (name, size label, license, …)."""
     total, shared, expert, count = _parameter_counts(source)
+    checked_generation(directory)  # gguf-py takes it for what it should be
     try:
         metadata = gguf.Metadata.load(None, directory.resolve(), None, total)
         metadata.name = metadata.name or directory.resolve().name
@@ -89,8 +91,8 @@ def write_general_keys(
             writer._pack_val(entry.value, entry.type, add_vtype=True, sub_type=entry.sub_type)
     except Exception as error:  # the card is YAML by anyone, and gguf-py checks nothing of it
         raise CheckpointError(
-            f"The model card {directory / 'README.md'}, or generation_config.json beside it, cannot be read "
-            f"({type(error).__name__}: {error}). Repair or remove it."
+            f"The model card {directory / 'README.md'} cannot be read ({type(error).__name__}: {error}). Repair or "
+            "remove it."
         ) from error
 
 

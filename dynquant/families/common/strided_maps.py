@@ -275,6 +275,11 @@ def row_blocks(entries: StridedMap, locate: Callable[[str, Tensor], tuple[Tensor
     return blocks
 
 
+def unless_sorted(order: Tensor, size: int) -> Tensor | None:
+    """Return an order of rows or columns, or None where it leaves all `size` of them in place."""
+    return None if torch.equal(order, torch.arange(size)) else order
+
+
 def whole(name: str, shape: Sequence[int]) -> StridedMap:
     """Return a tensor as itself."""
     axes = zip(shape, contiguous_strides(shape), range(len(shape)), strict=True)

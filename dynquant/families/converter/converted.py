@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from pydantic import TypeAdapter
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, refuse_quantized
+from dynquant.checkpoints.tensor_roles import stored_ahead
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import check_values, read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.families.common.conversion_book import COMPUTED_BUFFERS, some_of
 from dynquant.families.common.metadata import recorded_fields
+from dynquant.families.common.rope import yarn_magnitude
 from dynquant.families.common.selection import Selection
 from dynquant.families.common.settings import settings_of_config, settings_of_metadata
 from dynquant.families.converter.description import Description, describe
@@ -44,14 +46,17 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     checkpoint = SafetensorsSource(directory)
     description = describe(directory, checkpoint, tree, no_mtp=not mtp)
     source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
-    metadata = tuple(field for field in description.keys.metadata if field.key not in OWN_KEYS)
+    metadata = _with_magnitude(field for field in description.keys.metadata if field.key not in OWN_KEYS)
     fault = description.about["tokenizer_fault"]
     if fault:
         metadata = tuple(map(_without_quirk, metadata)) + _own_tokenizer(directory, source, fault, tree)
     elif description.about["asked_pre_tokenizer"]:
         for note in description.pre_tokenizer_notes:
             warnings.warn(note, stacklevel=3)
-    _tell_unused(directory, description, has_tower=isinstance(raw.get("vision_config"), dict))
+    unused = [name for name in description.about["unused"] if mtp or not stored_ahead(name, raw)]
+    has_tower = isinstance(raw.get("vision_config"), dict)
+    _check_width(directory, source, metadata)
+    _tell_unused(directory, unused, description.about["mtp_fault"], has_tower=has_tower)
     about = {"hf_directory": directory, "settings": {**settings_of_metadata(metadata), **settings_of_config(raw)}}
     return Model(directory, source, metadata, source.checkpoint_names, has_family=False, **about)
 
@@ -65,6 +70,18 @@ def _conversions(description: Description, checkpoint: SafetensorsSource) -> Ite
         selection = _SELECTION.validate_python(entry["selection"])
         dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
         yield Conversion(name, parts, shape, dtype, unchanged if selection.is_identity else selection)
+
+
+def _check_width(directory: Path, source: ConvertedSource, metadata: tuple[MetadataField, ...]) -> None:
+    """Refuse a hidden size in config.json that is not that of the embedding, which the converter does not look at."""
+    width = next((field.value for field in metadata if field.key.endswith(".embedding_length")), None)
+    shape = source.info("token_embd.weight").shape if "token_embd.weight" in source.names() else (0, width)
+    if width is not None and shape[1] != width:
+        raise CheckpointError(
+            f"{directory / 'config.json'} and the tensors do not agree: with its hidden size "
+            f"`{source.checkpoint_names('token_embd.weight')[0]}` would be {[shape[0], width]}, and it is stored as "
+            f"{list(shape)}. Restore config.json, or fetch it with the weights."
+        )
 
 
 def _own_tokenizer(directory: Path, source: ConvertedSource, fault: str, tree: Path) -> tuple[MetadataField, ...]:
@@ -91,13 +108,27 @@ def _without_quirk(field: MetadataField) -> MetadataField:
     return replace(field, value=re.sub(r"(?i)(phi)-?3", r"\1 3", str(field.value)))
 
 
-def _tell_unused(directory: Path, description: Description, *, has_tower: bool) -> None:
+def _with_magnitude(fields: Iterable[MetadataField]) -> tuple[MetadataField, ...]:
+    """Return the keys with a checkpoint's own YaRN magnitude under the name that llama.cpp reads, as the families do.
+
+    It takes `yarn_attn_factor`, where it reads it at all, for none, and multiplies its default by `attn_factor`.
+    """
+    metadata = {field.key: field for field in fields}
+    rope = f"{metadata['general.architecture'].value}.rope.scaling."
+    field = metadata.pop(f"{rope}yarn_attn_factor", None)
+    if field is not None:
+        # Grok's number is a multiplier already; of all others the converter writes transformers' `attention_factor`.
+        default = 1.0 if rope.startswith("grok.") else yarn_magnitude(metadata[f"{rope}factor"].value)
+        metadata[f"{rope}attn_factor"] = replace(field, key=f"{rope}attn_factor", value=field.value / default)
+    return tuple(metadata.values())
+
+
+def _tell_unused(directory: Path, unused: list[str], fault: str, *, has_tower: bool) -> None:
     """Say which tensors the converter leaves out; a tower is said to be by who opens the model."""
-    unused = [name for name in description.about["unused"] if not name.endswith(COMPUTED_BUFFERS)]
+    unused = [name for name in unused if not name.endswith(COMPUTED_BUFFERS)]
     if has_tower:
         unused = [name for name in unused if not _OF_TOWERS.search(name)]
     if unused:
-        fault = description.about["mtp_fault"]
         because = fault and f"; it fails with layers that predict tokens ahead ({fault})"
         warnings.warn(
             f"{directory}: llama.cpp's converter leaves out {len(unused)} tensors ({some_of(unused)}){because}.",

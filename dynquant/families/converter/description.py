@@ -5,6 +5,7 @@ What it holds are llama.cpp's keys and selections of the checkpoint's tensors, s
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import warnings
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from dynquant.checkpoints.gguf_source import GGUFSource
@@ -22,7 +24,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoin
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
 from dynquant.families.common import selection, strided_maps
-from dynquant.families.common.config import WAY_OUT
+from dynquant.families.common.config import WAY_OUT, read_json
 from dynquant.families.converter import tracing, worker
 from dynquant.families.converter.source_tree import cache_directory, tree_version
 from dynquant.families.tokenizers.files import read_tokenizer_files
@@ -32,6 +34,8 @@ from dynquant.storage.strict_json import parse_json
 from dynquant.workers import run_module
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
+_EXPERT, _LAYER = re.compile(r"\.experts\.(\d+)\."), re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _MOST_HASHED = 1 << 26
 _LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "torch")
 """Packages that the converter calls."""
@@ -136,7 +140,8 @@ def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> 
     done = run_module(worker.__name__, [str(folder / "request.json"), str(folder)], **quiet)
     refusal = folder / worker.REFUSAL
     if refusal.is_file():
-        raise _refused(directory, tree, **parse_json(refusal.read_bytes()))
+        shapes = {name: shape for name, _, shape, _ in request["tensors"]}
+        raise _refused(directory, tree, shapes, **parse_json(refusal.read_bytes()))
     if -done.returncode == signal.SIGKILL:
         raise CheckpointError(
             f"The system killed llama.cpp's converter on {directory}, as it does where memory runs out. Free memory, "
@@ -150,7 +155,24 @@ def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> 
         )
 
 
-def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointError:
+def _refused(
+    directory: Path, tree: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, reason: str
+) -> CheckpointError:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_json(directory / "config.json")
+    if kind == "unknown" and not config.get("architectures"):
+        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+        value = f'["{names}"]' if isinstance(names, str) else "the name of transformers' class, in a list"
+        return CheckpointError(
+            f"{directory / 'config.json'} has no `architectures`, by which llama.cpp's converter finds the model. Set "
+            f"it to {value}, or fetch the file again."
+        )
+    if kind == "failed" and (disagreement := _disagreement(config, shapes)):
+        return CheckpointError(
+            f"{directory / 'config.json'} and the tensors do not agree: {disagreement}. llama.cpp's converter refuses "
+            f"them ({shorten(reason, 200)}). Restore config.json, or fetch it with the weights."
+        )
     if kind == "unknown":
         said = f"llama.cpp's converter in {tree} does not know the architecture of {directory} ({reason})"
         return CheckpointError(f"{said}. Give a newer tree by --llama-cpp DIR, or wait until llama.cpp has it.")
@@ -164,6 +186,25 @@ def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointE
             "may have a place for it."
         )
     return CheckpointError(
-        f"llama.cpp's converter in {tree} refuses {directory} ({reason}). Complete its files, or give another version "
-        f"of the tree by --llama-cpp DIR. {WAY_OUT}"
+        f"llama.cpp's converter in {tree} refuses {directory} ({shorten(reason, 300)}). config.json and the tensors "
+        "may not be of one model: complete the files, or fetch them again. Or give another version of the tree by "
+        "--llama-cpp DIR."
+    )
+
+
+def _disagreement(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return in words the numbers in config.json that the tensors contradict; empty where none is found."""
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    experts, layers = ({int(match[1]) for match in map(at.search, shapes) if match} for at in (_EXPERT, _LAYER))
+    stacks = {shape[0] for name, shape in shapes.items() if ".experts." in name and len(shape) == 3}
+    rows, width = next((shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), (0, 0))
+    exact = (*_EXPERT_COUNTS, "hidden_size")
+    num_experts = len(experts) or max(stacks, default=0)
+    numbers = {**dict.fromkeys(_EXPERT_COUNTS, num_experts), "hidden_size": width}
+    numbers |= {"num_hidden_layers": len(layers), "vocab_size": rows}
+    return ", ".join(
+        f"`{key}` is {text[key]} and the tensors have {number}"
+        for key, number in numbers.items()
+        # There may be layers that predict tokens ahead, and rows that fill up the embedding.
+        if number and isinstance(text.get(key), int) and (text[key] > number or (key in exact and text[key] != number))
     )

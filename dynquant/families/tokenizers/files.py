@@ -121,6 +121,21 @@ _TokenIds = create_model(
     **dict.fromkeys((f"{kind}_token_id" for kind in KINDS), (int | list[int] | None, None)),
 )
 """Ids in config.json and generation_config.json; -1 stands for none in old files."""
+_Int32 = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+_Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
+_Generation = create_model(
+    "_Generation",
+    __base__=_TokenIds,
+    **dict.fromkeys(("top_k", "penalty_last_n", "mirostat"), (_Int32 | None, None)),
+    **dict.fromkeys(
+        (
+            "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "xtc_probability", "xtc_threshold",
+            "penalty_repeat", "mirostat_tau", "mirostat_eta",
+        ),
+        (_Float32 | None, None),
+    ),
+)  # fmt: skip
+"""Numbers of generation_config.json that are stored in a GGUF, or that transformers compares with others."""
 
 
 class _Names(_Named):
@@ -280,9 +295,14 @@ def _united(sources: Mapping[Path, Mapping[int, Token]]) -> dict[int, Token]:
     return added
 
 
+def checked_generation(directory: Path) -> _TokenIds:  # type: ignore[valid-type]
+    """Return the ids in generation_config.json, or raise CheckpointError naming a number that is none."""
+    return _read(directory / "generation_config.json", _Generation)
+
+
 def _stated_ids(directory: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     config = _read(directory / "config.json", _Config)
-    generation = _read(directory / "generation_config.json", _TokenIds)
+    generation = checked_generation(directory)
     stated: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, parts in {"config.json": (config, config.text_config), "generation_config.json": (generation,)}.items():
         stated[name] = {}

@@ -7,6 +7,7 @@ import torch
 
 from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.analysis.errors.options import AnalyzeOptions, TableOptions
+from dynquant.analysis.errors.sampled_sums import SampledSums
 from dynquant.analysis.errors.sampling import Extent, Sampling, blocks_of, draw
 from dynquant.analysis.errors.stage import analyze
 from dynquant.analysis.errors.sums import ErrorJournal
@@ -19,6 +20,7 @@ from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.session import Session
+from tests.helpers.representatives import represented_by
 
 TYPES = ("Q3_K", "Q4_0")
 STACK, MATRIX = "blk.2.ffn_down_exps.weight", "blk.1.attn_output.weight"
@@ -91,10 +93,10 @@ def test_a_seed_repeats_its_rows_and_another_one_draws_others(table_of, sampled)
     assert other.row(STACK, "Q4_0").weighted_error != sampled.row(STACK, "Q4_0").weighted_error
 
 
-def test_processes_measure_what_one_thread_does(table_of, sampled, exact):
-    for sampling, table in ((Sampling(seed=3), sampled), (None, exact)):
-        processes, one_thread = (table_of(sampling, threads=threads) for threads in (3, 1))
-        assert processes.model_dump_json() == one_thread.model_dump_json() == table.model_dump_json()
+@pytest.mark.parametrize("name", represented_by(("sampled",), ("sampled", "exact")))
+def test_processes_measure_what_one_thread_does(name, table_of, request):
+    tables = [table_of(Sampling(seed=3) if name == "sampled" else None, threads=threads) for threads in (3, 1)]
+    assert tables == [request.getfixturevalue(name)] * 2
 
 
 def test_an_interrupted_sample_goes_on_to_the_same_table(table_of, sampled, tmp_path):
@@ -137,8 +139,8 @@ def test_drawn_rows_have_the_bytes_of_an_export(model, stats):
     assert sums.checksum == checksum(weights)
 
 
-def made_up(seed, num_experts, sampling=None):
-    """Rows with energies of several magnitudes, drawn; and the errors of all of them."""
+def made_up(seed, num_experts, sampling=None, odd=False):
+    """Rows with energies of several magnitudes, drawn; and errors of all, which differ by expert or in an odd one."""
     generator = torch.Generator().manual_seed(5)
     weights = torch.randn(num_experts, 60, 32, generator=generator)
     weights *= torch.randn(num_experts, 60, 1, generator=generator).mul(0.8).exp()
@@ -146,10 +148,19 @@ def made_up(seed, num_experts, sampling=None):
     shares /= shares.sum()
     energies = weights.square().sum(-1, dtype=torch.float64)
     noise = torch.randn(num_experts, 60, generator=generator, dtype=torch.float64).mul(0.3).exp()
-    errors = 0.1 * energies * noise * torch.linspace(0.5, 1.5, num_experts, dtype=torch.float64).unsqueeze(1)
+    of_experts = torch.linspace(0.5, 1.5, num_experts, dtype=torch.float64)
+    if odd:
+        of_experts = torch.linspace(0.99, 1.01, num_experts, dtype=torch.float64)
+        of_experts[::16] = 0.8
+    errors = 0.1 * energies * noise * of_experts.unsqueeze(1)
     blocks = [(e, r, weights[e.start : e.stop, r.start : r.stop]) for e, r in blocks_of(weights.shape, 320)]
     rows = draw("a", weights.shape, blocks, None, shares, sampling or Sampling(seed=seed))
     return rows, weights, shares, errors, energies
+
+
+def numbers_of(drawn, weights):
+    """Find drawn rows again by their weights."""
+    return (drawn[:, :, None] == weights[:, None]).all(-1).int().argmax(-1)
 
 
 @pytest.mark.parametrize("extent", [Extent(1, 20), Extent(12, 8), Extent(24, 60)])
@@ -160,8 +171,7 @@ def test_estimates_are_unbiased_and_their_errors_honest(extent):
     for seed in seeds:
         rows, weights, shares, errors, energies = made_up(seed, num_experts)
         drawn = rows.experts[: extent.experts]
-        # The drawn rows are found again by their weights.
-        number = (rows.weights[drawn, : extent.rows, None] == weights[drawn][:, None]).all(-1).int().argmax(-1)
+        number = numbers_of(rows.weights[drawn, : extent.rows], weights[drawn])
         these = [values[drawn].gather(1, number) for values in (errors, energies)]
         counted = shares[drawn] / rows.expert_chances(extent)
         error, energy = ((rows.totals(values, extent) * counted).sum() for values in these)
@@ -175,6 +185,30 @@ def test_estimates_are_unbiased_and_their_errors_honest(extent):
     assert abs(float(estimates.mean()) - truth) < max(3 * spread / len(seeds) ** 0.5, 0.01 * truth)
     assert float(claimed.square().mean().sqrt()) == pytest.approx(spread, rel=0.25)
     assert float(((estimates - truth).abs() < 1.96 * claimed).double().mean()) > 0.85
+
+
+@pytest.mark.parametrize("num_experts", [16, 48])
+def test_a_sample_that_stops_at_its_goal_knows_its_error(num_experts):
+    """One expert in 16 loses less than the others, which few experts do not show."""
+    distances, limits = [], Sampling(target=0.03)
+    for seed in range(60):
+        rows, weights, shares, errors, energies = made_up(seed, num_experts, Sampling(seed=seed), odd=True)
+        sampled = SampledSums(rows, shares, ("Q4_0",), limits)
+        for experts, drawn, places in sampled.rounds():
+            number = numbers_of(drawn, weights[experts])
+            lost, energy = (values[experts].gather(1, number).expand(2, -1, -1) for values in (errors, energies))
+            sampled.add(places, energy, {"Q4_0": lost})
+        sums = sampled.sums(0)["Q4_0"]
+        if sums.sample is None:  # all rows were measured
+            continue
+        counted = shares[sums.sample.experts] / torch.tensor(sums.sample.chances)
+        error, energy = counted @ torch.tensor(sums.weighted, dtype=torch.float64)
+        truth = (errors.sum(1) * shares).sum() / (energies.sum(1) * shares).sum()
+        distances.append(float((error / energy - truth) / sums.sample.weighted_error_se))
+    assert len(distances) > 40
+    distances = torch.tensor(distances)
+    assert 0.75 < float(distances.square().mean().sqrt()) < 1.25
+    assert float((distances.abs() < 1.96).float().mean()) > 0.88
 
 
 def test_a_matrix_read_in_blocks_draws_the_rows_of_one_read_whole():

@@ -21,7 +21,8 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError
 from dynquant.families.converter.converted import open_converted
 from dynquant.families.open import open_model
-from tests.helpers.tiny_models import TINY, randomize
+from tests.helpers.commands import succeed
+from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, randomize
 
 COMMON: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -77,10 +78,6 @@ OTHER_KEYS = {
     "vocab_size": "the converter writes it where the configuration is of Llama",
 }
 OTHER_KEYS_OF = {
-    "qwen2-yarn": {
-        "rope.scaling.attn_factor": "llama.cpp multiplies its magnitude by it, and reads",
-        "rope.scaling.yarn_attn_factor": "nothing of that name: KL 0.2 to transformers",
-    },
     "qwen2-moe-tied": {"general.size_label": "counts the output matrix, without which llama.cpp loads no qwen2moe"},
     "gemma3-period-3": {"attention.sliding_window_pattern": "else every sixth layer sees all tokens: KL 0.03"},
     "deepseek-v2": {"expert_gating_func": "llama.cpp guesses it where the configuration names none"},
@@ -175,6 +172,16 @@ def test_families_and_the_converter_agree(name: str, tree: Path, tiny_text: Call
     here, there = values_by_key(ours), values_by_key(theirs)
     others = {key for key in here.keys() | there.keys() if here.get(key) != there.get(key)}
     assert others - OTHER_KEYS.keys() == OTHER_KEYS_OF.get(name, {}).keys()
+
+
+def test_an_own_magnitude_of_yarn_is_that_of_transformers(tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    """Under the converter's name of it, `yarn_attn_factor`, llama.cpp does not read it: KL 0.2."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    rope = {"rope_parameters": {**yarn, "attention_factor": 1.5}}
+    directory, file = saved("olmo2", COMMON | rope, tmp_path, small_moe), tmp_path / "model.gguf"
+    succeed("export", directory, "--preset", "f16", "-o", file)
+    tokens = list(range(100, 228))
+    assert mean_kl(hf_logits(directory, tokens), llama_logits(file, tokens)) < 1e-4
 
 
 def test_a_tensor_without_a_place_is_refused_by_name(tree: Path, tmp_path: Path, small_moe: Path) -> None:

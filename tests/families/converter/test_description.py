@@ -1,6 +1,7 @@
 """Descriptions are kept once, made again where they are damaged, and never in the way of another process."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,3 +77,20 @@ def test_a_worker_that_was_killed_names_memory(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(description, "run_module", lambda *_, **__: killed)
     with pytest.raises(CheckpointError, match="memory"):
         description._run(tmp_path, tmp_path, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        ("failed", {"num_experts": 16}, "do not agree: `num_experts` is 16 and the tensors have 2."),
+        ("failed", {"hidden_size": 32, "num_hidden_layers": 1}, "`hidden_size` is 32 and the tensors have 64"),
+        ("failed", {"num_experts": 2, "vocab_size": 90}, "refuses"),
+        ("unknown", {"model_type": "olmoe"}, 'has no `architectures`, .* Set it to \\["OlmoeForCausalLM"\\]'),
+    ],
+)
+def test_a_refusal_names_what_is_wrong_in_config_json(kind: str, config: dict, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["A"] * (kind == "failed")} | config))
+    shapes = {"model.embed_tokens.weight": (96, 64), "model.layers.0.mlp.experts.1.up_proj.weight": (8, 64)}
+    shapes |= {"model.layers.0.mlp.experts.0.up_proj.weight": (8, 64)}
+    refusal = str(description._refused(tmp_path, tmp_path, shapes, kind, "AssertionError: "))
+    assert re.search(said, refusal) and "--base-gguf" not in refusal

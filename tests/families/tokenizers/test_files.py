@@ -277,7 +277,8 @@ def test_damaged_files_are_refused(name, damage, layout):
         "cut": content[: len(content) // 2], "utf-16": content.decode().encode("utf-16"), "latin-1": content + b"\xe9",
         "empty": b"", "deep": b"[" * 100_000, "list": b"[1]",
     }[damage])  # fmt: skip
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+    words = r".*it is UTF-16 and must be UTF-8: convert it" if damage == "utf-16" else ""
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.") + words):
         open_config(directory)
     (directory / "chat_template.jinja").write_bytes(b"\xe9")
     with pytest.raises(CheckpointError):
@@ -331,6 +332,18 @@ def test_an_eos_id_beyond_the_vocabulary_is_refused(file, layout):
         CheckpointError, match=rf"{file}\.json gives `eos_token_id` as 906, but the embedding has 906 rows"
     ):
         keys(directory)
+
+
+def test_a_word_for_a_number_of_sampling_is_named_and_a_directory_without_a_tokenizer_too(layout):
+    directory = layout({"generation_config": {"temperature": "hot"}})
+    with pytest.raises(CheckpointError, match=r"generation_config\.json .*temperature"):
+        open_config(directory)
+    (directory / "generation_config.json").write_text('{"temperature": 1, "top_p": 0.9, "top_k": 20}')
+    open_config(directory)
+    for file in (*directory.glob("tokenizer*"), *directory.glob("vocab*"), directory / "merges.txt"):
+        file.unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        load_tokenizer(directory)
 
 
 def test_eos_of_generation_config_counts_where_no_other_file_has_one(layout):
