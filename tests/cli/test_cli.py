@@ -282,17 +282,18 @@ def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path,
     options = ("--for", "vllm", "--bpw", 15) if target == "vllm" else ("--bpw", 6, "--types", "q4_k,q8_0")
     succeed("plan", model, *options, "--tokens", 600, "--hessians", "none", "--no-report", "-o", tmp_path / "plan")
     form = ("-f", "compressed-tensors") if target == "vllm" else ("--encoder", "ggml")
+    output = tmp_path / ("out" if target == "vllm" else "out.gguf")
     original = load_file(model / "model.safetensors")
     for name in ("model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight", None):
         tensors = {key: tensor.clone() for key, tensor in original.items()}
         if name is not None:
             tensors[name].view(-1)[tensors[name].numel() // 2 + 77] += 0.5
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-        arguments = ("export", model, "--plan", tmp_path / "plan" / "plan.json", *form, "-o", tmp_path / "out.gguf")
+        arguments = ("export", model, "--plan", tmp_path / "plan" / "plan.json", *form, "-o", output)
         if name is not None:
             message = refused(*arguments)
             assert re.search(r"changed since the plan .* was [0-9a-f]{16}, now it is [0-9a-f]{16}", message)
-            assert not (tmp_path / "out.gguf").exists()
+            assert not output.exists()
         else:
             succeed(*arguments)
 
