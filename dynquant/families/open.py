@@ -70,14 +70,15 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None, mtp: bo
 def _refuse_quantized_base(source: TensorSource, file: Path, directory: Path) -> None:
     """Refuse a quantized file as the base of a directory, save in types that are the directory's own.
 
-    llama.cpp's converter keeps the blocks of experts that are stored in FP4.
+    llama.cpp's converter keeps the blocks of experts that are stored in FP4. It also writes Q8_0, whose rounding is
+    told where the two sides are compared.
     """
-    floats = ("F32", "F16", "BF16", *(("MXFP4", "NVFP4") if quantization_of(directory) else ()))
+    floats = ("F32", "F16", "BF16", "Q8_0", *(("MXFP4", "NVFP4") if quantization_of(directory) else ()))
     for info in map(source.info, source.names()):
         if info.dtype not in floats:
             raise CheckpointError(
                 f"{file} (--base-gguf) is quantized: `{info.name}` is of type {info.dtype}. A file in F32, F16 or BF16 "
-                "is needed, as llama.cpp's converter writes it with --outtype bf16."
+                "is needed, as llama.cpp's converter writes it (`--outtype bf16`)."
             )
 
 

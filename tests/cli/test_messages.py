@@ -15,6 +15,7 @@ OF_OTHERS = {
         "exclude-weights", "override-kv", "allow-requantize", "keep-split", "dry-run", "pure",
     },
     "llama-gguf-split": {"merge"},
+    "convert_hf_to_gguf.py": {"outtype"},
     "llama-imatrix": {"in-file"},
     "ray start": {"head", "address"},
     "pip": {"no-deps", "no-binary", "dest"},

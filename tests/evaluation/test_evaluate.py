@@ -14,11 +14,12 @@ from dynquant.evaluation.evaluate import common_columns
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import ModelInfo
 from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
+from dynquant.families.open import open_model
 from dynquant.inputs.text import evaluation_windows
 from tests.helpers.commands import refused
 from tests.helpers.edited_checkpoints import edited_config
 from tests.helpers.evaluating import evaluated
-from tests.helpers.tiny_models import save_tiny
+from tests.helpers.tiny_models import save_tiny, write_f32
 
 SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
 
@@ -230,9 +231,10 @@ def test_models_of_two_kinds_are_named_before_anything_runs(packed_moe, small_mo
     assert "`llama`" in said and "`deepseek2`" in said
     said = refused("heal", packed_moe.gguf, "--reference", llama, "-o", tmp_path / "healed")
     assert "`llama`" in said and "`deepseek2`" in said
+    base = write_f32(open_model(llama), tmp_path / "base.gguf")
     for step in ("plan", "calibrate", "export"):
         budget = {"plan": ["--bpw", 4], "export": ["--preset", "f16"]}.get(step, [])
-        said = refused(step, llama, "--base-gguf", packed_moe.gguf, *budget, "-o", tmp_path / "out.gguf")
+        said = refused(step, small_moe, "--base-gguf", base, *budget, "-o", tmp_path / "out.gguf")
         assert "`llama`" in said and "`deepseek2`" in said and "as --base-gguf" in said
     assert not any((tmp_path / name).exists() for name in ("tuned.gguf", "healed", "out.gguf"))
 

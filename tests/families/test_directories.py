@@ -224,9 +224,9 @@ def test_layers_ahead_are_not_said_to_be_left_out(model: Path, recwarn: pytest.W
 def test_a_quantized_base_gguf_is_refused(model: Path, tmp_path: Path) -> None:
     opened, base = open_model(model), tmp_path / "base.gguf"
     assert open_model(model, base_gguf=write_f32(opened, base)).base_gguf == base
-    plan = plan_from_types(opened, preset_types("uniform-q8_0", opened), recipe="preset uniform-q8_0")
+    plan = plan_from_types(opened, preset_types("uniform-q4_0", opened), recipe="preset uniform-q4_0")
     export_gguf(opened, plan, None, base, encoder=load_encoder("ggml", "cpu"))
-    with pytest.raises(CheckpointError, match=r"base-gguf\) is quantized: `\S+weight` is of type Q8_0\."):
+    with pytest.raises(CheckpointError, match=r"base-gguf\) is quantized: `\S+weight` is of type Q4_0\."):
         open_model(model, base_gguf=base)
 
 

@@ -28,11 +28,14 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> Finished:
-    """Run the script's entry point here, with `/` as working directory; other errors than its exits are raised."""
+    """Run the script's entry point here, with `/` as working directory; other errors than its exits are raised.
+
+    What it sets in the environment (`--llama-cpp`) does not outlive it.
+    """
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["dynquant", *map(str, arguments)]), chdir("/"), redirect_stdout(out),
-        redirect_stderr(err),
+        redirect_stderr(err), patch.dict(os.environ),
     ):  # fmt: skip
         try:
             cli.main()

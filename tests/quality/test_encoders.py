@@ -86,7 +86,7 @@ def test_held_out_kl_at_the_same_bytes(small_moe, files, tmp_path):
         kl[name] = report.texts[0].kl.mean.value
     assert len({path.stat().st_size for path in files.values()}) == 1
     assert kl["dynquant"] < 0.85 * kl["ggml"]
-    assert kl["tuned"] < 0.95 * kl["dynquant"]
+    assert kl["tuned"] < 0.97 * kl["dynquant"]
 
 
 def test_the_encoder_is_named_in_the_file(files):

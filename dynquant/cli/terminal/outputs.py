@@ -17,7 +17,7 @@ from dynquant.options import Writes
 from dynquant.storage.lock import locked
 
 PATHS_IN_WORDS = frozenset({
-    "calibration", "candidate", "data", "mmlu_data", "model", "packed", "path", "recipe", "reference", "shots", "text",
+    "base", "calibration", "candidate", "data", "mmlu_data", "model", "packed", "path", "recipe", "reference", "shots", "text",
     "tokenizer",
 })  # fmt: skip
 """Parameters of type str that may name files; hub ids and patterns are no files."""
