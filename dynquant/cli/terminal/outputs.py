@@ -17,8 +17,8 @@ from dynquant.options import Writes
 from dynquant.storage.lock import locked
 
 PATHS_IN_WORDS = frozenset({
-    "base", "calibration", "candidate", "data", "mmlu_data", "model", "packed", "path", "recipe", "reference", "shots", "text",
-    "tokenizer",
+    "base", "calibration", "candidate", "data", "mmlu_data", "model", "packed", "path", "recipe", "reference", "shots",
+    "text", "tokenizer",
 })  # fmt: skip
 """Parameters of type str that may name files; hub ids and patterns are no files."""
 _MODEL_FILE = re.compile(
