@@ -301,6 +301,7 @@ def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch):
     assert "streamed layer by layer within 68.00 MB" in " ".join(notes)
 
 
+@pytest.mark.nightly
 def test_a_streamed_plan_is_that_of_a_whole_model(tiny_moe, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The heart pumps blood through the arteries to all parts of the body. " * 40)

@@ -18,6 +18,7 @@ def test_killed_exports_end_with_the_bytes_of_an_undisturbed_one(small_moe, tmp_
     assert counts["kills"] == 2 and counts["kills with parts kept"] >= 1 and counts["finished"] >= 2
 
 
+@pytest.mark.nightly
 def test_an_export_takes_the_memory_of_a_part_and_not_of_a_stack():
     command = [sys.executable, REPOSITORY / "tests/examples/export_memory.py", "--part-memory", "64MiB"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -67,15 +67,14 @@ def test_handlers_are_put_back(small_moe):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
-    stats = tmp_path / "stats.safetensors"
-    assert run("calibrate", small_moe, "--tokens", "1024", "--hessians", "none", "-o", stats).returncode == 0
+def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, calibrated_16m, tmp_path):
+    stats = calibrated_16m / "stats.safetensors"
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     for directory in (broken, whole):
         directory.mkdir()
 
     def arguments(directory):
-        return ("export", small_moe, "--preset", "uniform-iq4_xs", "--stats", stats, "--encoder", "ggml",
+        return ("export", small_moe, "--preset", "uniform-q4_k", "--stats", stats, "--encoder", "ggml",
                 "--threads", "1", "-o", directory / "model.gguf")  # fmt: skip
 
     line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "quantize", at=0.2)
