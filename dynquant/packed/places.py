@@ -25,6 +25,7 @@ from dynquant.checkpoints.vision_names import keys_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import Conversion, ConvertedSource, Transform, unchanged
+from dynquant.families.common.strided_maps import unless_sorted
 from dynquant.families.text.registry import conversions_of
 from dynquant.formats import decode
 from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
@@ -250,8 +251,7 @@ def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor 
     column = (rows,) + (1,) * (len(shape) - 1)
     start = transform(torch.zeros(column, dtype=torch.float64)).flatten()  # what it adds to each row
     order = transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start  # where rows come from
-    is_moved = bool((order != torch.arange(rows)).any())
-    return order.long() if is_moved else None, float(start[0])
+    return unless_sorted(order.long(), rows), float(start[0])
 
 
 def _key(conversion: Conversion) -> str:

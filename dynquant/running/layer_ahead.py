@@ -67,7 +67,7 @@ def places_ahead(hf_model: Any, arch: str, stored: Collection[str]) -> Iterator[
     names = _NAMES.get(arch)
     if names is None:
         return
-    layers, path = _decoder(hf_model).layers, "mtp"
+    layers, path = hf_model.get_decoder().layers, "mtp"
     if names is _BEHIND:
         path = next(f"{name}.{len(layers)}" for name, module in hf_model.named_modules() if module is layers)
     if f"{path}.{names.projection}.weight" not in stored:
@@ -85,7 +85,7 @@ class LayerAhead:
 
     def __init__(self, hf_model: Any, place: PlaceAhead) -> None:
         self.place, self._model = place, hf_model
-        self._decoder = _decoder(hf_model)
+        self._decoder = hf_model.get_decoder()
         # Without the layer itself, which may be the last one of them.
         self._layers = list(self._decoder.layers)[: hf_model.config.get_text_config().num_hidden_layers]
         self._states: Tensor | None = None
@@ -174,10 +174,6 @@ class LayerAhead:
 def layer_ahead_of(hf_model: nn.Module) -> LayerAhead | None:
     """Return the layer that was added to a model, if one was."""
     return hf_model.__dict__.get(_KEY)
-
-
-def _decoder(hf_model: Any) -> Any:
-    return hf_model.get_decoder()
 
 
 def _add(root: nn.Module, path: str, module: nn.Module) -> None:
