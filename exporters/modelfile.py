@@ -9,7 +9,7 @@ Left out: tools, and a date, which Go's template would have to compute.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from dynquant.families.tokenizers.chat_template import (
     format_of_metadata,
     markup,
 )
+from dynquant.session import Session
 
 _PARAMETERS = {
     "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repeat_penalty": "penalty_repeat",
@@ -77,19 +78,21 @@ class _GoTemplate:
         )
 
 
-def write_modelfile(gguf: Path, mmproj: Path | None = None) -> tuple[Path, list[str]]:
-    """Write NAME.Modelfile beside NAME.gguf, and return its path and what it does not say, as sentences.
+def write_modelfile(files: Sequence[Path], session: Session) -> Path:
+    """Write NAME.Modelfile beside NAME.gguf, the first file, which an mmproj file may follow; say what it lacks.
 
     Raises:
         ExportError: the model is split over several files, which Ollama does not read.
     """
-    source = GGUFSource(gguf)
+    source = GGUFSource(files[0])
     if len(source.files) > 1:
-        raise ExportError(f"{gguf} is one of {len(source.files)} files, and Ollama reads models of one file alone.")
-    text, notes = modelfile(source, [gguf.name, *([mmproj.name] if mmproj else ())])
-    path = modelfile_path(gguf)
+        raise ExportError(f"{files[0]} is one of {len(source.files)} files, and Ollama reads models of one file alone.")
+    text, notes = modelfile(source, [file.name for file in files])
+    for note in notes:
+        session.note(note)
+    path = modelfile_path(files[0])
     path.write_text(text, "utf-8")
-    return path, notes
+    return path
 
 
 def modelfile(source: GGUFSource, names: list[str]) -> tuple[str, list[str]]:

@@ -107,10 +107,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             if errors is not None:
                 errors.save(session)
     if options.modelfile:
-        modelfile, remarks = write_modelfile(files[0], next((file for file in files[1:]), None))
-        files.append(modelfile)
-        for remark in remarks:
-            session.note(remark)
+        files.append(write_modelfile(files, session))
     if options.format == "gguf" and compared is None and model.is_converted:
         how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
         check_written(model, files[0], session, **how)
