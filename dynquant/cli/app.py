@@ -19,6 +19,7 @@ from dynquant.cli.compare import compare, compare_encoders
 from dynquant.cli.demo import demo, fetch_llama_cpp
 from dynquant.cli.evaluate import evaluate
 from dynquant.cli.export import export, export_adapter, tune
+from dynquant.cli.fit import fit
 from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
 from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
@@ -77,7 +78,7 @@ def version() -> None:
 
 
 _STEPS = (calibrate, analyze, plan, export, tune, evaluate, compare, compare_encoders, finetune, heal, export_adapter)
-_VIEWS = (inspect, measure_machine, recipe, diff, super_weights, demo, fetch_llama_cpp, version)
+_VIEWS = (inspect, fit, measure_machine, recipe, diff, super_weights, demo, fetch_llama_cpp, version)
 _ALWAYS = "Every command also takes --json-progress FILE (- is stderr), --llama-cpp DIR and --debug."
 for _function in (*_STEPS, *_VIEWS):
     _name = "eval" if _function is evaluate else _function.__name__.replace("_", "-")
