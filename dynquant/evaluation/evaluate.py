@@ -32,6 +32,7 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation import distributions, multiple_choice, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
+from dynquant.evaluation.generation import Continuations, Prompts, check_fits, read_prompts, summarize_generation
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
@@ -84,6 +85,8 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
+    if options.kv_type and not (is_gguf(candidate) and options.runner == runners.LLAMA_CPP):
+        raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
     of_kinds = _notes_on_kinds(options, reference, candidate)
     where = {"runner": options.runner, "base": reference}
     infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
@@ -97,10 +100,14 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     if difference := settings_note(settings_of(reference), settings_of(candidate)):
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
-        texts, questions = [], {}
+        texts, prompts, questions = [], [], {}
         if {"kl", "ppl"} & set(asked.tasks):
             limits = {"window": options.window, "max_tokens": asked.max_tokens}
             texts = [evaluation_windows(path, encode, **limits) for path in asked.text]
+        if "generate" in asked.tasks:
+            check_fits(asked.new_tokens, context_length)
+            limits = {"count": asked.prompts, "max_tokens": asked.max_tokens}
+            prompts = [read_prompts(path, encode, **limits) for path in asked.text]
         if "mmlu" in asked.tasks:
             questions = _encoded_questions(asked, encode, context_length)
     run = _Run(options, session, progress, num_columns, reference)
@@ -108,21 +115,28 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     try:
         with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
+            written = [run.written(runner, "reference", starts) for starts in prompts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
-        with run.opening(candidate, adapter=options.adapter) as runner:
+        with run.opening(candidate, adapter=options.adapter, kv_types=(options.kv_type * 2)[:2]) as runner:
             scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
+            written_too = [
+                run.written(runner, "candidate", starts, before.stop)
+                for starts, before in zip(prompts, written, strict=True)
+            ]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
         notes.append(f"The candidate runs with the adapter {options.adapter}.")
+    if options.kv_type:
+        notes.append(f"The candidate's key/value cache is {' and '.join(options.kv_type)}, the reference's float32.")
     return reports.EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
         options={
             "tasks": sorted(asked.tasks), "window": options.window, "max_tokens": asked.max_tokens,
             "seed": session.seed, "limit": asked.limit, "num_shots": asked.num_shots, "num_top": NUM_TOP,
-            "num_tail": NUM_TAIL,
+            "num_tail": NUM_TAIL, "kv_type": list(options.kv_type),
         },
         texts=[
             reports.summarize_text(text, targets.numpy(), score, with_kl="kl" in asked.tasks)
@@ -131,6 +145,10 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         multiple_choice=[
             reports.summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
+        generated=tuple(
+            summarize_generation(starts, asked.new_tokens, before, after)
+            for starts, before, after in zip(prompts, written, written_too, strict=True)
+        ),
         notes=notes,
         seconds=run.seconds,
     )  # fmt: skip
@@ -203,9 +221,10 @@ class _Run:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     @contextmanager
-    def opening(self, path: Path, *, adapter: Path | None = None) -> Iterator[Opener]:
+    def opening(self, path: Path, *, adapter: Path | None = None, kv_types: tuple[str, ...] = ()) -> Iterator[Opener]:
         """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
         where = {"threads": self.session.threads, "device": self.session.device, "adapter": adapter}
+        where["kv_types"] = kv_types
         how = {"runner": self.options.runner, "rounded": self.options.rounded, "base": self.reference}
         opener = cache(partial(runners.open_runner, path, **where, **how))  # loads once
         try:
@@ -255,6 +274,18 @@ class _Run:
         for done, (batch, logits) in enumerate(zip(inputs, model.scored_logits(inputs), strict=True), start=1):
             yield batch, logits[:, : self.num_columns]
             report(done, len(inputs))
+
+    def written(self, runner: Opener, side: str, prompts: Prompts, stop: frozenset[int] | None = None) -> Continuations:
+        """Return what a model writes after the prompts, up to tokens of `stop`, by default those that it ends with."""
+        num_tokens = self.options.questions.new_tokens
+        with self.timed(f"{side}, writing, {prompts.name}", "prompts") as report:
+
+            def run() -> dict[str, Tensor]:
+                ends = runner().stop_tokens if stop is None else stop
+                return Continuations(runner().write(prompts.tokens, num_tokens, ends, report), ends).tensors()
+
+            tokens, key = [token for ids in prompts.tokens for token in ids], {"new_tokens": num_tokens}
+            return Continuations.from_tensors(**(self._cached(tokens, key, run) if side == "reference" else run()))
 
     def choices(self, runner: Opener, side: str, name: Scoring, encoded: list[EncodedQuestion]) -> list[AnswerScores]:
         """Return a model's log-probabilities of the answers to multiple-choice questions."""
