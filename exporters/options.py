@@ -123,6 +123,8 @@ class ExportOptions(Options):
     base_gguf: BaseGguf = None
     mtp: Mtp = True
     allow_difference: AllowDifference = False
+    blocks: Path | None = None
+    """Folder of `encoding.store` that keeps every tensor's blocks for other exports of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

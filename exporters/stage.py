@@ -92,12 +92,14 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             moments=_moments_of(stats, session) if encoder.uses_hessians else None,
             protected=protected,
             limits=_limits(options.max_memory),
+            blocks=options.blocks,
             resume=options.resume,
             session=session,
         )
         if pool is not None:
             encoding = replace(encoding, elsewhere=_on_cluster(encoding, pool, options, stats and stats.path))
-        errors = None if is_vllm or pool is not None else _written_errors(encoding, options, stats)
+        is_here = not is_vllm and pool is None and options.blocks is None
+        errors = _written_errors(encoding, options, stats) if is_here else None
         with errors or nullcontext():
             files = _write(replace(encoding, errors=errors), checkpoint, options)
             if errors is not None:
