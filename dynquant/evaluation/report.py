@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 
 from dynquant import __version__
-from dynquant.evaluation.generation import GenerationResult
-from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
 from dynquant.evaluation.statistics import Estimate, block_sums, bootstrap_mean, compare_paired, wilson_interval
+from dynquant.evaluation.tasks.generation import GenerationResult
+from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import Sample
 from dynquant.storage.documents import FrozenRecord

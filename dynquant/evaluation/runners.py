@@ -61,7 +61,7 @@ _GREEDY = {
     "bad_words_ids": None,
     "forced_eos_token_id": None,
 }
-"""What else a checkpoint's generation_config.json may ask for, and llama.cpp does not do."""
+"""Neutral values of what a generation_config.json may ask for; llama.cpp does not read it."""
 
 
 @dataclass(frozen=True)

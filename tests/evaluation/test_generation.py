@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dynquant.errors import EvaluationError
-from dynquant.evaluation.generation import Continuations, Prompts, is_loop, summarize_generation
 from dynquant.evaluation.report import EvalReport
+from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
 from dynquant.families.open import open_model
 from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import write_f32
@@ -39,7 +39,7 @@ def test_models_are_compared_prompt_by_prompt() -> None:
     stop = frozenset({9})
     before = Continuations([[1, 2, 9], [1, 2, 3, 4], [5, 5, 5, 5]], stop)
     after = Continuations([[1, 2, 9], [1, 2, 4, 4], [5, 9]], stop)
-    result = summarize_generation(Prompts("text", "hash", [[0]] * 3), 4, before, after)
+    result = summarize_generation(Prompts("text", "hash", [[0]] * 3), before, after, 4)
     assert result.shared_tokens.value == pytest.approx((4 + 2 + 1) / 3)  # the first pair never parts
     assert result.quartiles == (1.5, 2.0, 3.0)
     assert result.never_part.value == pytest.approx(1 / 3)

@@ -35,7 +35,7 @@ class Prompts(NamedTuple):
 
 
 class Continuations(NamedTuple):
-    """What a model writes after each prompt: token ids, with the token that ends a text if it came to that."""
+    """Token ids that a model writes after each prompt, with the one that ends a text if it came to that."""
 
     tokens: list[list[int]]
     stop: frozenset[int]
@@ -116,7 +116,7 @@ def check_fits(new_tokens: int, context_length: int) -> None:
 
 
 def summarize_generation(
-    prompts: Prompts, new_tokens: int, before: Continuations, after: Continuations
+    prompts: Prompts, before: Continuations, after: Continuations, new_tokens: int
 ) -> GenerationResult:
     """Compare what two models wrote after the same prompts."""
     shared = [
