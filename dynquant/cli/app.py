@@ -19,8 +19,7 @@ from dynquant.cli.compare import compare, compare_encoders
 from dynquant.cli.demo import demo, fetch_llama_cpp
 from dynquant.cli.evaluate import evaluate
 from dynquant.cli.export import export, export_adapter, tune
-from dynquant.cli.fit import fit
-from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
+from dynquant.cli.inspect import diff, fit, inspect, measure_machine, recipe
 from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.interrupt import ends_promptly

@@ -1,4 +1,4 @@
-"""What llama.cpp would allocate beside the weights: it lays its buffers out for a context, and allocates nothing.
+"""Bytes that llama.cpp would allocate beside the weights: it lays out its buffers for a context, and allocates nothing.
 
 It does so in a process of its own, because it ends the process on models that it cannot run.
 """
@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dynquant.errors import DynquantError
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -21,8 +22,14 @@ def reserved_bytes(file: Path, context: int, kv_type: str) -> tuple[int, int] | 
 
     None where no llama.cpp is installed, or where it cannot load the file or lay out the context.
     """
-    arguments = [str(file.resolve()), str(context), str(QUANT_TYPES[kv_type.upper()].ggml_id)]
-    said = run_module(__name__, arguments, GGML_NO_BACKTRACE="1").stdout  # it would start a debugger
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        run_module(
+            __name__,
+            [str(file.resolve()), str(context), str(QUANT_TYPES[kv_type.upper()].ggml_id), str(log)],
+            GGML_NO_BACKTRACE="1",  # it would start a debugger
+        )
+        said = log.read_text() if log.is_file() else ""
     caches = re.findall(r"^llama_(?:kv_cache|memory)\w*: size = +([\d.]+) MiB", said, re.MULTILINE)
     buffers = re.findall(r"compute buffer size = +([\d.]+) MiB", said)
     if not buffers:
@@ -31,13 +38,14 @@ def reserved_bytes(file: Path, context: int, kv_type: str) -> tuple[int, int] | 
 
 
 def _main() -> None:
-    """Print what llama.cpp says of one file, context and type of the cache."""
+    """Write what llama.cpp says of one file, context and type of the cache."""
     from dynquant.evaluation.llama_cpp import load_llama_model
 
     try:
         import llama_cpp as api
 
-        log = api.llama_log_callback(lambda _level, text, _data: sys.stdout.write(text.decode("utf-8", "replace")))
+        lines: list[str] = []
+        log = api.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
         params = api.llama_model_default_params()
         params.no_alloc, params.load_mode = True, api.LLAMA_LOAD_MODE_NONE
         load_llama_model(Path(sys.argv[1]), vocab_only=True)  # refuses what would end this process
@@ -48,6 +56,7 @@ def _main() -> None:
         settings.type_k = settings.type_v = int(sys.argv[3])
         if model:
             api.llama_init_from_model(model, settings)
+        Path(sys.argv[4]).write_text("".join(lines))
     except (DynquantError, ImportError) as error:
         sys.exit(f"error: {error}")
 

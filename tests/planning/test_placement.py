@@ -9,9 +9,9 @@ import pytest
 
 from dynquant.errors import PlanError
 from dynquant.families.open import open_model
-from dynquant.planning.memory_budget import CUDA_CONTEXT_BYTES
+from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES
+from dynquant.planning.memory.placement import fit
 from dynquant.planning.options import FitOptions
-from dynquant.planning.placement import fit
 from tests.helpers.commands import succeed
 from tests.helpers.tiny_models import write_f32
 
@@ -37,7 +37,7 @@ def placed(file, gpu=None, ram="1GB", **options):
 @pytest.fixture
 def no_llama_cpp(monkeypatch):
     """Formulas alone: a process of llama.cpp takes seconds."""
-    monkeypatch.setattr("dynquant.planning.placement.reserved_bytes", lambda *_: None)
+    monkeypatch.setattr("dynquant.planning.memory.placement.reserved_bytes", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_experts_leave_the_gpu_before_layers_do(file, no_llama_cpp):
 
 
 def test_what_does_not_fit_is_refused_with_what_would(file, no_llama_cpp):
-    with pytest.raises(PlanError, match=r"does not fit: weights of .*--ram is 90MB.*--context 512") as refusal:
-        placed(file, ram="90MB", context=16384)
+    with pytest.raises(PlanError, match=r"does not fit: weights of .*--ram is 110MB.*--context 2048") as refusal:
+        placed(file, ram="110MB", context=16384)
     needed = re.search(r"at least ([\d,]+) bytes", str(refusal.value)).group(1).replace(",", "")
     assert placed(file, ram=f"{needed}B", context=16384).host.total == int(needed)
-    assert placed(file, ram="90MB", context=512).host.total <= 90 * 10**6
+    assert placed(file, ram="110MB", context=2048).host.total <= 110 * 10**6
     with pytest.raises(PlanError, match="is no GGUF file"):
         placed(file.parent, ram="1GB")
 

@@ -1,11 +1,11 @@
-"""Where the parts of a GGUF file go when a GPU does not hold all of it, and llama.cpp's options that put them there.
+"""Places of the parts of a GGUF file when a GPU does not hold all of it, and llama.cpp's options that put them there.
 
 Routed experts are most of the weights and do little of the work, so that they are the first to stay in host memory,
 those of the first layers first (`--n-cpu-moe`); attention, shared experts, routers and the KV cache stay on the GPU.
 Where even they do not fit, and in dense models, the first layers stay in host memory with their caches (`-ngl`).
 
 KV cache and compute buffer are what llama.cpp itself lays out for the file, where one is installed; else those of
-`memory_budget`, of which the latter is an upper bound. Two things are added. A model whose output is its embedding has
+`budget`, of which the latter is an upper bound. Two things are added. A model whose output is its embedding has
 it on the GPU a second time, since the embedding stays in host memory. And for prompts llama.cpp multiplies on the GPU
 with weights from host memory, for which its compute buffer there holds the largest of their tensors.
 """
@@ -19,7 +19,7 @@ from dynquant.checkpoints.tensor_roles import Role, layer_of, mtp_layers
 from dynquant.errors import PlanError
 from dynquant.evaluation.llama_cpp_memory import reserved_bytes
 from dynquant.families.open import open_model
-from dynquant.planning.memory_budget import (
+from dynquant.planning.memory.budget import (
     CUDA_CONTEXT_BYTES,
     UBATCH,
     check_cache,
