@@ -35,25 +35,24 @@ def _asking(what: str) -> Iterator[None]:
         ) from error
 
 
-def fetch_recipe(name: str) -> Path:
+def fetch_recipe(path: Path) -> Path:
     """Return a local .gguf file or plan, or OWNER/REPO/FILE.gguf of the Hub, which is downloaded.
 
     Raises:
         HubError: there is no such file, or the Hub does not answer.
     """
-    if Path(name).exists():
-        return Path(name)
-    owner, _, rest = name.partition("/")
-    repo, _, file = rest.partition("/")
-    if not file.endswith(".gguf"):
+    if path.exists():
+        return path
+    owner, repo, *folders = path.parts
+    if path.is_absolute() or not folders or path.suffix != ".gguf":
         raise HubError(
-            f"--like {name} is no file here, and of the Hub a file is needed as OWNER/REPO/FILE.gguf: a repository has "
+            f"--like {path} is no file here, and of the Hub a file is needed as OWNER/REPO/FILE.gguf: a repository has "
             "many recipes."
         )
     from huggingface_hub import hf_hub_download
 
-    with _asking(f"Fetching {name}"):
-        return Path(hf_hub_download(f"{owner}/{repo}", file))
+    with _asking(f"Fetching {path}"):
+        return Path(hf_hub_download(f"{owner}/{repo}", "/".join(folders)))
 
 
 def released_names(folder: Path, record: Release) -> list[str]:

@@ -68,10 +68,10 @@ class ReleaseOptions(Options):
         int, Flag("Tokens of export's closing pass for every file, which lowers the KL in minutes a file.", min=0)
     ] = 0
     like: Annotated[
-        tuple[str, ...],
+        tuple[Path, ...],
         Flag(
-            "Published recipes to compare with: .gguf files, plans, or OWNER/REPO/FILE.gguf of the Hub. Their types "
-            "are measured as a row of the card, and not released."
+            "A published recipe to compare with: a .gguf file, a plan, or OWNER/REPO/FILE.gguf of the Hub. Its types "
+            "are measured as a row of the card, and not released. May be repeated."
         ),
     ] = ()
     packed: Annotated[bool, Flag("Also write every size as packed safetensors for transformers.")] = False

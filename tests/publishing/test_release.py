@@ -15,7 +15,7 @@ from tests.helpers.commands import linked_copy, refused, succeed
 from tests.helpers.hub_stand_in import hub_stand_in
 
 OPTIONS = (
-    "--tokens", 4096, "--window", 128, "--hessians", "none", "--encoder", "ggml", "--types", "iq2_xxs,q2_k,q4_k,q6_k",
+    "--tokens", 4096, "--window", 128, "--hessians", "none", "--encoder", "ggml", "--types", "q2_k,q3_k,q4_k,q6_k",
     "--max-tokens", 512,
 )  # fmt: skip
 REPO = "somebody/tiny-GGUF"
@@ -89,6 +89,7 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     assert all(stored.is_float for stored in encoded)
 
 
+@pytest.mark.nightly
 def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text, tmp_path):
     recipe = linked_copy(released, tmp_path / "other") / files_in(released)[0]
     published = recipe.rename(recipe.with_name("published.gguf"))
