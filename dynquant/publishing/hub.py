@@ -30,8 +30,8 @@ def _asking(what: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         words = " ".join(str(error).split()) or "no words"
         raise HubError(
-            f"{what} failed ({type(error).__name__}: {words:.400}). Check the name and the connection, log in with `hf auth "
-            "login`, and run the same command again: what is there already is not sent again."
+            f"{what} failed ({type(error).__name__}: {words:.400}). Check the name and the connection, log in with "
+            "`hf auth login`, and run the same command again: what is there already is not sent again."
         ) from error
 
 
@@ -43,8 +43,7 @@ def fetch_recipe(path: Path) -> Path:
     """
     if path.exists():
         return path
-    owner, repo, *folders = path.parts
-    if path.is_absolute() or not folders or path.suffix != ".gguf":
+    if path.is_absolute() or len(path.parts) < 3 or path.suffix != ".gguf":
         raise HubError(
             f"--like {path} is no file here, and of the Hub a file is needed as OWNER/REPO/FILE.gguf: a repository has "
             "many recipes."
@@ -52,7 +51,7 @@ def fetch_recipe(path: Path) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _asking(f"Fetching {path}"):
-        return Path(hf_hub_download(f"{owner}/{repo}", "/".join(folders)))
+        return Path(hf_hub_download("/".join(path.parts[:2]), "/".join(path.parts[2:])))
 
 
 def released_names(folder: Path, record: Release) -> list[str]:

@@ -36,7 +36,7 @@ def text(tmp_path_factory, small_moe):
 @pytest.fixture(scope="module")
 def released(tiny_moe, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("release") / "out"
-    succeed("release", tiny_moe, "--bpw", "3,5", *OPTIONS, "--text", text, "-o", folder)
+    succeed("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", folder)
     return folder
 
 
@@ -83,7 +83,7 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     monkeypatch.setattr(
         TensorEncoder, "tensor", lambda self, name, stored: encoded.append(stored) or plain(self, name, stored)
     )
-    succeed("release", tiny_moe, "--bpw", "3,5", *OPTIONS, "--text", text, "-o", again)
+    succeed("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again)
     assert (again / first).stat().st_mtime_ns == kept
     assert (again / second).read_bytes() == content
     assert all(stored.is_float for stored in encoded)
@@ -117,7 +117,7 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     assert "not none" in refused(*call)
     assert "twice" in refused(*call, "--bpw", "3,3.0")
     assert "is no range" in refused(*call, "--sizes", "4:2")
-    assert "bpw 1.1: The budget of" in refused(*call, "--bpw", "3,1.1")
+    assert "bpw 1.1: The budget of" in refused(*call, "--bpw", "3.4,1.1")
     assert "no-such.jsonl" in refused(
         "release", tiny_moe, "--bpw", 3, "--calibration", "no-such.jsonl", "-o", tmp_path / "n"
     )
@@ -132,7 +132,7 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
 
 
 def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny_moe, text):
-    call = ("release", tiny_moe, "--bpw", "3,5", *OPTIONS, "--text", text, "-o", again, "--push", REPO)
+    call = ("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again, "--push", REPO)
     with hub_stand_in() as hub:
         shown = succeed(*call)
         assert not hub.repositories and "would go: repeat this with --yes" in shown
