@@ -18,10 +18,9 @@ from dynquant.cli.calibrate import calibrate
 from dynquant.cli.compare import compare, compare_encoders
 from dynquant.cli.demo import demo, fetch_llama_cpp
 from dynquant.cli.evaluate import evaluate
-from dynquant.cli.export import export, export_adapter, tune
+from dynquant.cli.export import export, export_adapter, release, tune
 from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
 from dynquant.cli.plan import plan
-from dynquant.cli.release import release
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.interrupt import ends_promptly
 from dynquant.cli.terminal.parameters import command_class, from_options

@@ -62,7 +62,7 @@ _PACKAGES = ("torch", "transformers", "llama-cpp-python")
 
 @dataclass(frozen=True)
 class Released:
-    """What a release came to: the record of its folder, and with --push what goes to the Hub."""
+    """Result of a release: the record of its folder, and with --push what goes to the Hub."""
 
     record: Release
     uploads: list[Upload]
@@ -158,7 +158,7 @@ class _Making:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the measurements of a file."""
+        """Settings that decide the measurements of a file."""
         return json.loads(json.dumps(recorded_settings(self.questions, ())))
 
     def plans(self, record: Release) -> dict[str, Path]:
