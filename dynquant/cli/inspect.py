@@ -17,11 +17,20 @@ if TYPE_CHECKING:
 PlanFile = Annotated[Path, typer.Argument(help="A plan.json, its folder or a .gguf file.", show_default=False)]
 
 
-def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)], as_json: AsJson = False) -> None:
-    """Types, sizes and bits per weight of a GGUF file or safetensors checkpoint.
+def inspect(
+    path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    lint: Annotated[bool, typer.Option("--lint", help="Say what is wrong with its chat template instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Types, sizes and bits per weight of a GGUF file or safetensors checkpoint, or faults of its chat template.
 
     Example: dynquant inspect model.gguf
+
+    Example: dynquant inspect --lint ./model
     """
+    if lint:
+        _lint(Path(path), as_json)
+        return
     from dynquant.checkpoints.inspect import inspect as read
     from dynquant.families.common.config import read_json
     from dynquant.families.open import fault_of
@@ -50,6 +59,19 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
     )
     if fault:
         console.say(f"This is not a whole model. {fault}")
+
+
+def _lint(path: Path, as_json: bool) -> None:
+    from dynquant.families.tokenizers.chat_template import chat_format, lint
+
+    findings = lint(chat_format(path))
+    if as_json:
+        console.show_json({"findings": list(map(asdict, findings))})
+        return
+    for finding in sorted(findings, key=lambda finding: not finding.is_fault):
+        console.say(f"{'fault' if finding.is_fault else 'note'}: {finding.text}")
+    num_faults = sum(finding.is_fault for finding in findings)
+    console.say(f"{path.name}: {num_faults or 'no'} fault{'s' * (num_faults != 1)} in chat template and special tokens")
 
 
 def measure_machine(

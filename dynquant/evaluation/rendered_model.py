@@ -76,7 +76,7 @@ class ScoredInputs:
     def __init__(self, rendered: RenderedModel, inputs: ModelInputs) -> None:
         if rendered.types:
             raise ValueError("`rendered` holds a plan's weights; make its texts before anything is installed")
-        self.rendered, self._inputs = rendered, inputs
+        self.rendered, self.name, self._inputs = rendered, inputs.name, inputs
         # Layers below a change are not run again for text; the towers of other models differ too much for that.
         self._replay = None
         if not inputs.has_pictures:

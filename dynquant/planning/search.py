@@ -86,8 +86,10 @@ class Search:
         return Candidate(label=label, bytes=size, predicted_kl=total.kl, predicted_kl_se=total.se, types=dict(types))
 
 
-def search_plans(search: Search, table: ErrorTable) -> SearchResult:
-    """Price, propose and select, on the kind of input that calibration had.
+def search_plans(searches: Sequence[Search], table: ErrorTable) -> list[SearchResult]:
+    """Price, propose and select for every search, on the kind of input that calibration had.
+
+    Searches differ in their targets alone: on text one running model, one probe and one scoring text serve all.
 
     Raises:
         PlanError: the budget holds no combination of levels.
@@ -95,7 +97,9 @@ def search_plans(search: Search, table: ErrorTable) -> SearchResult:
         DataError: the samples cannot be used.
         CheckpointError: transformers cannot run the model, or it is a GGUF file.
     """
-    return (_search_modules if search.calibration.data is not None else _search_text)(search, table)
+    if searches[0].calibration.data is not None:
+        return [_search_modules(search, table) for search in searches]
+    return _search_text(searches, table)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,8 @@ def _selection_samples(search: Search) -> ModelInputs:
     return replace(held[:count], name=f"{inputs.name}, held back")
 
 
-def _search_text(search: Search, table: ErrorTable) -> SearchResult:
+def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchResult]:
+    search = searches[0]
     table, options = search.target.allowed(table), search.options
     provenance = search.chooser.context["stats"].provenance
     used, window = provenance.max_tokens or 0, provenance.window or 512
@@ -178,16 +183,24 @@ def _search_text(search: Search, table: ErrorTable) -> SearchResult:
             table = table.with_prices(FISHER, probe_prices(table, costs))
         rendered = RenderedModel(hf_model, search.store)
         scorer = _Scorer(ScoredInputs(rendered, windows), progress)
-        base, table, candidates = _proposed(search, table, scorer, calibrated[: max(1, options.unit_tokens // window)])
-        if options.select:
-            candidates = scorer.scored(candidates, "selecting by KL")
-        chosen = _lowest(candidates) if options.select else _last_method(candidates, options)
-        checked = scorer.scored(_drawn(search, base), "checking predictions")
-        frontier = scorer.scored(_frontier(search, base), "measuring the frontier")
+        unit_windows = calibrated[: max(1, options.unit_tokens // window)]
+        return [_selected(each, table, scorer, unit_windows) for each in searches]
+
+
+def _selected(search: Search, table: ErrorTable, scorer: _Scorer, unit_windows: torch.Tensor) -> SearchResult:
+    """Propose plans at the budget of one search, and take one of them."""
+    options = search.options
+    base, table, candidates = _proposed(search, table, scorer, unit_windows)
+    if options.select:
+        candidates = scorer.scored(candidates, "selecting by KL")
+    chosen = _lowest(candidates) if options.select else _last_method(candidates, options)
+    checked = scorer.scored(_drawn(search, base), "checking predictions")
+    frontier = scorer.scored(_frontier(search, base), "measuring the frontier")
     pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked if plan.kl])
     agreement = {"rank_correlation": rank_correlation(pairs), "fit": Fit.of(*pairs.T)} if checked else {}
     plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
-    selection = Selection(text=windows.name, num_tokens=scorer.inputs.num_tokens, chosen=chosen, **plans, **agreement)
+    about = {"text": scorer.inputs.name, "num_tokens": scorer.inputs.num_tokens}
+    selection = Selection(**about, chosen=chosen, **plans, **agreement)
     return table.priced(candidates[chosen].method), selection, ()
 
 
@@ -231,6 +244,7 @@ def _proposed(
             for floors, label in ((True, method), (False, f"{method}, no floors")):
                 candidates.append(search.candidate(label, search.chooser(priced, floors=floors), priced))
     if UNIT_KL in search.options.methods:
+        scorer.inputs.rendered.install({})  # an earlier search left its last plan there
         text = ScoredInputs(scorer.inputs.rendered, ModelInputs(unit_windows))
         points = refine(text, base, search.chooser, rounds=search.options.rounds, progress=scorer.progress)
         last = next(point for point in reversed(points) if point.steps)
