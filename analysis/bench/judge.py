@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import typer
 
+from dynquant.calibration.stage import statistics_at
 from dynquant.cli.compare import markdown, metrics_of
 from dynquant.cli.terminal.parameters import command_class, from_options
 from dynquant.encoding.store import ENCODED_NAME
@@ -39,13 +40,14 @@ from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import model_fingerprint
+from dynquant.evaluation.runners import LLAMA_CPP, TRANSFORMERS
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired
 from dynquant.exporters.options import ClosingPassOptions, ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import locate_model, open_model
 from dynquant.kernels.bench.harness import device_name, options
 from dynquant.planning.options import PlanOptions
-from dynquant.planning.stage import make_plan
+from dynquant.planning.stage import make_plans
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device
@@ -53,10 +55,11 @@ from dynquant.session import Session
 from dynquant.storage.atomic import file_hash, write_atomically
 from dynquant.storage.file_names import PLAN_NAME, STATS_NAME, SUPER_NAME
 
+METHODS = Path(__file__).with_name("methods.toml")
 RECIPES = "llama-iq1_s,llama-iq2_xxs,llama-q2_k,r1-iq1_s,llama-q4_k_m"
 DEFAULT, STOCK = "default", "stock"
 SAME_BYTES = 1e-3
-_SECONDS_NAME = "seconds.json"
+_SECONDS = "seconds.json"
 _MARK = "<!-- What follows is written by dynquant.analysis.bench.judge. -->\n"
 
 
@@ -81,42 +84,23 @@ class Judged:
     questions: QuestionOptions
     runner: str
     device: str | None
-    threads: int
     settings: Mapping[str, Any]
     """Identity of model, texts and questions."""
 
     def plan_options(self, method: Method) -> PlanOptions:
         words = (*self.calibration, *method.plan)
-        return parsed(PlanOptions, (self.model, "-o", str(self.folder / f"plan-{_digest(words)}"), *words))
+        options = parsed(PlanOptions, (self.model, "-o", str(self.folder / f"plan-{_digest(words)}"), *words))
+        return replace(options, stats=self.folder / f"calibration-{_digest(options.calibration)}" / STATS_NAME)
 
-    def planned(self, method: Method, recipe: str) -> Path:
-        return self.folder / f"{self.plan_options(method).output.name}-{recipe}"
+    def export_options(self, recipe: str, method: Method) -> ExportOptions:
+        output, folder = self.folder / f"{recipe}-{method.name}.gguf", self.plan_options(method).output
+        types = ("--preset", recipe) if method.name == STOCK else ("--plan", str(folder / recipe / PLAN_NAME))
+        words = (self.model, "-o", str(output), "--stats", str(folder / STATS_NAME), *types, *method.export)
+        return replace(parsed(ExportOptions, words), blocks=self.folder / ENCODED_NAME)
 
     def row_settings(self, method: Method) -> dict[str, Any]:
         """Return what a row depends on; another makes it stale."""
         return {**self.settings, "plan": list(method.plan), "export": list(method.export)}
-
-
-class Row(NamedTuple):
-    """A method at the bytes of a recipe, on its way to being measured."""
-
-    judged: Judged
-    recipe: str
-    method: Method
-    stats: Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.recipe} {self.method.name}"
-
-    def export_options(self) -> ExportOptions:
-        judged, output = self.judged, self.judged.folder / f"{self.recipe}-{self.method.name}.gguf"
-        if self.method.name == STOCK:
-            types = ("--preset", self.recipe)
-        else:
-            types = ("--plan", str(judged.planned(self.method, self.recipe) / PLAN_NAME))
-        words = (judged.model, "-o", str(output), "--stats", str(self.stats), *types, *self.method.export)
-        return parsed(ExportOptions, words)
 
 
 def main() -> None:
@@ -124,13 +108,13 @@ def main() -> None:
     asked = options(
         __doc__, model=[], output=(Path("judge"), "Plans, files and rows, a folder a model."),
         report=(str, "The Markdown file; what stands in it before the judge's mark stays. Default: in the output."),
-        methods=(str(Path(__file__).with_name("methods.toml")), "Flags by method."),
+        methods=(str(METHODS), "Flags by method."),
         only=("", "Methods to measure, as default,routers; all without any."),
         recipes=(RECIPES, "Stock recipes whose bytes are taken."),
         calibration=(str, "Text; the built-in one without any."), tokens=(131072, "Tokens of calibration."),
         text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
         questions=(str, "Multiple-choice questions."), shots=(str, "Examples for them."),
-        limit=(0, "Questions at most."), runner=("transformers", "What runs the files; or llama.cpp."),
+        limit=(0, "Questions at most."), runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
         device=(str, "cpu or cuda."), side_by_side=(0, "Rows at a time; a quarter of the cores with a GPU, else one."),
     )  # fmt: skip
     methods = read_methods(Path(asked.methods), [name for name in asked.only.split(",") if name])
@@ -140,19 +124,19 @@ def main() -> None:
         shots=asked.shots, limit=asked.limit, scoring=("letter",),
     )  # fmt: skip
     questions.check_text()
-    cores, on_gpu = len(os.sched_getaffinity(0)), chosen_device(asked.device) != "cpu"
-    at_once = asked.side_by_side or (max(1, cores // 4) if on_gpu else 1)
+    on_gpu = chosen_device(asked.device) != "cpu"
+    at_once = asked.side_by_side or (max(1, len(os.sched_getaffinity(0)) // 4) if on_gpu else 1)
+    runner = asked.runner or (TRANSFORMERS if on_gpu else LLAMA_CPP)
     calibration = ("--tokens", str(asked.tokens), *(("--calibration", asked.calibration) if asked.calibration else ()))
     files = [*asked.text, asked.questions, asked.shots, asked.calibration]
-    settings = {"texts": [file_hash(Path(file)) for file in files if file], "runner": asked.runner}
+    settings = {"texts": [file_hash(Path(file)) for file in files if file], "runner": runner}
     settings |= {"score": asked.score, "tokens": asked.tokens, "limit": asked.limit}
     for model in asked.model:
         path = locate_model(model)
         judged = Judged(
             model=model, folder=asked.output / path.name.removesuffix(".gguf"), calibration=calibration,
-            recipes=_stock_bytes(path, asked.recipes.split(",")), questions=questions, runner=asked.runner,
-            device=asked.device, threads=max(1, cores // at_once),
-            settings=settings | {"model": model_fingerprint(path)},
+            recipes=_stock_bytes(path, asked.recipes.split(",")), questions=questions, runner=runner,
+            device=asked.device, settings=settings | {"model": model_fingerprint(path)},
         )  # fmt: skip
         judge(judged, methods, at_once)
     report = Path(asked.report) if asked.report else asked.output / "damage.md"
@@ -203,96 +187,118 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int) -> None:
     """Measure the rows of a model that are missing, plan by plan; a refusal is entered in the place of a row."""
     path = judged.folder / "rows.json"
     content = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
-    rows, tokens = content["rows"], judged.questions.max_tokens
+    rows, tokens, cores = content["rows"], judged.questions.max_tokens, len(os.sched_getaffinity(0))
     content |= {"recipes": judged.recipes, "score": tokens, "at_once": at_once, "command": shlex.join(sys.argv[1:])}
     content["device"] = device_name(chosen_device(judged.device))
-    shared = judged.plan_options(methods[0])
 
-    def enter(row: Row, measured: dict[str, Any]) -> None:
-        rows[row.name] = measured | {"settings": judged.row_settings(row.method)}
+    def enter(recipe: str, method: Method, measured: dict[str, Any]) -> None:
+        name = f"{recipe} {method.name}"
+        rows[name] = measured | {"settings": judged.row_settings(method)}
         write_atomically(path, json.dumps(content) + "\n")
-        print(f"{judged.folder.name} {row.name}: {measured.get('refused') or _in_short(measured)}", flush=True)
+        print(f"{judged.folder.name} {name}: {measured.get('refused') or _in_short(measured)}", flush=True)
+
+    def is_missing(recipe: str, method: Method) -> bool:
+        row = rows.get(f"{recipe} {method.name}", {})
+        return "bytes" not in row or row["settings"] != judged.row_settings(method)
 
     for words in dict.fromkeys(method.plan for method in methods):
-        todo = []
-        for method, recipe in product((method for method in methods if method.plan == words), judged.recipes):
-            row, before = Row(judged, recipe, method, Path()), rows.get(f"{recipe} {method.name}", {})
-            if "bytes" in before and before["settings"] == judged.row_settings(method):
-                continue
-            try:
-                todo.append(row._replace(stats=_planned(judged, method, recipe, shared)))
-            except DynquantError as refusal:
-                enter(row, {"refused": str(refusal)})
-        for row in todo[: 1 if at_once > 1 else None]:  # the first one leaves what the original says to the others
-            enter(row, _measured(row))
+        alike = [method for method in methods if method.plan == words]
+        todo = [row for row in product(alike, judged.recipes) if is_missing(*row[::-1])]
+        refused = _planned(judged, alike[0]) if todo else {}
+        for method, recipe in [row for row in todo if row[1] in refused and row[0].name != STOCK]:
+            enter(recipe, method, {"refused": refused[recipe]})
+            todo.remove((method, recipe))
+        for method, recipe in todo[: 1 if at_once > 1 else None]:  # it leaves what the original says to the others
+            enter(recipe, method, _measured(judged, recipe, method, cores))
         if at_once > 1 and todo[1:]:
             with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-                futures = {pool.submit(_measured, row): row for row in todo[1:]}
+                futures = {
+                    pool.submit(_measured, judged, recipe, method, max(1, cores // at_once)): (recipe, method)
+                    for method, recipe in todo[1:]
+                }
                 for future in as_completed(futures):
-                    enter(futures[future], future.result())
+                    enter(*futures[future], future.result())
     write_atomically(path, json.dumps(content) + "\n")
 
 
-def _planned(judged: Judged, method: Method, recipe: str, shared: PlanOptions) -> Path:
-    """Plan a method at a recipe's bytes, unless that was done before; return the statistics behind it."""
-    options, folder = judged.plan_options(method), judged.planned(method, recipe)
-    stats = (shared if options.calibration == shared.calibration else options).output / STATS_NAME
-    if (folder / _SECONDS_NAME).is_file():
-        return stats
-    work, first = options.output, shared.output / ENCODED_NAME
-    if work != shared.output and not (work / ENCODED_NAME).exists():
-        for made in (work, first):
-            made.mkdir(parents=True, exist_ok=True)
-        (work / ENCODED_NAME).symlink_to(first.resolve())
-    if stats.is_file() and stats.parent != work:
-        options = replace(options, stats=stats)
+def _planned(judged: Judged, method: Method) -> dict[str, str]:
+    """Plan a method at all sizes that were not planned before; return why there is no plan, by recipe."""
+    options, session, shared = judged.plan_options(method), Session(device=judged.device), judged.folder / ENCODED_NAME
+    recipes = [recipe for recipe in judged.recipes if not (options.output / recipe / _SECONDS).is_file()]
+    if not recipes:
+        return {}
+    took, start, blocks = options.stats.with_name(_SECONDS), time.perf_counter(), options.output / ENCODED_NAME
+    statistics_at(options.stats, open_model(judged.model), options.calibration, session)
+    if not took.is_file():
+        write_atomically(took, json.dumps(time.perf_counter() - start))
+    for folder in (shared, options.output):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not blocks.exists():
+        blocks.symlink_to(shared.resolve())
+    seconds = {"calibrate": json.loads(took.read_text()) / len(judged.recipes)}
+    return _planned_together(options, {name: judged.recipes[name] for name in recipes}, seconds, session)
+
+
+def _planned_together(
+    options: PlanOptions, sizes: Mapping[str, int], seconds: Mapping[str, float], session: Session
+) -> dict[str, str]:
+    """Plan several sizes with one table and probe, or one by one where one of them is refused."""
     start = time.perf_counter()
-    target = replace(options.target, size=str(judged.recipes[recipe]))
-    make_plan(replace(options, target=target), Session(device=judged.device))
-    folder.mkdir(exist_ok=True)
-    for name in (PLAN_NAME, SUPER_NAME):
-        if (work / name).is_file():
-            shutil.copy(work / name, folder)
-    write_atomically(folder / _SECONDS_NAME, json.dumps(time.perf_counter() - start))
-    return work / STATS_NAME if options.stats is None else stats
-
-
-def _measured(row: Row) -> dict[str, Any]:
-    """Export and score a row; return its figures, or why there are none."""
-    judged, notes, seconds = row.judged, list[str](), dict[str, float]()
-    torch.set_num_threads(judged.threads)
-    session = Session(device=judged.device, threads=judged.threads, note=notes.append)
-    if row.method.name != STOCK:
-        seconds["plan"] = json.loads((judged.planned(row.method, row.recipe) / _SECONDS_NAME).read_text())
-    options = row.export_options()
     try:
-        file, seconds["encode"] = _untuned(options, judged.folder, session)
-        if options.tune != 0 and options.encoder == "dynquant":
+        plans = make_plans(options, [replace(options.target, size=str(size)) for size in sizes.values()], session)
+    except DynquantError as refusal:
+        if len(sizes) == 1:
+            return dict.fromkeys(sizes, str(refusal))
+        alone = [_planned_together(options, {name: size}, seconds, session) for name, size in sizes.items()]
+        return {name: why for refused in alone for name, why in refused.items()}
+    seconds = {**seconds, "plan": (time.perf_counter() - start) / len(sizes)}
+    for recipe, plan in zip(sizes, plans, strict=True):
+        folder = options.output / recipe
+        folder.mkdir(exist_ok=True)
+        plan.save(folder / PLAN_NAME)
+        if (options.output / SUPER_NAME).is_file():
+            shutil.copy(options.output / SUPER_NAME, folder)
+        write_atomically(folder / _SECONDS, json.dumps(seconds))
+    return {}
+
+
+def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict[str, Any]:
+    """Export and score a row; return its figures, or why there are none."""
+    torch.set_num_threads(threads)
+    notes: list[str] = []
+    session = Session(device=judged.device, threads=threads, note=notes.append)
+    options, seconds = judged.export_options(recipe, method), {}
+    if method.name != STOCK:
+        seconds = json.loads(options.plan.with_name(_SECONDS).read_text())
+    try:
+        file, seconds["encode"] = _untuned(options, session)
+        if options.tune != 0:
             start = time.perf_counter()
-            file = export(options, session, untuned=file).files[0]
+            (file, *_) = export(options, session).files
             seconds["tune"] = time.perf_counter() - start
-        scored = EvalOptions(
-            candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
-            reference_cache=judged.folder / "reference",
+        report = evaluate(
+            EvalOptions(
+                candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
+                reference_cache=judged.folder / "reference",
+            ),
+            session,
         )  # fmt: skip
-        report = evaluate(scored, session)
     except DynquantError as refusal:
         return {"refused": str(refusal)}
     finally:
         options.output.unlink(missing_ok=True)
-    blocks = {text.name: list(text.kl.block_sums) for text in report.texts if text.kl}
-    measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "kl_blocks": blocks}
-    measured |= {"seconds": seconds, "notes": notes}
+    measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}
+    measured["kl_blocks"] = {text.name: list(text.kl.block_sums) for text in report.texts}
     for result in report.multiple_choice:
         pairs = zip(result.candidate.predictions, result.right_answers, strict=True)
-        measured["is_right"] = [int(predicted == right) for predicted, right in pairs]
+        measured["is_right"] = [predicted == right for predicted, right in pairs]
     return measured
 
 
-def _untuned(options: ExportOptions, folder: Path, session: Session) -> tuple[Path, float]:
+def _untuned(options: ExportOptions, session: Session) -> tuple[Path, float]:
     """Export without the closing pass, once for all methods that do not differ before it; return file and seconds."""
-    alike = replace(options, output=folder, tune=0, closing=ClosingPassOptions())
-    file = folder / f"untuned-{_digest(repr(alike))}.gguf"
+    alike = replace(options, output=Path(), tune=0, closing=ClosingPassOptions())
+    file = options.output.with_name(f"untuned-{_digest(alike)}.gguf")
     took = file.with_suffix(".json")
     with _waiting_for(file):
         if not took.is_file():
@@ -316,8 +322,13 @@ def _digest(content: object) -> str:
 
 def _stock_bytes(path: Path, recipes: Sequence[str]) -> dict[str, int]:
     model = open_model(str(path))
-    plans = {name: plan_from_types(model, preset_types(name, model), recipe=name) for name in recipes}
-    return {name: plan.predicted_bytes for name, plan in plans.items()}
+    sizes = {}
+    for name in recipes:
+        try:
+            sizes[name] = plan_from_types(model, preset_types(name, model), recipe=name).predicted_bytes
+        except DynquantError as refusal:
+            print(f"{path.name} is not judged at {name}: {refusal}")
+    return sizes
 
 
 def _in_short(measured: Mapping[str, Any]) -> str:
@@ -361,7 +372,7 @@ def _compared(row: dict[str, Any], base: dict[str, Any]) -> _Compared:
     letters, p = None, None
     if len(row.get("is_right", ())) == len(base.get("is_right", ())) > 0:
         letters = float(np.mean(row["is_right"]) - np.mean(base["is_right"]))
-        p = compare_paired([*map(bool, base["is_right"])], [*map(bool, row["is_right"])])["mcnemar_p"]
+        p = compare_paired(base["is_right"], row["is_right"])["mcnemar_p"]
     return _Compared(ratios, letters, p, (_total(row), _total(base)))
 
 
