@@ -7,12 +7,14 @@ A method is flags of `plan` and `export` (methods.toml beside this file, or `--m
 bytes of every stock recipe, exported, and scored in memory against the original. Methods share the calibration, the
 blocks that plans were tried with, the plan where they add no flags of `plan`, and the file before the closing pass
 where they differ in that alone. What is there already (plans, files, rows) is not made again, unless the flags, the
-texts or the model of a row are others. Runs with other models or questions add to the report of the same DIR.
+texts or the model of a row are others; a changed dynquant wants another DIR. Runs with other models or questions add
+to the report of the same DIR.
 """
 
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -116,6 +118,7 @@ def main() -> None:
         questions=(str, "Multiple-choice questions."), shots=(str, "Examples for them."),
         limit=(0, "Questions at most."), runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
         device=(str, "cpu or cuda."), side_by_side=(0, "Rows at a time; a quarter of the cores with a GPU, else one."),
+        minutes=(0.0, "Begin nothing after so many; the same command goes on. 0 for no limit."),
     )  # fmt: skip
     methods = read_methods(Path(asked.methods), [name for name in asked.only.split(",") if name])
     tasks = ("kl", "mmlu") if asked.questions else ("kl",)
@@ -131,6 +134,7 @@ def main() -> None:
     files = [*asked.text, asked.questions, asked.shots, asked.calibration]
     settings = {"texts": [file_hash(Path(file)) for file in files if file], "runner": runner}
     settings |= {"score": asked.score, "tokens": asked.tokens, "limit": asked.limit}
+    until = time.monotonic() + 60 * asked.minutes if asked.minutes else math.inf
     for model in asked.model:
         path = locate_model(model)
         judged = Judged(
@@ -138,7 +142,7 @@ def main() -> None:
             recipes=_stock_bytes(path, asked.recipes.split(",")), questions=questions, runner=runner,
             device=asked.device, settings=settings | {"model": model_fingerprint(path)},
         )  # fmt: skip
-        judge(judged, methods, at_once)
+        judge(judged, methods, at_once, until)
     report = Path(asked.report) if asked.report else asked.output / "damage.md"
     before = report.read_text().partition(_MARK)[0] if report.is_file() else "# Damage by method, at the same bytes\n\n"
     write_atomically(report, f"{before}{_MARK}\n{report_of(asked.output)}")
@@ -183,8 +187,9 @@ def parsed(kind: type, words: Sequence[str]) -> Any:
     return taken[0]
 
 
-def judge(judged: Judged, methods: Sequence[Method], at_once: int) -> None:
-    """Measure the rows of a model that are missing, plan by plan; a refusal is entered in the place of a row."""
+def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float = math.inf) -> None:
+    """Measure the rows of a model that are missing, plan by plan, and begin nothing after `until`; a refusal is entered
+    in the place of a row."""
     path = judged.folder / "rows.json"
     content = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
     rows, tokens, cores = content["rows"], judged.questions.max_tokens, len(os.sched_getaffinity(0))
@@ -203,13 +208,14 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int) -> None:
 
     for words in dict.fromkeys(method.plan for method in methods):
         alike = [method for method in methods if method.plan == words]
-        todo = [row for row in product(alike, judged.recipes) if is_missing(*row[::-1])]
+        todo = [row for row in product(alike, judged.recipes) if is_missing(*row[::-1]) and time.monotonic() < until]
         refused = _planned(judged, alike[0]) if todo else {}
         for method, recipe in [row for row in todo if row[1] in refused and row[0].name != STOCK]:
             enter(recipe, method, {"refused": refused[recipe]})
             todo.remove((method, recipe))
         for method, recipe in todo[: 1 if at_once > 1 else None]:  # it leaves what the original says to the others
-            enter(recipe, method, _measured(judged, recipe, method, cores))
+            if time.monotonic() < until:
+                enter(recipe, method, _measured(judged, recipe, method, cores))
         if at_once > 1 and todo[1:]:
             with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
                 futures = {
@@ -217,7 +223,10 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int) -> None:
                     for method, recipe in todo[1:]
                 }
                 for future in as_completed(futures):
-                    enter(*futures[future], future.result())
+                    if time.monotonic() > until:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                    if not future.cancelled():
+                        enter(*futures[future], future.result())
     write_atomically(path, json.dumps(content) + "\n")
 
 
