@@ -304,7 +304,7 @@ def recipe_table(rows: dict[str, dict]) -> str:
         shown = f"**{name}**" if name.startswith(PLAN_PREFIX) else name
         cells = [_cell(row["metrics"].get(column)) for column in columns]
         lines.append([shown, f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}", *cells])
-    return _markdown(["recipe", "bytes", "bpw", *columns], lines)
+    return markdown(["recipe", "bytes", "bpw", *columns], lines)
 
 
 def _cell(metric: dict | None) -> str:
@@ -328,7 +328,7 @@ def encoder_table(rows: dict[str, dict]) -> str:
             cells.append(f"{100 * metrics[f'top-1 {text}']['value']:.1f}")
         lines.append(cells + [f"{100 * metrics[name]['value']:.1f}" if name in metrics else "" for name in others])
     columns = [part for text in texts for part in (f"KL {text}", "change", "top-1 %")]
-    return _markdown(["recipe", "bytes", "encoder", *columns, *others], lines)
+    return markdown(["recipe", "bytes", "encoder", *columns, *others], lines)
 
 
 def _change(row: dict, base: dict | None, text: str) -> str:
@@ -343,6 +343,7 @@ def _change(row: dict, base: dict | None, text: str) -> str:
     return "{} % [{}, {}]".format(*shown)
 
 
-def _markdown(columns: list[str], lines: list[list[str]]) -> str:
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    """Return a Markdown table."""
     rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n{rows}"
