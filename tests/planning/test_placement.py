@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused_with_what_would(file, no_llama_cpp):
 
 
 def test_the_command_prints_flags_and_bytes(file, no_llama_cpp):
-    said = json.loads(succeed("fit", file, "--gpu", "600MB", "--ram", "1GB", "--context", "2048", "--json"))
+    said = json.loads(succeed("fit", file, "--gpu", "630MB", "--ram", "1GB", "--context", "2048", "--json"))
     assert said["flags"].startswith("-ngl 7") and said["gpu"]["cuda_context"] == CUDA_CONTEXT_BYTES
-    bound = placed(file, "600MB", context=2048).gpu
+    bound = placed(file, "630MB", context=2048).gpu
     assert bound.kv_cache == said["gpu"]["kv_cache"] and bound.compute_buffer >= said["gpu"]["compute_buffer"]
