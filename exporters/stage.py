@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
+from dynquant.exporters.asymmetric import AsymmetricEncoding, asymmetric_encoding
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -100,10 +102,14 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         )
         if pool is not None:
             encoding = replace(encoding, elsewhere=_on_cluster(encoding, pool, options, stats and stats.path))
-        is_here = not is_vllm and pool is None and options.blocks is None
+        if options.asymmetric:
+            encoding = asymmetric_encoding(encoding, options.asymmetric, options.output)
+        is_here = not is_vllm and pool is None and options.blocks is None and not options.asymmetric
         errors = _written_errors(encoding, options, stats) if is_here else None
         with errors or nullcontext():
             files = _write(replace(encoding, errors=errors), checkpoint, options)
+            if isinstance(encoding.elsewhere, AsymmetricEncoding):
+                shutil.rmtree(encoding.elsewhere.store.directory)
             if errors is not None:
                 errors.save(session)
     if options.modelfile:
@@ -181,9 +187,11 @@ def _check(options: ExportOptions) -> None:
     for source in ("plan", "stats"):
         if getattr(options, source) is not None:
             options.calibration.refuse_unused(f"--{source} has or names statistics, so nothing is calibrated.")
+    if options.asymmetric and options.ray:
+        raise ExportError("--asymmetric encodes each tensor after those before it, and --ray side by side; drop one.")
     if options.format == "compressed-tensors":
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
-        flags = ("tune", "base_gguf", "max_memory", "ray")
+        flags = ("asymmetric", "tune", "base_gguf", "max_memory", "ray")
         options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
         options.closing.refuse_unused("there is no closing pass for schemes of vLLM.")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):
