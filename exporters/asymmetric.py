@@ -44,9 +44,9 @@ from dynquant.running.live_weights import LivePlace
 from dynquant.running.parameter_map import parameter_map
 from dynquant.running.streaming.layer_stream import LayerStream
 from dynquant.running.streaming.staged_passes import StagedPasses
+from dynquant.running.streaming.stream_memory import MOST_TOKENS_AT_ONCE
 from dynquant.running.weight_inputs import weight_inputs
 
-_BATCH = 4
 _STEPS = (
     (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_QKV, Role.ATTN_GATE, Role.MLA_Q_A, Role.MLA_KV_A, Role.SSM_IN,
      Role.SHORTCONV_IN),
@@ -158,7 +158,7 @@ class _Pair:
         folders = [directory / name for name in ("original", "quantized")]
         for folder in folders:
             folder.mkdir(exist_ok=True)
-        batches = windows.long().split(_BATCH)
+        batches = windows.long().split(max(1, MOST_TOKENS_AT_ONCE // windows.shape[1]))
         self._original, self._quantized = (
             StagedPasses(stream, batches, folder) for stream, folder in zip(streams, folders, strict=True)
         )
