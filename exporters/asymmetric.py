@@ -1,13 +1,13 @@
 """Asymmetric calibration: every matrix makes up for what was lost before it.
 
 A matrix of the original reads x, in the quantized model what quantized layers, and the matrices before it in its own
-layer, left of x. What is encoded in place of W is the matrix on that which is nearest to W x (`cross_moments`). Experts
+layer, left of x. What is encoded in place of W is nearer to a matrix that makes W x of that (`cross_moments`). Experts
 see the tokens that the quantized router sends them, and x is what the original has for the same tokens.
 
 A layer's matrices are taken in the steps in which they run, each after those before it are encoded: corrected all at
-once, each would make up for the same loss (textbook-moe-16m as IQ2_XXS: KL 0.67 without, 0.89 at once, 0.58 in steps).
-Both models run a layer at a time. Blocks lie in a store, so that an interrupted export runs the models again, but
-encodes nothing twice.
+once, each would make up for the same loss (textbook-moe-16m as IQ2_XXS, all of the way: KL 0.67 without, 0.89 at once,
+0.58 in steps). Both models run a layer at a time. Blocks lie in a store, so that an interrupted export runs the models
+again, but encodes nothing twice.
 """
 
 import hashlib

@@ -1,8 +1,10 @@
 """Second moments of what a matrix of a quantized model reads, y, across from what the original's reads there, x.
 
-Of all matrices on y, the nearest to W x is W + W D H⁻¹, D = E[(x - y) yᵀ], H = E[y yᵀ] (GPTAQ, arXiv:2504.02692;
-QEP, arXiv:2504.09629). H is that of `second_moments`, damped and shrunk, and D counts in the measure n / (n + C) that
-n tokens know of C channels: a matrix of an expert with few tokens stays nearly what it was.
+Of all matrices on y, the nearest to W x is W + W D H⁻¹ with D = E[(x - y) yᵀ], H = E[y yᵀ] (GPTAQ, arXiv:2504.02692).
+H is that of `second_moments`, damped and shrunk; D counts in the measure n / (n + C) that n tokens know of C channels,
+so that an expert with few tokens stays nearly what it was. Half of the way is gone (QEP, arXiv:2504.09629), since all of
+it fits the calibration text: on other text textbook-moe-16m as IQ2_XXS, with 16,384 tokens, has KL 0.672 without, 0.548
+half of the way, 0.575 all of it, and after a closing pass 0.521, 0.480 and 0.523.
 """
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from dynquant.calibration.second_moments import SecondMoments, hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
+
+_SHARE = 0.5  # of the way to the nearest matrix
 
 
 class CrossMoments:
@@ -42,7 +46,7 @@ class CrossMoments:
         return stats, SecondMoments(provenance, torch.empty(0, 0), aliases=aliases, sums=sums, weights=weights)
 
     def corrections(self, stats: CalibrationStats, moments: SecondMoments) -> dict[str, Tensor]:
-        """Return D H⁻¹ of every key, float32 [E, C, C] on the CPU."""
+        """Return what to add to a matrix, in units of itself, for every key: float32 [E, C, C] on the CPU."""
         return {key: self._correction(key, stats, moments) for key in self._sums}
 
     def _correction(self, key: str, stats: CalibrationStats, moments: SecondMoments) -> Tensor:
@@ -50,5 +54,5 @@ class CrossMoments:
         h = hessian(moments, stats, key, (experts, 1, channels) if experts > 1 else (1, channels))
         assert h is not None
         tokens = self._counts[key].to(self._sums[key].device)
-        differences = self._differences[key].double() / (tokens + channels)[:, None, None]
+        differences = _SHARE * self._differences[key].double() / (tokens + channels)[:, None, None]
         return torch.linalg.solve(h.to(differences), differences.mT).mT.float().cpu()
