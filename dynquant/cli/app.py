@@ -19,7 +19,7 @@ from dynquant.cli.compare import compare, compare_encoders
 from dynquant.cli.demo import demo, fetch_llama_cpp
 from dynquant.cli.evaluate import evaluate
 from dynquant.cli.export import export, export_adapter, release, tune
-from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
+from dynquant.cli.inspect import diff, fit, inspect, measure_machine, recipe
 from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.interrupt import ends_promptly
@@ -77,7 +77,7 @@ def version() -> None:
 
 
 _STEPS = (calibrate, analyze, plan, export, tune, evaluate, release, finetune, heal, export_adapter)
-_VIEWS = (compare, compare_encoders, inspect, measure_machine, recipe, diff, super_weights)
+_VIEWS = (compare, compare_encoders, inspect, fit, measure_machine, recipe, diff, super_weights)
 _OTHERS = (demo, fetch_llama_cpp, version)
 _ALWAYS = "Every command also takes --json-progress FILE (- is stderr), --llama-cpp DIR and --debug."
 for _function in (*_STEPS, *_VIEWS, *_OTHERS):

@@ -12,7 +12,7 @@ from dynquant.analysis.plots.style import PlotFiles
 from dynquant.checkpoints.model import Model
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.statistics import Estimate
-from dynquant.planning.memory_budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes
+from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes
 from dynquant.publishing.options import REPORTS_NAME, ReleaseOptions
 from dynquant.publishing.record import Release, ReleasedFile
 from dynquant.resources import human_bytes
