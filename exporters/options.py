@@ -62,7 +62,12 @@ class ClosingPassOptions(Options):
     """Parts, text and time of the closing pass."""
 
     tune_minutes: Annotated[
-        float, Flag("Minutes of the closing pass at most; it ends before when the held-out KL stops falling.", min=0.01)
+        float,
+        Flag(
+            "Minutes of the closing pass at most, without loading the model and what --tune-sampled takes; it ends "
+            "before when the held-out KL stops falling.",
+            min=0.01,
+        ),
     ] = 10.0
     tune_sampled: Annotated[
         int, Flag("Tokens that the original writes itself, for the closing pass beside the text.", min=0)

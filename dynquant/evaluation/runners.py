@@ -36,6 +36,7 @@ from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import is_gguf
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, tree_batch
+from dynquant.inputs.continuation import cache_name
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
 from dynquant.packed.float32_products import use_tensor_cores
@@ -350,7 +351,7 @@ class HuggingFaceRunner:
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         self._prefix_cache, self._prefix = None, list(tokens)
         if tokens and self._goes_on_from_caches:
-            self._prefix_cache = self._forward([self._prefix], None, use_cache=True).past_key_values
+            self._prefix_cache = self._forward([self._prefix], None, use_cache=True)[self._cache_name]
 
     @torch.inference_mode()
     def branch_logits(self, trees: Sequence[Branches]) -> Iterator[tuple[Sequence[Branches], torch.Tensor]]:
@@ -378,8 +379,8 @@ class HuggingFaceRunner:
             input_ids=batch.ids,
             position_ids=batch.positions,
             attention_mask=batch.mask(start, self.hf_model.dtype, self.device),
-            past_key_values=self._prefix_of_rows(len(trees)),
             use_cache=True,
+            **{self._cache_name: self._prefix_of_rows(len(trees))},
         )
 
     def _prefix_of_rows(self, count: int) -> Any:
@@ -407,7 +408,7 @@ class HuggingFaceRunner:
             return False
         if config._attn_implementation not in ("sdpa", "eager"):
             return False
-        cache = self._forward([[0]], None, use_cache=True).past_key_values
+        cache = self._forward([[0]], None, use_cache=True)[self._cache_name]
         return all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
 
     @cached_property
@@ -417,7 +418,7 @@ class HuggingFaceRunner:
         Some recurrent layers (Mamba's) take up one token at a time from their state, and ignore it when given more.
         """
         ids = list(range(12))
-        cache = getattr(self._forward([ids[:6]], None, use_cache=True), "past_key_values", None)
+        cache = getattr(self._forward([ids[:6]], None, use_cache=True), self._cache_name, None)
         if cache is None or not _is_recurrent(cache):
             return cache is not None
         whole = self._forward([ids], None).logits[0, 6:].float()
@@ -432,7 +433,7 @@ class HuggingFaceRunner:
             return torch.cat([parts[0][:1], *(part[1:] for part in parts)]).float()
         # Copied rather than cropped afterwards: sliding-window and recurrent caches cannot be cropped.
         output = self._forward([list(tree.suffix)], copy.deepcopy(self._prefix_cache), use_cache=True)
-        first, cache = output.logits[0, -1:].float(), output.past_key_values
+        first, cache = output.logits[0, -1:].float(), output[self._cache_name]
         if _is_recurrent(cache):  # its states cannot be repeated
             parts = [self._forward([row], copy.deepcopy(cache), use_cache=True).logits[0] for row in longer]
         elif longer:
@@ -448,9 +449,13 @@ class HuggingFaceRunner:
     def close(self) -> None:
         self.hf_model = self._prefix_cache = None
 
-    def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> object:
+    @cached_property
+    def _cache_name(self) -> str:
+        return cache_name(self.hf_model)
+
+    def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> Any:
         ids = torch.tensor(rows, device=self.device)
-        return self.hf_model(input_ids=ids, past_key_values=past, use_cache=use_cache)
+        return self.hf_model(input_ids=ids, **{self._cache_name: past}, use_cache=use_cache)
 
 
 def _is_recurrent(cache: Any) -> bool:
