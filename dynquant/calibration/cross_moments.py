@@ -2,7 +2,7 @@
 
 Of all matrices on y, the nearest to W x is W + W D H⁻¹ with D = E[(x - y) yᵀ], H = E[y yᵀ] (GPTAQ, arXiv:2504.02692).
 H is that of `second_moments`, damped and shrunk; D counts in the measure n / (n + C) that n tokens know of C channels,
-so that an expert with few tokens stays nearly what it was. Half of the way is gone (QEP, arXiv:2504.09629), since all of
+so that an expert with few tokens stays nearly what it was. Half the way is gone (QEP, arXiv:2504.09629), since all of
 it fits the calibration text: on other text textbook-moe-16m as IQ2_XXS, with 16,384 tokens, has KL 0.672 without, 0.548
 half of the way, 0.575 all of it, and after a closing pass 0.521, 0.480 and 0.523.
 """
