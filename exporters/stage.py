@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
-from dynquant.exporters.asymmetric import AsymmetricEncoding, asymmetric_encoding
+from dynquant.exporters.asymmetric.stream import asymmetric
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -102,14 +101,11 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         )
         if pool is not None:
             encoding = replace(encoding, elsewhere=_on_cluster(encoding, pool, options, stats and stats.path))
-        if options.asymmetric:
-            encoding = asymmetric_encoding(encoding, options.asymmetric, options.output)
         is_here = not is_vllm and pool is None and options.blocks is None and not options.asymmetric
         errors = _written_errors(encoding, options, stats) if is_here else None
-        with errors or nullcontext():
-            files = _write(replace(encoding, errors=errors), checkpoint, options)
-            if isinstance(encoding.elsewhere, AsymmetricEncoding):
-                shutil.rmtree(encoding.elsewhere.store.directory)
+        encoding = replace(encoding, errors=errors)
+        with errors or nullcontext(), asymmetric(encoding, options.asymmetric, options.output) as encoding:
+            files = _write(encoding, checkpoint, options)
             if errors is not None:
                 errors.save(session)
     if options.modelfile:

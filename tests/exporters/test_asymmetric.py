@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dynquant.calibration.cross_moments import CrossMoments
 from dynquant.calibration.statistics import StatsProvenance
 from dynquant.encoding.store import EncodedStore
+from dynquant.exporters.asymmetric.cross_moments import CrossMoments
 from tests.helpers.commands import run, succeed
 
 PROVENANCE = StatsProvenance(fingerprint="a", text_hash="a", text_name="a", window=8, max_tokens=8, seed=0)

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynquant.calibration.cross_moments import CrossMoments
 from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
@@ -33,6 +32,7 @@ from dynquant.encoding.parts import TensorPart
 from dynquant.encoding.store import EncodedStore, make_directory
 from dynquant.encoding.stream import guidance_of
 from dynquant.errors import ExportError
+from dynquant.exporters.asymmetric.cross_moments import CrossMoments
 from dynquant.exporters.closing_pass import obstacle
 from dynquant.exporters.output import Encoding
 from dynquant.families.common.conversion import ConvertedSource
@@ -120,13 +120,18 @@ class AsymmetricEncoding:
         return replace(self.store, guidance=guidance)
 
 
-def asymmetric_encoding(encoding: Encoding, tokens: int, output: Path) -> Encoding:
-    """Return an encoding whose blocks `AsymmetricEncoding` makes, in a directory beside the output.
+@contextmanager
+def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encoding]:
+    """Context manager: yields an encoding whose blocks `AsymmetricEncoding` makes in a directory beside the output,
+    which is removed at the end unless something failed. With no tokens it is the given one.
 
     Raises:
         ExportError: the original cannot run beside what is encoded.
         WriteError: the directory cannot be made.
     """
+    if not tokens:
+        yield encoding
+        return
     reason = obstacle(encoding)
     if reason is None and not isinstance(encoding.model.source, ConvertedSource):
         reason = "the original is a GGUF file; give the checkpoint that it was made from"
@@ -146,7 +151,8 @@ def asymmetric_encoding(encoding: Encoding, tokens: int, output: Path) -> Encodi
     spread = windows[torch.linspace(0, len(windows) - 1, count).long()]
     device = chosen_device(encoding.session.device)
     elsewhere = AsymmetricEncoding(store, encoding.plan, encoding.moments.provenance, spread, device)
-    return replace(encoding, elsewhere=elsewhere)
+    yield replace(encoding, elsewhere=elsewhere)
+    shutil.rmtree(directory)
 
 
 class _Pair:
