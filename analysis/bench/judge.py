@@ -437,9 +437,9 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
     return (
         f"## {name}\n\n```\npython -m dynquant.analysis.bench.judge {content['command']}\n```\n\n"
         f"{content['score']:,} tokens of each text, {content['device']}, {content['at_once']} rows side by side. "
-        f"{'The original: ' + ', '.join(before) + '. ' if before else ''}Seconds are those of planning, encoding and "
-        "closing\npass; the first recipe's include calibration and error table. Changes are paired with the default's "
-        "row; p is McNemar's.\n\n"
+        f"{'The original: ' + ', '.join(before) + '. ' if before else ''}Seconds are those of calibration and "
+        "planning\n(an equal share of what all sizes took), encoding and closing pass. Changes are paired with the "
+        "default's row; p is McNemar's.\n\n"
         + markdown(["recipe", "method", "bytes", *titles, *others, "s"], lines)
         + "".join(f"\nNot measured: {reason}" for reason in refused)
     )
