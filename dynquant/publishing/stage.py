@@ -238,8 +238,8 @@ class _Making:
         if not row.is_released:
             export(asked, self.session)
             return row
-        if not all((self.folder / name).is_file() for name in row.files or [row.name]):
-            row = row.with_files(self.folder, export(asked, self.session).files)
+        if not row.files or not all((self.folder / name).is_file() for name in row.files):
+            row = row.with_files(self.folder, export(replace(asked, modelfile=True), self.session).files)
         if options.packed and not row.packed:
             packed = replace(asked, output=output.with_suffix(""), format="safetensors")
             row = row.with_files(self.folder, export(packed, self.session).files)

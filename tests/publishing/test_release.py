@@ -48,7 +48,7 @@ def again(released, tmp_path):
 
 def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
     record = json.loads((released / "release.json").read_text())
-    assert [row["name"] for row in record["files"]] == files_in(released) or len(files_in(released)) == 2
+    assert {row["name"] for row in record["files"]} == {*files_in(released)} and len(record["files"]) == 2
     for name in files_in(released):
         summary = inspect(released / name)
         stem, dominant, bits = re.fullmatch(r"(.+)-(\w+)-dq-(\d+\.\d\d)bpw\.gguf", name).groups()
@@ -58,6 +58,7 @@ def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
         assert dominant == max(weights, key=weights.get) and stem == tiny_moe.name
         size, count = (released / name).stat().st_size, sum(weights.values())
         assert float(bits) == pytest.approx(8 * size / count, abs=0.005)
+        assert (released / name).with_suffix(".Modelfile").read_text().startswith(f"FROM ./{name}\n")
     assert (released / f"{tiny_moe.name}-imatrix.gguf").is_file()
 
 
@@ -78,6 +79,11 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     first, second = files_in(again)
     kept, content = (again / first).stat().st_mtime_ns, (again / second).read_bytes()
     (again / second).unlink()
+    record = json.loads((again / "release.json").read_text())
+    whole = record["files"]
+    record["files"] = [row for row in whole if row["name"] != second]  # as if it had been killed before it was entered
+    (again / "release.json").unlink()
+    (again / "release.json").write_text(json.dumps(record))
     encoded = []
     plain = TensorEncoder.tensor
     monkeypatch.setattr(
@@ -86,6 +92,7 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     succeed("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again)
     assert (again / first).stat().st_mtime_ns == kept
     assert (again / second).read_bytes() == content
+    assert json.loads((again / "release.json").read_text())["files"] == whole
     assert all(stored.is_float for stored in encoded)
 
 
