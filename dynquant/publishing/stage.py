@@ -55,7 +55,7 @@ from dynquant.storage.file_names import STATS_NAME
 _SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
 _MEASURING = {"--text", "--max-tokens", "--mmlu-data", "--shots", "--num-shots", "--limit", "--scoring"}
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
-_FREE = {"--model", "--output", "--name", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
+_FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
 _PACKAGES = ("torch", "transformers", "llama-cpp-python")
 
