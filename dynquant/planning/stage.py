@@ -10,6 +10,7 @@ from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import write_token_errors
 from dynquant.analysis.sensitivity.stage import run_probe
 from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.tensor_source import TensorSource
@@ -23,7 +24,7 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
-from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
+from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
 from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
 from dynquant.planning.selection import Selection
@@ -211,13 +212,18 @@ def _checked_statistics(
     """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
     path = options.output / file_names.ERRORS_NAME  # a table that is there already may have more types
     measurable = tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
-    early = StatsFile(options.stats).stats if options.stats is not None and budgets else None
-    for target in budgets:
-        check_budget(model, target, measurable, early)
+
+    def check(stats: CalibrationStats | None) -> None:
+        for target in budgets:
+            try:
+                check_budget(model, target, measurable, stats)
+            except PlanError as error:
+                raise PlanError(f"{target.recipe}: {error}" if target is not options.target else str(error)) from error
+
+    check(StatsFile(options.stats).stats if options.stats is not None and budgets else None)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     with stats.guarded():
-        for target in budgets:
-            check_budget(model, target, measurable, stats.stats)
+        check(stats.stats)
     return stats
 
 
@@ -266,7 +272,7 @@ def _promise(table: ErrorTable, choices: Mapping[str, Choice], selection: Select
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
-        if selection.fit is not None and winner.method != UNIT_KL:
+        if selection.fit is not None:
             predicted, error = selection.fit.predicted(predicted)
     else:
         total = table.total(row for name, choice in choices.items() if (row := table.row(name, choice.type)))
