@@ -24,7 +24,7 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
-from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
+from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
 from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
 from dynquant.planning.selection import Selection
@@ -272,7 +272,7 @@ def _promise(table: ErrorTable, choices: Mapping[str, Choice], selection: Select
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
-        if selection.fit is not None and winner.method != UNIT_KL:
+        if selection.fit is not None:
             predicted, error = selection.fit.predicted(predicted)
     else:
         total = table.total(row for name, choice in choices.items() if (row := table.row(name, choice.type)))

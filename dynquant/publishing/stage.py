@@ -55,7 +55,7 @@ from dynquant.storage.file_names import STATS_NAME
 _SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
 _MEASURING = {"--text", "--max-tokens", "--mmlu-data", "--shots", "--num-shots", "--limit", "--scoring"}
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
-_FREE = {"--model", "--output", "--name", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
+_FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "xllamacpp")
 
@@ -238,8 +238,8 @@ class _Making:
         if not row.is_released:
             export(asked, self.session)
             return row
-        if not all((self.folder / name).is_file() for name in row.files or [row.name]):
-            row = row.with_files(self.folder, export(asked, self.session).files)
+        if not row.files or not all((self.folder / name).is_file() for name in row.files):
+            row = row.with_files(self.folder, export(replace(asked, modelfile=True), self.session).files)
         if options.packed and not row.packed:
             packed = replace(asked, output=output.with_suffix(""), format="safetensors")
             row = row.with_files(self.folder, export(packed, self.session).files)
