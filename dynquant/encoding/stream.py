@@ -41,6 +41,8 @@ ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
 HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
 """Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
+Target = Callable[[str, torch.Tensor, slice], torch.Tensor]
+"""Tensor name, weights and their experts -> the weights that are encoded in place of them."""
 
 PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
 """Encodes parts, somewhere and in any order, and gives each with its blocks."""
@@ -59,6 +61,7 @@ class Guidance:
     importance: ImportanceLookup | None = None
     hessian: HessianLookup | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
+    target: Target | None = None
 
 
 def guidance_of(
@@ -252,6 +255,8 @@ class TensorEncoder:
         weights = load_part(self.model.source, part)
         if self.checks is not None:
             self.checks.add(part.name, part.shape, part.experts, weights, part.rows)
+        if self.guidance.target is not None:
+            weights = self.guidance.target(part.name, weights, experts)
         return {
             "quant_type": stored, "weights": weights, "importance": importance,
             "name": part.name, "hessian": hessian, "protected": protected,
