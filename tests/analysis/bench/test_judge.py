@@ -32,7 +32,7 @@ def test_the_methods_that_are_shipped_have_flags_of_today() -> None:
 def row(scale: float, right: list[bool]) -> dict:
     metrics = {"KL a.txt": {"value": scale, "low": scale, "high": scale}}
     metrics["letter (4 questions) accuracy"] = {"value": sum(right) / 4, "reference": 1.0}
-    seconds, blocks = {"plan": 1.0, "tune": scale}, {"a.txt": [64 * scale, 64 * scale * 1.1]}
+    seconds, blocks = {"plan": 1.0, "export": scale}, {"a.txt": [64 * scale, 64 * scale * 1.1]}
     return {"bytes": 1000, "seconds": seconds, "metrics": metrics, "kl_blocks": blocks, "is_right": right}
 
 
