@@ -293,8 +293,8 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
             ),
             session,
         )  # fmt: skip
-    except DynquantError as refusal:
-        return {"refused": str(refusal)}
+    except Exception as error:  # of one method, be it a bug in it: the others are judged all the same
+        return {"refused": f"{type(error).__name__}: {error}"}
     finally:
         options.output.unlink(missing_ok=True)
     measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}
