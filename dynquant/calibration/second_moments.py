@@ -1,9 +1,11 @@
-"""Full second moments of layer inputs, and the hessians that error feedback works with.
+"""Full second moments of layer inputs and of gradients of outputs, and the hessians that error feedback works with.
 
 Calibration sums v_t x_t x_tᵀ over tokens t for every input, in float32: per expert where that fits in memory, pooled
 over the experts of a layer where it does not. v is 1, or 1 + the token's squared gradient over its mean, when
 calibration ran backward: tokens on which the output depends count more. Sums are mergeable. They are kept apart from
-stats.safetensors, because C² numbers per input are many (7,168 channels: 206 MB for each expert).
+stats.safetensors, because C² numbers per input are many (7,168 channels: 206 MB for each expert). Two-sided ones also hold g gᵀ of gradients g of
+the outputs of every weight but the output matrix, R² numbers for R rows: g is that of log-likelihood of tokens drawn
+from the model, as in the Fisher information.
 
 `hessian` turns sums into what an encoder may invert. An expert that saw n tokens gets
 
@@ -33,11 +35,12 @@ from dynquant.storage.atomic import read_tensors, read_tensors_header
 from dynquant.storage.file_names import path_beside
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
+OUTPUT = ".output"  # ends the key of gradients of a weight's outputs
 
 
 @dataclass
 class SecondMoments:
-    """Sums of one model. `sums` and `weights` are keyed as `CalibrationStats.inputs`.
+    """Sums of one model. `sums` and `weights` are keyed as `CalibrationStats.inputs`, or by a weight and OUTPUT.
 
     `sums[key]` float32 [E, C, C], or [1, C, C] when pooled over experts; `weights[key]` float64 [E or 1], what the
     token weights v of its sum add up to. `tokens` int32 [windows, window] is the text that was summed.
@@ -45,7 +48,7 @@ class SecondMoments:
 
     provenance: StatsProvenance
     tokens: torch.Tensor
-    kind: str = "activations"  # `activations` where token weights are 1, `gradients` where they hold squared gradients
+    kind: str = "activations"  # `activations` where token weights are 1, else they hold squared gradients
     aliases: dict[str, str] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -168,7 +171,7 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
     aliases, tokens = moments.aliases, moments.tokens
     if not isinstance(aliases, dict) or not all(isinstance(key, str) for key in aliases.values()):
         raise ValueError("`aliases` does not map weights to inputs")
-    if moments.kind not in ("activations", "gradients") or tokens.ndim != 2 or tokens.is_floating_point():
+    if moments.kind not in ("activations", "gradients", "two-sided") or tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"the kind {moments.kind!r:.40} of {list(tokens.shape)} tokens")
 
 
@@ -218,11 +221,32 @@ def hessian(
             mean = (mean[0] * scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
             tokens = torch.full((len(mean),), float(counts.sum()))
     else:
-        n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
-        mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
-        share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
-        mean.mul_(share).add_((1 - share) * moments.layer_mean(key))
+        mean, tokens = _leaning(moments, key, counts, experts)
     return _invertible(mean, tokens)
+
+
+def output_hessian(
+    moments: SecondMoments, weight: str, shape: tuple[int, ...], experts: slice | list[int] = slice(None)
+) -> torch.Tensor | None:
+    """E[g gᵀ] of gradients g of a weight's outputs, positive definite, float32 [E or 1, R, R]; None without moments."""
+    key = weight + OUTPUT
+    num_experts = shape[0] if len(shape) == 3 else 1
+    if key not in moments.sums or moments.sums[key].shape[-1] != shape[-2]:
+        return None
+    if len(moments.sums[key]) not in (1, num_experts):
+        return None
+    pooled = len(moments.sums[key]) == 1
+    return _invertible(*_leaning(moments, key, moments.weights[key], slice(None) if pooled else experts))
+
+
+def _leaning(
+    moments: SecondMoments, key: str, counts: torch.Tensor, experts: slice | list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return means of experts that saw `counts` tokens, leaning on that of all, and the tokens that these stand for."""
+    n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
+    mean = moments.sums[key][experts] / moments.weights[key][experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
+    share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
+    return mean.mul_(share).add_((1 - share) * moments.layer_mean(key)), tokens
 
 
 def _invertible(mean: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

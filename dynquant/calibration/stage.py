@@ -394,8 +394,8 @@ def _check(model: Model, options: CalibrationOptions, output: Path) -> None:
     for option, value in (("--max-memory", options.max_memory), ("--ray", options.ray)):
         if value is not None:
             raise StatsError(f"{model.name} has a vision tower and is run whole, in one process; leave {option} out.")
-    if options.data is not None and options.hessians == "gradients":
-        raise StatsError("--hessians gradients runs on text; with --data give activations or none.")
+    if options.data is not None and options.hessians in ("gradients", "two-sided"):
+        raise StatsError(f"--hessians {options.hessians} runs on text; with --data give activations or none.")
 
 
 def _batch_size(device: str) -> int:

@@ -37,6 +37,7 @@ class Request:
     weights: torch.Tensor  # [experts, rows, row_length], of any floating dtype
     importance: torch.Tensor | None  # float32 [experts, row_length], on the CPU
     hessian: torch.Tensor | None
+    output_hessian: torch.Tensor | None
     protected: Sequence[ProtectedWeight]
     name: str
     threads: int | None
@@ -48,7 +49,7 @@ class Encoder(ABC):
 
     name: ClassVar[str]
     uses_hessians: ClassVar[bool]
-    """True when `hessian` and `protected` change the bytes."""
+    """True when `hessian`, `output_hessian` and `protected` change the bytes."""
     device = torch.device("cpu")
     """The place where blocks are searched."""
 
@@ -61,6 +62,7 @@ class Encoder(ABC):
         *,
         name: str = "tensor",
         hessian: torch.Tensor | None = None,
+        output_hessian: torch.Tensor | None = None,
         protected: Sequence[ProtectedWeight] = (),
         progress: RowsDone | None = None,
     ) -> torch.Tensor:
@@ -76,6 +78,8 @@ class Encoder(ABC):
             name: The tensor's name, for error messages.
             hessian: E[x xᵀ] of the input, positive definite, [1, row_length, row_length] for all experts or one for
                 each; what error feedback works with.
+            output_hessian: E[g gᵀ] of gradients of the outputs likewise, [.., rows, rows]; with a hessian, errors are
+                made up for across rows too.
             protected: Scalars that must keep their values as well as the type can store them.
             progress: Told how many weights are done, by whichever thread did them.
 
@@ -88,8 +92,9 @@ class Encoder(ABC):
                 values, or a hessian of the wrong shape; NaN, Inf or weights too large for the type.
         """
         if not self.uses_hessians:
-            hessian = None
+            hessian = output_hessian = None
         _check_shapes(quant_type, weights, hessian, name=name)
+        _check_moments("output hessian", output_hessian, weights, weights.shape[-2], name)
         if importance is not None:
             importance = _checked_importance(weights, importance, name=name)
         elif quant_type.needs_imatrix and hessian is None:
@@ -99,7 +104,7 @@ class Encoder(ABC):
             )
         stack = weights.detach() if weights.dim() == 3 else weights.detach()[None]
         progress = progress or (lambda count: None)
-        request = Request(quant_type, stack, importance, hessian, protected, name, threads, progress)
+        request = Request(quant_type, stack, importance, hessian, output_hessian, protected, name, threads, progress)
         packed = self.encode_stack(request)
         return packed.view(*weights.shape[:-1], packed.shape[-1])
 
@@ -123,11 +128,15 @@ def _check_shapes(quant_type: QuantType, weights: torch.Tensor, hessian: torch.T
             f"`{name}` has rows of {row_length}, which blocks of {quant_type.block_size} ({quant_type.name}) do not "
             f"divide. Use a type with smaller blocks, such as {quant_type.fallback or 'F16'}."
         )
+    _check_moments("hessian", hessian, weights, row_length, name)
+
+
+def _check_moments(what: str, moments: torch.Tensor | None, weights: torch.Tensor, width: int, name: str) -> None:
     counts = dict.fromkeys((1, weights.shape[0] if weights.dim() == 3 else 1))
-    shapes = [(count, row_length, row_length) for count in counts]
-    if hessian is not None and tuple(hessian.shape) not in shapes:
+    shapes = [(count, width, width) for count in counts]
+    if moments is not None and tuple(moments.shape) not in shapes:
         raise EncodeError(
-            f"The hessian of `{name}` has shape {tuple(hessian.shape)}, but the weights {tuple(weights.shape)} need "
+            f"The {what} of `{name}` has shape {tuple(moments.shape)}, but the weights {tuple(weights.shape)} need "
             f"{' or '.join(map(str, shapes))}. It is of another model; calibrate this one."
         )
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dynquant.calibration.importance import importance
-from dynquant.calibration.second_moments import SecondMoments, hessian
+from dynquant.calibration.second_moments import SecondMoments, hessian, output_hessian
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
@@ -40,7 +40,8 @@ from dynquant.workers import side_by_side
 ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
 HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
-"""Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
+"""Tensor name, shape and experts -> E[x xᵀ] of inputs, float32 [experts or 1, row_length, row_length], or E[g gᵀ] of
+gradients of outputs, [experts or 1, rows, rows]; None when it is not known."""
 
 PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
 """Encodes parts, somewhere and in any order, and gives each with its blocks."""
@@ -58,6 +59,7 @@ class Guidance:
 
     importance: ImportanceLookup | None = None
     hessian: HessianLookup | None = None
+    output_hessian: HessianLookup | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
 
 
@@ -70,7 +72,9 @@ def guidance_of(
     if stats is None:
         return Guidance(protected=protected or {})
     hessians = None if moments is None else partial(hessian, moments, stats)
-    return Guidance(partial(importance, stats), hessians, protected or {})
+    has_outputs = moments is not None and moments.kind == "two-sided"
+    outputs = partial(output_hessian, moments) if moments is not None and has_outputs else None
+    return Guidance(partial(importance, stats), hessians, outputs, protected or {})
 
 
 class QuantizedPart(NamedTuple):
@@ -201,7 +205,7 @@ class TensorEncoder:
                 packed = self.encoder.encode(**arguments, threads=self.threads, progress=on_weights)
                 self.on_encoded(part, arguments, packed)
                 return packed
-            for name in ("weights", "hessian"):
+            for name in ("weights", "hessian", "output_hessian"):
                 if arguments[name] is not None:
                     arguments[name] = arguments[name].pin_memory()  # the GPU takes it in a tenth of the time
             with self._turn:
@@ -237,13 +241,18 @@ class TensorEncoder:
     def arguments(self, part: TensorPart) -> dict[str, Any]:
         """Read what `Encoder.encode` needs for a part; beside the encoder it decides the blocks."""
         stored, experts = part.quant_type, as_slice(part.experts)
-        importance = hessian = None
+        importance = hessian = output_hessian = None
         if self.guidance.importance and (stored.uses_imatrix or (self.encoder.uses_hessians and not stored.is_float)):
             importance = self.guidance.importance(part.name, part.shape)
             if importance is not None and len(part.shape) == 3:
                 importance = importance[0] if len(importance) == 1 else importance[experts]
         if self.guidance.hessian and self._uses_hessian(stored):
             hessian = self.guidance.hessian(part.name, part.shape, experts)
+            if self.guidance.output_hessian is not None and len(part.shape) <= 3:
+                output_hessian = self.guidance.output_hessian(part.name, part.shape, experts)
+            if output_hessian is not None:
+                rows = as_slice(part.rows)
+                output_hessian = output_hessian[:, rows, rows].contiguous()
         protected = tuple(
             replace(scalar, expert=(scalar.expert or 0) - part.experts.start, row=scalar.row - part.rows.start)
             for scalar in self.guidance.protected.get(part.name, ())
@@ -254,7 +263,7 @@ class TensorEncoder:
             self.checks.add(part.name, part.shape, part.experts, weights, part.rows)
         return {
             "quant_type": stored, "weights": weights, "importance": importance,
-            "name": part.name, "hessian": hessian, "protected": protected,
+            "name": part.name, "hessian": hessian, "output_hessian": output_hessian, "protected": protected,
         }  # fmt: skip
 
     @property
@@ -264,12 +273,17 @@ class TensorEncoder:
         return workers if self.encoder.device.type == "cpu" else min(_LOADED_AHEAD, workers)
 
     def _needed_bytes(self, part: TensorPart) -> int:
-        return part.needed_bytes(hessians=self._uses_hessian(part.quant_type))
+        return part.needed_bytes(**self._moments_of(part.quant_type))
 
     def _parts_of(
         self, name: str, shape: tuple[int, ...], stored: QuantType, limits: PartLimits, at_once: int = 1
     ) -> list[TensorPart]:
-        return limits.parts(name, shape, stored, hessians=self._uses_hessian(stored), at_once=at_once)
+        return limits.parts(name, shape, stored, **self._moments_of(stored), at_once=at_once)
+
+    def _moments_of(self, stored: QuantType) -> dict[str, bool]:
+        """Return which second moments are held for a part of a tensor of this type."""
+        uses = self._uses_hessian(stored)
+        return {"hessians": uses, "output_hessians": uses and self.guidance.output_hessian is not None}
 
     def _uses_hessian(self, stored: QuantType) -> bool:
         return self.guidance.hessian is not None and self.encoder.uses_hessians and not stored.is_float
