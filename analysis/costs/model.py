@@ -158,8 +158,7 @@ class _Costs:
             yield prod(entry.shape[:-2]), entry.shape[-1], share
         if self.options.hessians == "two-sided":
             for entry, share in _linears(self.model, entries):
-                if entry.role is not Role.OUTPUT:
-                    yield prod(entry.shape[:-2]), entry.shape[-2], share
+                yield prod(entry.shape[:-2]), entry.shape[-2], share
 
     def _moment_bytes(self, entries: Iterable[PlanEntry]) -> int:
         """Return the size of the second moments; experts share a matrix when each has no room."""

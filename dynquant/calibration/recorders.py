@@ -119,7 +119,7 @@ class MomentRecorder:
         if with_outputs:  # those of gate and up are as wide as the input of down
             narrow = sum(4 * experts * min(rows, columns) ** 2 for experts, rows, columns in shapes)
             needed += 2 * narrow
-        return cls(limit_bytes, pools_experts=needed > limit_bytes)
+        return cls(limit_bytes, needed > limit_bytes, with_outputs)
 
     def add(
         self, key: str, x: torch.Tensor, *, num_experts: int = 1, expert: int = 0, squares: torch.Tensor | None = None

@@ -2,10 +2,10 @@
 
 Calibration sums v_t x_t x_tᵀ over tokens t for every input, in float32: per expert where that fits in memory, pooled
 over the experts of a layer where it does not. v is 1, or 1 + the token's squared gradient over its mean, when
-calibration ran backward: tokens on which the output depends count more. Sums are mergeable. They are kept apart from
-stats.safetensors, because C² numbers per input are many (7,168 channels: 206 MB for each expert). Two-sided ones also hold g gᵀ of gradients g of
-the outputs of every weight but the output matrix, R² numbers for R rows: g is that of log-likelihood of tokens drawn
-from the model, as in the Fisher information.
+calibration ran backward: tokens on which the output depends count more. Two-sided moments also hold sums of g gᵀ for
+the outputs of every weight but the output matrix, R² numbers for R rows; g is the gradient of the log-likelihood of
+tokens drawn from the model, as in the Fisher information. Sums are mergeable. They are kept apart from
+stats.safetensors, because C² numbers per input are many (7,168 channels: 206 MB for each expert).
 
 `hessian` turns sums into what an encoder may invert. An expert that saw n tokens gets
 
@@ -36,6 +36,9 @@ from dynquant.storage.file_names import path_beside
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
 OUTPUT = ".output"  # ends the key of gradients of a weight's outputs
+OUTPUT_SHARE = 0.5
+"""Of what lies off the diagonal of outputs' moments: the two factors are no exact product, and with all of it the KL
+falls less although their loss falls more."""
 
 
 @dataclass
@@ -229,14 +232,20 @@ def output_hessian(
     moments: SecondMoments, weight: str, shape: tuple[int, ...], experts: slice | list[int] = slice(None)
 ) -> torch.Tensor | None:
     """E[g gᵀ] of gradients g of a weight's outputs, positive definite, float32 [E or 1, R, R]; None without moments."""
+    num_experts, rows = (shape[0] if len(shape) == 3 else 1), shape[-2]
+    if (whole := weight.replace("attn_v_b", "attn_kv_b") + OUTPUT) in moments.sums and whole != weight + OUTPUT:
+        heads = moments.sums[whole][0].unflatten(1, (num_experts, -1)).unflatten(0, (num_experts, -1))
+        values = heads.diagonal(dim1=0, dim2=2).movedim(-1, 0)[experts, -rows:, -rows:]  # after the head's keys
+        tokens = moments.weights[whole].expand(len(values))
+        return _invertible(values / tokens.clamp_min(1).to(torch.float32)[:, None, None], tokens, OUTPUT_SHARE)
     key = weight + OUTPUT
-    num_experts = shape[0] if len(shape) == 3 else 1
-    if key not in moments.sums or moments.sums[key].shape[-1] != shape[-2]:
+    if key not in moments.sums or moments.sums[key].shape[-1] != rows:
         return None
-    if len(moments.sums[key]) not in (1, num_experts):
+    count = len(moments.sums[key])
+    if count not in (1, num_experts):
         return None
-    pooled = len(moments.sums[key]) == 1
-    return _invertible(*_leaning(moments, key, moments.weights[key], slice(None) if pooled else experts))
+    mean, tokens = _leaning(moments, key, moments.weights[key], experts if count > 1 else slice(None))
+    return _invertible(mean, tokens, OUTPUT_SHARE)
 
 
 def _leaning(
@@ -249,10 +258,11 @@ def _leaning(
     return mean.mul_(share).add_((1 - share) * moments.layer_mean(key)), tokens
 
 
-def _invertible(mean: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return `mean` itself, changed in place: matrices of wide layers have hundreds of megabytes."""
+def _invertible(mean: torch.Tensor, tokens: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    """Return `mean` itself, changed in place: matrices of wide layers have hundreds of megabytes. At most `share` of
+    what lies off the diagonal stays."""
     diagonal = mean.diagonal(dim1=-2, dim2=-1)
-    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
+    trust = (share * tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
     average = diagonal.mean(-1, keepdim=True)
     added = (1 - trust.squeeze(2)) * diagonal + DAMPING * torch.where(average > 0, average, 1.0)
     mean.mul_(trust).diagonal(dim1=-2, dim2=-1).add_(added)  # the diagonal of S stays whole

@@ -24,9 +24,8 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.compiled import tiles
 from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.descent import descend, descend_scales, refit
-from dynquant.encoding.search.feedback import feed_back, upper_factor
+from dynquant.encoding.search.feedback import encode_in_turn, feed_back, upper_factor
 from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
-from dynquant.encoding.search.row_feedback import encode_in_turn
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError

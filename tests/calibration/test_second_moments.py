@@ -108,6 +108,12 @@ def test_two_sides_are_those_of_gradients_and_moments_of_output_gradients(moe, t
     assert torch.linalg.eigvalsh(output_hessian(found.moments, GATE, shape).double()).amin() > 0
     assert torch.equal(found.moments.sums[GATE], collect(moe, tokens, hessians="gradients").moments.sums[GATE])
     assert output_hessian(whole.moments, GATE, shape) is None
+    key = "blk.2.attn_kv_b.weight" + OUTPUT
+    head = found.moments.sums[key][0, 96 + 32 : 192, 96 + 32 : 192] / found.moments.weights[key].float()
+    values = output_hessian(found.moments, "blk.2.attn_v_b.weight", (4, 64, 256))[1]
+    off = ~torch.eye(64, dtype=torch.bool)
+    ratio = (values[off] / head[off]).double()
+    assert ratio.std() < 1e-3 * ratio.mean(), "of the second head: shrunk off the diagonal"
     assert not {"output.weight" + OUTPUT} & set(found.moments.sums)
 
 
