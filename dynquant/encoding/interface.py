@@ -8,7 +8,7 @@ tensor larger than the cache is not walked twice.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -27,6 +27,18 @@ class ProtectedWeight:
     row: int
     column: int
     expert: int | None = None
+
+
+class Sides(NamedTuple):
+    """E[x xᵀ] of the input of a weight and E[g gᵀ] of gradients of its outputs, [E or 1, R, R], as far as known."""
+
+    inputs: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, hessian: "torch.Tensor | Sides | None") -> "Sides":
+        """Return both sides of an encoder's argument, which is that of the input alone where there is no other."""
+        return hessian if isinstance(hessian, Sides) else cls(hessian)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Encoder(ABC):
 
     name: ClassVar[str]
     uses_hessians: ClassVar[bool]
-    """True when `hessian`, `output_hessian` and `protected` change the bytes."""
+    """True when `hessian` and `protected` change the bytes."""
     device = torch.device("cpu")
     """The place where blocks are searched."""
 
@@ -61,8 +73,7 @@ class Encoder(ABC):
         threads: int | None = None,
         *,
         name: str = "tensor",
-        hessian: torch.Tensor | None = None,
-        output_hessian: torch.Tensor | None = None,
+        hessian: torch.Tensor | Sides | None = None,
         protected: Sequence[ProtectedWeight] = (),
         progress: RowsDone | None = None,
     ) -> torch.Tensor:
@@ -77,9 +88,7 @@ class Encoder(ABC):
             threads: How many threads to use on a CPU; None for one per core.
             name: The tensor's name, for error messages.
             hessian: E[x xᵀ] of the input, positive definite, [1, row_length, row_length] for all experts or one for
-                each; what error feedback works with.
-            output_hessian: E[g gᵀ] of gradients of the outputs likewise, [.., rows, rows]; with a hessian, errors are
-                made up for across rows too.
+                each; what error feedback works with. With `Sides`, errors are made up for across rows too.
             protected: Scalars that must keep their values as well as the type can store them.
             progress: Told how many weights are done, by whichever thread did them.
 
@@ -91,20 +100,19 @@ class Encoder(ABC):
                 needs an importance matrix without one, an importance of the wrong shape or with NaN, Inf or negative
                 values, or a hessian of the wrong shape; NaN, Inf or weights too large for the type.
         """
-        if not self.uses_hessians:
-            hessian = output_hessian = None
-        _check_shapes(quant_type, weights, hessian, name=name)
-        _check_moments("output hessian", output_hessian, weights, weights.shape[-2], name)
+        inputs, outputs = Sides.of(hessian) if self.uses_hessians else Sides()
+        _check_shapes(quant_type, weights, inputs, name=name)
+        _check_moments("output hessian", outputs, weights, weights.shape[-2], name)
         if importance is not None:
             importance = _checked_importance(weights, importance, name=name)
-        elif quant_type.needs_imatrix and hessian is None:
+        elif quant_type.needs_imatrix and inputs is None:
             raise EncodeError(
                 f"`{name}` cannot be encoded as {quant_type.name} without an importance matrix. Calibrate the model "
                 "first, or choose a type that does not need one."
             )
         stack = weights.detach() if weights.dim() == 3 else weights.detach()[None]
         progress = progress or (lambda count: None)
-        request = Request(quant_type, stack, importance, hessian, output_hessian, protected, name, threads, progress)
+        request = Request(quant_type, stack, importance, inputs, outputs, protected, name, threads, progress)
         packed = self.encode_stack(request)
         return packed.view(*weights.shape[:-1], packed.shape[-1])
 

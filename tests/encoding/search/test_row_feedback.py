@@ -5,6 +5,7 @@ import torch
 
 from dynquant.encoding.dynquant_encoder import DynquantEncoder
 from dynquant.encoding.search.feedback import encode_in_turn, upper_factor
+from dynquant.encoding.interface import Sides
 from dynquant.errors import EncodeError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -45,15 +46,17 @@ def test_both_sides_lose_less_than_one(name):
     weights, inputs, outputs = noise(2, 160, 256), moments(2, 256, 1), moments(2, 160, 2)
     encoder, quant_type = DynquantEncoder("cpu"), QUANT_TYPES[name]
 
-    def encoded(**options: torch.Tensor) -> torch.Tensor:
-        return encoder.encode(quant_type, weights, threads=1, hessian=inputs, **options)
+    def encoded(hessian: torch.Tensor | Sides) -> torch.Tensor:
+        return encoder.encode(quant_type, weights, threads=1, hessian=hessian)
 
-    one, two = encoded(), encoded(output_hessian=outputs)
-    assert torch.equal(encoded(output_hessian=torch.eye(160)[None]), one), "outputs that are independent change nothing"
+    one, two = encoded(inputs), encoded(Sides(inputs, outputs))
+    assert torch.equal(encoded(Sides(inputs, torch.eye(160)[None])), one), "outputs that are independent change nothing"
     losses = [loss(weights - decode(name, packed, tuple(weights.shape)), inputs, outputs) for packed in (one, two)]
     assert losses[1] < 0.98 * losses[0]
 
 
 def test_output_moments_of_another_height_are_refused():
     with pytest.raises(EncodeError, match=r"output hessian of `w` has shape \(1, 5, 5\)"):
-        DynquantEncoder("cpu").encode(QUANT_TYPES["Q2_K"], noise(4, 256), name="w", output_hessian=torch.eye(5)[None])
+        DynquantEncoder("cpu").encode(
+            QUANT_TYPES["Q2_K"], noise(4, 256), name="w", hessian=Sides(None, torch.eye(5)[None])
+        )
