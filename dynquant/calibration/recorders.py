@@ -107,7 +107,7 @@ class MomentRecorder:
     _sums: dict[str, torch.Tensor] = field(default_factory=dict)
     _weights: dict[str, torch.Tensor] = field(default_factory=dict)
     used_bytes: list[int] = field(default_factory=lambda: [0, 0])
-    """Of inputs, and of outputs."""
+    """Bytes of inputs, and of outputs."""
 
     @classmethod
     def for_model(cls, hf_model: nn.Module, limit_bytes: int, *, with_outputs: bool = False) -> "MomentRecorder":

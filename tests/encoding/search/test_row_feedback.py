@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dynquant.encoding.dynquant_encoder import DynquantEncoder
-from dynquant.encoding.search.feedback import encode_in_turn, upper_factor
 from dynquant.encoding.interface import Sides
+from dynquant.encoding.search.feedback import encode_in_turn, upper_factor
 from dynquant.errors import EncodeError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
