@@ -65,6 +65,10 @@ class WorkerError(DynquantError):
     """A process that worked beside this one was ended from outside."""
 
 
+class HubError(DynquantError):
+    """Hugging Face's Hub refuses, or does not answer."""
+
+
 def reason(error: OSError) -> str:
     """Return what the system says, and of which path."""
     if isinstance(error, FileExistsError | NotADirectoryError):

@@ -9,7 +9,7 @@ that `Only` names. `Options`, their base, checks numbers for the command line an
 """
 
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -116,6 +116,33 @@ def flags(options: type) -> dict[str, tuple[Any, Flag]]:
         if flag is not None:
             shown[name] = hint.__origin__, flag
     return shown
+
+
+def shown_values(options: Options) -> Iterator[tuple[Flag, str, Any, bool]]:
+    """Yield flag, its name on the command line, value, and whether it was asked for, of options and nested ones."""
+    shown = flags(type(options))
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, Options):
+            yield from shown_values(value)
+        elif field.name in shown:
+            flag = shown[field.name][1]
+            yield flag, flag.option(field.name), value, bool(options.changed(field.name))
+
+
+def command_words(options: Options, leave_out: Collection[str]) -> list[str]:
+    """Return the words of a command line that give these options; `leave_out` are flags."""
+    words: list[str] = []
+    for flag, option, value, is_changed in shown_values(options):
+        if option in leave_out or not is_changed or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+            continue
+        is_paths = isinstance(value, tuple) and any(isinstance(each, Path) for each in value)
+        texts = list(map(str, value)) if is_paths else [",".join(value) if isinstance(value, tuple) else str(value)]
+        words += texts if flag.is_argument else [word for text in texts for word in (option, text)]
+    return words
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,17 @@ def stats_of_preset(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.gguf')}.{STATS_NAME}")
 
 
+def modelfile_path(gguf: Path) -> Path:
+    """Return the name of the Modelfile beside a GGUF file."""
+    return gguf.with_suffix(".Modelfile")
+
+
 def _beside(output: Path, typed: Mapping[str, Any]) -> list[Path]:
     from dynquant.checkpoints.gguf_layout import mmproj_path  # here, since `--help` imports this module
 
     files = [mmproj_path(output)] if typed["format"] == "gguf" else []
+    if typed["modelfile"]:
+        files.append(modelfile_path(output))
     if typed["split_max_size"]:  # first parts that are there, which have all metadata; their number is not known yet
         part = re.compile(rf"{re.escape(output.name.removesuffix('.gguf'))}-00001-of-\d{{5}}\.gguf")
         files += [file for file in output.parent.glob("*.gguf") if part.fullmatch(file.name)]
@@ -55,7 +62,12 @@ class ClosingPassOptions(Options):
     """Parts, text and time of the closing pass."""
 
     tune_minutes: Annotated[
-        float, Flag("Minutes of the closing pass at most; it ends before when the held-out KL stops falling.", min=0.01)
+        float,
+        Flag(
+            "Minutes of the closing pass at most, without loading the model and what --tune-sampled takes; it ends "
+            "before when the held-out KL stops falling.",
+            min=0.01,
+        ),
     ] = 10.0
     tune_sampled: Annotated[
         int, Flag("Tokens that the original writes itself, for the closing pass beside the text.", min=0)
@@ -113,6 +125,7 @@ class ExportOptions(Options):
             show_default=False,
         ),
     ] = None
+    modelfile: Annotated[bool, Flag("Also write NAME.Modelfile, with which Ollama makes a model of the file.")] = False
     max_memory: Annotated[
         str | None, Flag("Host memory that the command may take, as 8GiB.", show_default=False, min=1, is_size=True)
     ] = None
@@ -123,6 +136,8 @@ class ExportOptions(Options):
     base_gguf: BaseGguf = None
     mtp: Mtp = True
     allow_difference: AllowDifference = False
+    blocks: Path | None = None
+    """Folder of `encoding.store` that keeps every tensor's blocks for other exports of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks
+from dynquant.encoding.store import EncodedStore, store_directory
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
@@ -49,6 +50,7 @@ class Encoding:
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
     elsewhere: stream.PartStream | None = None  # encodes on other machines
+    blocks: Path | None = None  # folder of stores, from which blocks are taken that any other plan has brought there
     errors: WrittenErrors | None = None  # measures blocks as they are encoded
     resume: bool = True  # False starts an interrupted export over
     session: Session = SILENT
@@ -115,7 +117,13 @@ class Encoding:
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
     ) -> Generator[stream.QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`; closing it ends what is in work."""
-        return self.tensors.quantize(self.plan, parts, elsewhere=self.elsewhere, progress=progress, skip=skip)
+        elsewhere = self.elsewhere
+        if self.blocks is not None:
+            belongs = (self.model, self.plan.stats_hash or "", self.encoder, self.used_moments)
+            directory = store_directory(self.blocks, *belongs)
+            threads = self.session.threads
+            elsewhere = EncodedStore(self.model, self.guidance, self.encoder, directory, threads, self.checks).parts
+        return self.tensors.quantize(self.plan, parts, elsewhere=elsewhere, progress=progress, skip=skip)
 
     @contextmanager
     def writing(

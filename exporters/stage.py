@@ -24,6 +24,7 @@ from dynquant.evaluation.agreement.same_computation import SameComputation, chec
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
+from dynquant.exporters.modelfile import write_modelfile
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
 from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
@@ -31,6 +32,7 @@ from dynquant.families.complete_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.model_kind import check_same_kind
 from dynquant.families.open import check_original, locate_model, open_and_announce, open_language_model
+from dynquant.families.tokenizers.chat_template import format_of_metadata, lint
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
@@ -92,16 +94,20 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             moments=_moments_of(stats, session) if encoder.uses_hessians else None,
             protected=protected,
             limits=_limits(options.max_memory),
+            blocks=options.blocks,
             resume=options.resume,
             session=session,
         )
         if pool is not None:
             encoding = replace(encoding, elsewhere=_on_cluster(encoding, pool, options, stats and stats.path))
-        errors = None if is_vllm or pool is not None else _written_errors(encoding, options, stats)
+        is_here = not is_vllm and pool is None and options.blocks is None
+        errors = _written_errors(encoding, options, stats) if is_here else None
         with errors or nullcontext():
             files = _write(replace(encoding, errors=errors), checkpoint, options)
             if errors is not None:
                 errors.save(session)
+    if options.modelfile:
+        files.append(write_modelfile(files, session))
     if options.format == "gguf" and compared is None and model.is_converted:
         how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
         check_written(model, files[0], session, **how)
@@ -148,6 +154,9 @@ def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tupl
     """Return the model with the layers that the plan names, and how llama.cpp compares with transformers on it."""
     mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
     model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    for finding in lint(format_of_metadata(model.metadata)):
+        if finding.is_fault:
+            session.note(finding.text)
     folder = options.plan.parent if options.plan is not None else None
     how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
     return model, check_computation(model, session, folder=folder, **how)
@@ -167,6 +176,8 @@ def _check(options: ExportOptions) -> None:
         )
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
+    if options.modelfile and (options.format != "gguf" or options.split_max_size):
+        raise ExportError("--modelfile is for a GGUF model in one file, which is what Ollama reads; leave it out.")
     for source in ("plan", "stats"):
         if getattr(options, source) is not None:
             options.calibration.refuse_unused(f"--{source} has or names statistics, so nothing is calibrated.")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = """
     dynquant storage formats checkpoints families kernels inputs running calibration recipes encoding packed lora
     evaluation analysis analysis.errors analysis.outliers analysis.sensitivity planning analysis.plots analysis.report
-    analysis.costs exporters training cli.terminal cli kernels.bench analysis.bench
+    analysis.costs exporters publishing training cli.terminal cli kernels.bench analysis.bench
 """
 ORDER = ["dynquant", *(f"dynquant.{name}" for name in FOLDERS.split()[1:])]
 """A module imports from its own folder and from those before it; a sub-folder without an entry counts as its parent."""

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from dynquant.evaluation.distributions import Distributions, compared, reduced
-from dynquant.evaluation.multiple_choice import EncodedQuestion, score_questions
 from dynquant.evaluation.runners import HuggingFaceRunner, open_runner
+from dynquant.evaluation.tasks.multiple_choice import EncodedQuestion, score_questions
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import Question
 from dynquant.kernels.bench.harness import MarkdownTable, device_name, measured, options

@@ -31,6 +31,7 @@ _MEASURED_LOOKS = {
     UNIFORM: style.Look(style.GREY, "s", ":"),
     "llama.cpp mixture": style.Look(style.BLUE, "^", "--"),
     "R1 recipe": style.Look(style.GREEN, "D", "none"),
+    "published recipe": style.Look(style.ORANGE, "X", "none"),
 }
 """Looks of the series of the measured frontier."""
 Point = tuple[float, float, str]  # size in the axis unit, error, label
@@ -179,13 +180,16 @@ def draw_measured_frontier(selection: Selection) -> style.Drawn:
 
 
 def _kind_of(label: str) -> str:
-    kinds = {"uniform": UNIFORM, "llama": "llama.cpp mixture", "r1": "R1 recipe"}
+    kinds = {"uniform": UNIFORM, "llama": "llama.cpp mixture", "r1": "R1 recipe", "like": "published recipe"}
     return next((kind for start, kind in kinds.items() if label.startswith(start)), PLANNER)
 
 
 def _measured_headline(series: dict[str, list[Candidate]]) -> str:
     fixed = [point for name, points in series.items() if name != PLANNER for point in points]
     planned = series[PLANNER]
+    if not fixed:
+        most, least = planned[0].kl.value, planned[-1].kl.value
+        return f"KL to the original falls from {most:.2g} to {least:.2g} nats over {len(planned)} sizes"
     beaten = sum(any(p.bytes <= point.bytes and p.kl.value < point.kl.value for p in planned) for point in fixed)
     return f"Measured frontier: planned files are no larger and better than {beaten} of {len(fixed)} fixed recipes"
 

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 
 from dynquant.analysis.report.tables import html_table
-from dynquant.evaluation.multiple_choice import is_right
 from dynquant.evaluation.report import Answer
+from dynquant.evaluation.tasks.multiple_choice import is_right
 
 SHOWN = 24
 _THUMBNAIL = 96

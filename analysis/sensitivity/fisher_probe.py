@@ -12,15 +12,11 @@ itself. The price of a tensor in a type is therefore the closed-form cost times 
 geometric mean over three types, of small, middle and large size, of probe over closed form; the errors of types are
 nearly independent directions, so that the factor is known better than any one cost. Only these are encoded whole.
 
-Gradients come one decoder layer at a time: from the last to the first, each layer runs again from its kept input, gets
-the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are multiplied
-with W - Wq and forgotten. In memory at a time: 4 bytes a weight of one layer, for each type and for the gradient. On a
-GPU forward passes are in float32, so that it draws the tokens that a CPU draws, and backward passes in TF32.
+Gradients come one decoder layer at a time (`streamed_backward`). On a GPU forward passes are in float32, so that it
+draws the tokens that a CPU draws, and backward passes in TF32.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from math import exp, hypot, log
 from statistics import fmean
 
@@ -28,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Price
-from dynquant.checkpoints.tensor_roles import layer_of
+from dynquant.analysis.sensitivity.streamed_backward import StreamedBackward
 from dynquant.encoding.store import EncodedStore
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
+from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
-from dynquant.running.load import tf32_products
 from dynquant.running.streaming.layer_replay import LayerReplay
 from dynquant.session import Progress, ignore_progress
 
@@ -68,8 +63,10 @@ def fisher_probe(
         original = store.model.source.load(name).to(replay.device).flatten()
         return torch.stack([original - store.decoded(name, t, replay.device).flatten() for t in probed[name]])
 
-    backward = _StreamedBackward(hf_model, live, replay, {name for name in names if probed[name]}, differences)
-    backward.run(lambda logits: sampled_log_probability(logits, generator), progress)
+    for _ in replay.keep():  # the inputs of all layers
+        pass
+    backward = StreamedBackward(hf_model, live, replay, {name for name in names if probed[name]}, differences)
+    backward.run(lambda logits: sampled_log_probability(logits, generator), "Fisher probe", progress)
     return {
         name: dict(zip(probed[name], map(_price, products.cpu() / windows.shape[1] ** 0.5), strict=True))
         for name, products in backward.products.items()
@@ -114,93 +111,3 @@ def _probed_types(rows: Iterable[ErrorRow]) -> list[str]:
     by_size = sorted((row for row in rows if not QUANT_TYPES[row.type].is_float), key=lambda row: row.bytes)
     places = ((2 * number + 1) * len(by_size) // (2 * _PROBED_TYPES) for number in range(_PROBED_TYPES))
     return list(dict.fromkeys(by_size[place].type for place in places if by_size))
-
-
-@dataclass
-class _StreamedBackward:
-    """A backward pass on many windows, from layer to layer."""
-
-    hf_model: nn.Module
-    live: LiveWeights
-    replay: LayerReplay  # windows that each run alone
-    names: set[str]  # GGUF tensors that have a place in the running model
-    differences: Callable[[str], Tensor]  # what the gradients of a tensor are multiplied with, [types, weights]
-    products: dict[str, Tensor] = field(default_factory=dict)  # by tensor, float64 [types, windows]
-    _flowing: list[Tensor] = field(default_factory=list)  # gradients between two layers, one a window
-
-    def run(self, loss: Callable[[Tensor], Tensor], progress: Progress) -> None:
-        """Run it; `loss` maps logits [tokens, vocabulary] of a window to a scalar."""
-        total = self.replay.num_layers + 1  # the embedding counts as a layer
-        progress("Fisher probe", 0, total, unit="layers")
-        with frozen_weights(self.hf_model):
-            for _ in self.replay.keep():  # the inputs of all layers
-                pass
-            self._head(loss)
-            for done, layer in enumerate(reversed(range(self.replay.num_layers)), start=1):
-                self._layer(layer)
-                progress("Fisher probe", done, total, unit="layers")
-            self._embedding()
-            progress("Fisher probe", total, total, unit="layers")
-
-    def _head(self, loss: Callable[[Tensor], Tensor]) -> None:
-        is_tied = self.live.parameters("token_embd.weight")[0] is self.hf_model.get_output_embeddings().weight
-        with self._measured(["token_embd.weight" if is_tied else "output.weight"]) as collect:
-            for index in range(len(self.replay.batches)):
-                with torch.no_grad():
-                    hidden = self.replay.layer(index, self.replay.num_layers - 1)
-                hidden.requires_grad_(True)
-                with torch.enable_grad():
-                    total = loss(self.replay.head(index, hidden))
-                self._run_backward(total)
-                self._flowing.append(hidden.grad)
-                collect()
-
-    def _layer(self, layer: int) -> None:
-        below = []
-        with self._measured([name for name in self.names if layer_of(name) == layer]) as collect:
-            for index, gradient in enumerate(self._flowing):
-                hidden = self.replay.layer_input(index, layer).detach().requires_grad_(True)
-                with torch.enable_grad():
-                    out = self.replay.layer(index, layer, hidden)
-                self._run_backward(out, gradient)
-                below.append(hidden.grad)  # flows into the layer below
-                collect()
-        self._flowing = below
-
-    def _embedding(self) -> None:
-        with self._measured(["token_embd.weight"]) as collect:
-            for index, gradient in enumerate(self._flowing):
-                with torch.enable_grad():
-                    embedded = self.replay.embedded(index)
-                self._run_backward(embedded, gradient)
-                collect()
-
-    def _run_backward(self, out: Tensor, gradient: Tensor | None = None) -> None:
-        with tf32_products(self.replay.device):
-            out.backward(gradient)
-
-    @contextmanager
-    def _measured(self, names: list[str]) -> Iterator[Callable[[], None]]:
-        """Context manager: yields a function to call after each window's backward pass, which adds to `products`.
-
-        A tied embedding gets its products in two parts, through the head and at last.
-        """
-        names = sorted(self.names & set(names))
-        parameters = [parameter for name in names for parameter in self.live.parameters(name)]
-        differences = {name: self.differences(name) for name in names}
-        windows = iter(range(len(self.replay.batches)))
-
-        def collect() -> None:
-            window = next(windows)
-            for name, by_type in differences.items():
-                shape = len(by_type), len(self.replay.batches)
-                products = self.products.setdefault(name, by_type.new_zeros(shape, dtype=torch.float64))
-                products[:, window] += by_type @ self.live.gradient(name).flatten()
-            for parameter in parameters:
-                parameter.grad = None
-
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield collect
-        for parameter in parameters:
-            parameter.requires_grad_(False)

@@ -62,6 +62,10 @@ class SecondMoments:
         key = self.aliases.get(weight, weight)
         return key if key in self.sums else None
 
+    def outputs(self) -> set[str]:
+        """Weights whose outputs have moments."""
+        return {key.removesuffix(OUTPUT) for key in self.sums if key.endswith(OUTPUT)}
+
     def layer_mean(self, key: str) -> torch.Tensor:
         """Weighted mean over all experts of an input, float32 [C, C]; of the last input that was asked for it is kept,
         because the experts of a layer are asked for in turns and a sum over all of them reads all of them."""

@@ -18,8 +18,8 @@ from dynquant.cli.calibrate import calibrate
 from dynquant.cli.compare import compare, compare_encoders
 from dynquant.cli.demo import demo, fetch_llama_cpp
 from dynquant.cli.evaluate import evaluate
-from dynquant.cli.export import export, export_adapter, tune
-from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
+from dynquant.cli.export import export, export_adapter, release, tune
+from dynquant.cli.inspect import diff, fit, inspect, measure_machine, recipe
 from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.interrupt import ends_promptly
@@ -76,10 +76,11 @@ def version() -> None:
     console.say(__version__)
 
 
-_STEPS = (calibrate, analyze, plan, export, tune, evaluate, compare, compare_encoders, finetune, heal, export_adapter)
-_VIEWS = (inspect, measure_machine, recipe, diff, super_weights, demo, fetch_llama_cpp, version)
+_STEPS = (calibrate, analyze, plan, export, tune, evaluate, release, finetune, heal, export_adapter)
+_VIEWS = (compare, compare_encoders, inspect, fit, measure_machine, recipe, diff, super_weights)
+_OTHERS = (demo, fetch_llama_cpp, version)
 _ALWAYS = "Every command also takes --json-progress FILE (- is stderr), --llama-cpp DIR and --debug."
-for _function in (*_STEPS, *_VIEWS):
+for _function in (*_STEPS, *_VIEWS, *_OTHERS):
     _name = "eval" if _function is evaluate else _function.__name__.replace("_", "-")
     _command = from_options(_function)
     app.command(_name, cls=command_class(_command), epilog=_ALWAYS)(_command)

@@ -5,7 +5,7 @@ at equal types only the blocks. Results are written after every file; a run that
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -17,11 +17,11 @@ from dynquant.cli.terminal import console
 from dynquant.errors import EvaluationError, OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import Flag, Former, ModelPath, Only, Options, Writes, flags
+from dynquant.options import Flag, Former, ModelPath, Only, Options, Writes
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
-from dynquant.storage.atomic import file_hash, write_atomically
+from dynquant.storage.atomic import write_atomically
 from dynquant.storage.file_names import STATS_NAME, files_beside, files_of_plan, path_beside
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class _Results:
                 "another output."
             ) from error
         self.session = session
-        self._path, self._options, self._settings = path, options, dict(_settings(options))
+        self._path, self._options, self._settings = path, options, _settings(options)
         for name, row in self.rows.items():
             settings = dict(row.get("settings", {}))  # none in files of earlier versions; tasks may be added later
             same = {option: (None, [], value) for option, value in self._settings.items()}
@@ -200,20 +200,13 @@ class _Results:
         console.say(text)
 
 
-def _settings(options: CompareOptions | CompareEncodersOptions) -> Iterator[tuple[str, Any]]:
-    """Yield option and value of all that decides the numbers of a row; a file counts by its content."""
+def _settings(options: CompareOptions | CompareEncodersOptions) -> dict[str, Any]:
+    """Return options and values of all that decides the numbers of a row."""
+    from dynquant.storage.documents import recorded_settings  # here, since `--help` imports this module
+
     is_tuned = any(variant.endswith(TUNED) for variant in getattr(options, "variants", ()))
-    for part in (options, options.questions, options.calibration):
-        for name, (_, flag) in flags(type(part)).items():
-            if name in ("recipes", "output", "keep", "variants", "tasks", "scoring") or (
-                name == "tune" and not is_tuned
-            ):
-                continue
-            value = getattr(part, name)
-            if isinstance(value, str | tuple):
-                paths = map(Path, [value] if isinstance(value, str) else value)
-                value = [file_hash(path) if path.is_file() and name != "model" else path.name for path in paths]
-            yield flag.option(name), value
+    others = {"--presets", "--output", "--keep", "--variants", "--tasks", "--scoring"}
+    return recorded_settings(options, others if is_tuned else {*others, "--tune"})
 
 
 def _measure_plan(name: str, target: Target, options: CompareOptions, results: _Results) -> int:
@@ -311,7 +304,7 @@ def recipe_table(rows: dict[str, dict]) -> str:
         shown = f"**{name}**" if name.startswith(PLAN_PREFIX) else name
         cells = [_cell(row["metrics"].get(column)) for column in columns]
         lines.append([shown, f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}", *cells])
-    return _markdown(["recipe", "bytes", "bpw", *columns], lines)
+    return markdown(["recipe", "bytes", "bpw", *columns], lines)
 
 
 def _cell(metric: dict | None) -> str:
@@ -335,7 +328,7 @@ def encoder_table(rows: dict[str, dict]) -> str:
             cells.append(f"{100 * metrics[f'top-1 {text}']['value']:.1f}")
         lines.append(cells + [f"{100 * metrics[name]['value']:.1f}" if name in metrics else "" for name in others])
     columns = [part for text in texts for part in (f"KL {text}", "change", "top-1 %")]
-    return _markdown(["recipe", "bytes", "encoder", *columns, *others], lines)
+    return markdown(["recipe", "bytes", "encoder", *columns, *others], lines)
 
 
 def _change(row: dict, base: dict | None, text: str) -> str:
@@ -350,6 +343,7 @@ def _change(row: dict, base: dict | None, text: str) -> str:
     return "{} % [{}, {}]".format(*shown)
 
 
-def _markdown(columns: list[str], lines: list[list[str]]) -> str:
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    """Return a Markdown table."""
     rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n{rows}"

@@ -1,6 +1,6 @@
-"""`dynquant inspect`, `recipe`, `diff` and `measure-machine`: the commands that look and make nothing of a model."""
+"""`dynquant inspect`, `fit`, `recipe`, `diff` and `measure-machine`: the commands that look and make no model."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +9,7 @@ import typer
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.parameters import AsJson
 from dynquant.options import MODEL_HELP, Writes
+from dynquant.planning.options import FitOptions
 from dynquant.resources import human_bytes
 
 if TYPE_CHECKING:
@@ -17,11 +18,20 @@ if TYPE_CHECKING:
 PlanFile = Annotated[Path, typer.Argument(help="A plan.json, its folder or a .gguf file.", show_default=False)]
 
 
-def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)], as_json: AsJson = False) -> None:
-    """Types, sizes and bits per weight of a GGUF file or safetensors checkpoint.
+def inspect(
+    path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    lint: Annotated[bool, typer.Option("--lint", help="Say what is wrong with its chat template instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Types, sizes and bits per weight of a GGUF file or safetensors checkpoint, or faults of its chat template.
 
     Example: dynquant inspect model.gguf
+
+    Example: dynquant inspect --lint ./model
     """
+    if lint:
+        _lint(Path(path), as_json)
+        return
     from dynquant.checkpoints.inspect import inspect as read
     from dynquant.families.common.config import read_json
     from dynquant.families.open import fault_of
@@ -50,6 +60,43 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
     )
     if fault:
         console.say(f"This is not a whole model. {fault}")
+
+
+def _lint(path: Path, as_json: bool) -> None:
+    from dynquant.families.tokenizers.chat_template import chat_format, lint
+
+    findings = lint(chat_format(path))
+    if as_json:
+        console.show_json({"findings": list(map(asdict, findings))})
+        return
+    for finding in sorted(findings, key=lambda finding: not finding.is_fault):
+        console.say(f"{'fault' if finding.is_fault else 'note'}: {finding.text}")
+    num_faults = sum(finding.is_fault for finding in findings)
+    console.say(f"{path.name}: {num_faults or 'no'} fault{'s' * (num_faults != 1)} in chat template and special tokens")
+
+
+def fit(options: FitOptions, as_json: AsJson = False) -> None:
+    """Print llama.cpp's options that put as much of a file on the GPU as fits, and the bytes of every buffer.
+
+    Example: dynquant fit model.gguf --gpu 24GB --ram 64GB --context 16384
+    """
+    from dynquant.planning.memory.placement import fit as place
+
+    placement = place(options)
+    flags = placement.flags(options.context, options.kv_type)
+    if as_json:
+        console.show_json(asdict(placement) | {"flags": flags})
+        return
+    rows = []
+    for name in (*(field.name for field in fields(placement.gpu)), "total"):
+        sizes = (getattr(side, name) for side in (placement.gpu, placement.host))
+        rows.append((name.replace("_", " ").replace("kv", "KV").replace("cuda", "CUDA"), *map(human_bytes, sizes)))
+    rows.append(("of", options.gpu or "none", options.ram))
+    console.print_table(f"{options.file.name}, {options.context:,} tokens", ("", "GPU", "host"), rows)
+    on_gpu = placement.layers_on_gpu
+    experts = f", the experts of the first {placement.cpu_moe} in host memory" if placement.cpu_moe else ""
+    console.say(f"{on_gpu} of {placement.layers} layers on the GPU{experts}")
+    console.say(f"llama-server -m {options.file} {flags}")
 
 
 def measure_machine(

@@ -3,14 +3,18 @@
     DIR/ggml-1f2e3d4c5b6a/blk.3.ffn_down_exps.weight.IQ2_XXS
 
 The folder's name holds a hash of what decides the bytes: checkpoint, statistics, second moments, encoder and its
-version. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all. Float types
-are not kept: they cost no more to make than to read.
+version. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all; blocks that
+protect super weights have a name of their own. Float types are not kept: they cost no more to make than to read.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +25,14 @@ from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
+from dynquant.encoding.parts import TensorPart, WeightChecks
 from dynquant.encoding.stream import Guidance, TensorEncoder, encoder_version, guidance_of
 from dynquant.errors import WriteError
 from dynquant.formats import decode
-from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.resources import count_mapped
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from dynquant.resources import count_mapped, free_memory
 from dynquant.storage.atomic import write_atomically
+from dynquant.workers import side_by_side
 
 ENCODED_NAME = "encoded"
 """The folder of all stores beside a plan."""
@@ -41,6 +47,12 @@ class EncodedStore:
     encoder: Encoder
     directory: Path
     threads: int | None = None
+    checks: WeightChecks | None = None
+    """Are told of the weights of tensors that are encoded, not of those whose blocks are there."""
+
+    @cached_property
+    def _tensors(self) -> TensorEncoder:
+        return TensorEncoder(self.model, self.guidance, self.encoder, self.threads, self.checks)
 
     def packed(self, name: str, type_name: str) -> torch.Tensor:
         """Blocks of a tensor, uint8 [..., rows, row_bytes], from disk where they were encoded before.
@@ -53,15 +65,40 @@ class EncodedStore:
         """
         stored = QUANT_TYPES[type_name]
         shape = tuple(self.model.source.info(name).shape)
-        file = self.directory / f"{name}.{stored.name}"
-        if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
+        file = self._file(name, stored)
+        if self._is_there(name, stored):
             content = np.memmap(file, dtype=np.uint8, mode="c")  # copy on write: torch wants writable memory
             count_mapped(content.size)
             return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
-        packed = TensorEncoder(self.model, self.guidance, self.encoder, self.threads).tensor(name, stored)
+        packed = self._tensors.tensor(name, stored)
         if not stored.is_float:
             write_atomically(file, packed.contiguous().numpy().tobytes())
         return packed.view(*shape[:-1], -1)
+
+    def parts(self, parts: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, torch.Tensor]]:
+        """Yield parts of tensors with their blocks, in order: a `stream.PartStream`. Tensors are encoded whole, side by
+        side."""
+        tensors = {name: list(of_tensor) for name, of_tensor in groupby(parts, key=attrgetter("name"))}
+        types = {name: of_tensor[0].quant_type for name, of_tensor in tensors.items()}
+        self.encoder.prepare(dict.fromkeys(each for name, each in types.items() if not self._is_there(name, each)))
+
+        def num_bytes(name: str) -> int:
+            return types[name].tensor_bytes(tuple(self.model.source.info(name).shape))
+
+        packing = {"cost": num_bytes, "budget": free_memory() // 2}
+        blocks = side_by_side(lambda name: self.packed(name, types[name].name), types, self.threads, **packing)
+        for name, packed in zip(tensors, blocks, strict=True):
+            for part in tensors[name]:
+                yield part, packed.reshape(-1)[part.offset : part.offset + part.num_bytes]
+
+    def _file(self, name: str, stored: QuantType) -> Path:
+        protected = self.guidance.protected.get(name)
+        ending = f"-{hashlib.sha256(repr(protected).encode()).hexdigest()[:8]}" if protected else ""
+        return self.directory / f"{name}.{stored.name}{ending}"
+
+    def _is_there(self, name: str, stored: QuantType) -> bool:
+        file, size = self._file(name, stored), stored.tensor_bytes(tuple(self.model.source.info(name).shape))
+        return file.is_file() and file.stat().st_size == size
 
     def decoded(self, name: str, type_name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """The tensor as a runtime sees it, float32 in its own shape, decoded on `device`."""

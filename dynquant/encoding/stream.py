@@ -60,6 +60,8 @@ class Guidance:
     importance: ImportanceLookup | None = None
     hessian: HessianLookup | None = None
     output_hessian: HessianLookup | None = None
+    with_outputs: Collection[str] = ()
+    """Weights that have an output hessian."""
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
 
 
@@ -72,9 +74,9 @@ def guidance_of(
     if stats is None:
         return Guidance(protected=protected or {})
     hessians = None if moments is None else partial(hessian, moments, stats)
-    has_outputs = moments is not None and moments.kind == "two-sided"
-    outputs = partial(output_hessian, moments) if moments is not None and has_outputs else None
-    return Guidance(partial(importance, stats), hessians, outputs, protected or {})
+    if moments is None or not (outputs := moments.outputs()):
+        return Guidance(partial(importance, stats), hessians, protected=protected or {})
+    return Guidance(partial(importance, stats), hessians, partial(output_hessian, moments), outputs, protected or {})
 
 
 class QuantizedPart(NamedTuple):
@@ -272,17 +274,17 @@ class TensorEncoder:
         return workers if self.encoder.device.type == "cpu" else min(_LOADED_AHEAD, workers)
 
     def _needed_bytes(self, part: TensorPart) -> int:
-        return part.needed_bytes(**self._moments_of(part.quant_type))
+        return part.needed_bytes(**self._moments_of(part.name, part.quant_type))
 
     def _parts_of(
         self, name: str, shape: tuple[int, ...], stored: QuantType, limits: PartLimits, at_once: int = 1
     ) -> list[TensorPart]:
-        return limits.parts(name, shape, stored, **self._moments_of(stored), at_once=at_once)
+        return limits.parts(name, shape, stored, **self._moments_of(name, stored), at_once=at_once)
 
-    def _moments_of(self, stored: QuantType) -> dict[str, bool]:
+    def _moments_of(self, name: str, stored: QuantType) -> dict[str, bool]:
         """Return which second moments are held for a part of a tensor of this type."""
         uses = self._uses_hessian(stored)
-        return {"hessians": uses, "output_hessians": uses and self.guidance.output_hessian is not None}
+        return {"hessians": uses, "output_hessians": uses and name in self.guidance.with_outputs}
 
     def _uses_hessian(self, stored: QuantType) -> bool:
         return self.guidance.hessian is not None and self.encoder.uses_hessians and not stored.is_float

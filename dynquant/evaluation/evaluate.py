@@ -29,14 +29,16 @@ from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
-from dynquant.evaluation import distributions, multiple_choice, runners
+from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.rendered_model import RenderedModel
+from dynquant.evaluation.tasks import multiple_choice
+from dynquant.evaluation.tasks.generation import Continuations, Prompts, check_fits, read_prompts, summarize_generation
+from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.families.common.settings import settings_note
 from dynquant.families.model_kind import check_same_kind, difference_of_kind
 from dynquant.families.open import is_gguf, locate_model, open_model, settings_of
@@ -80,10 +82,7 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
 def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:
     asked = options.questions
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
-    if options.adapter is not None and is_gguf(candidate) and options.runner == runners.LLAMA_CPP:
-        raise EvaluationError(
-            f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
-        )
+    _check_program(options, candidate)
     of_kinds = _notes_on_kinds(options, reference, candidate)
     where = {"runner": options.runner, "base": reference}
     infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
@@ -97,32 +96,31 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     if difference := settings_note(settings_of(reference), settings_of(candidate)):
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
-        texts, questions = [], {}
-        if {"kl", "ppl"} & set(asked.tasks):
-            limits = {"window": options.window, "max_tokens": asked.max_tokens}
-            texts = [evaluation_windows(path, encode, **limits) for path in asked.text]
-        if "mmlu" in asked.tasks:
-            questions = _encoded_questions(asked, encode, context_length)
+        texts, prompts, questions = _inputs(asked, options.window, encode, context_length)
     run = _Run(options, session, progress, num_columns, reference)
     torch_threads = torch.get_num_threads()  # open_runner sets those of the session
     try:
         with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
+            written = [run.written(runner, "reference", starts) for starts in prompts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
-        with run.opening(candidate, adapter=options.adapter) as runner:
+        with run.opening(candidate, adapter=options.adapter, kv_types=(options.kv_type * 2)[:2]) as runner:
             scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
+            pairs = [(first, run.written(runner, "candidate", *first)) for first in zip(prompts, written, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
         notes.append(f"The candidate runs with the adapter {options.adapter}.")
+    if options.kv_type:
+        notes.append(f"The candidate's key/value cache is {' and '.join(options.kv_type)}, the reference's float32.")
     return reports.EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
         options={
             "tasks": sorted(asked.tasks), "window": options.window, "max_tokens": asked.max_tokens,
             "seed": session.seed, "limit": asked.limit, "num_shots": asked.num_shots, "num_top": NUM_TOP,
-            "num_tail": NUM_TAIL,
+            "num_tail": NUM_TAIL, "kv_type": list(options.kv_type),
         },
         texts=[
             reports.summarize_text(text, targets.numpy(), score, with_kl="kl" in asked.tasks)
@@ -131,9 +129,41 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         multiple_choice=[
             reports.summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
+        generated=tuple(summarize_generation(*first, second, asked.new_tokens) for first, second in pairs),
         notes=notes,
         seconds=run.seconds,
     )  # fmt: skip
+
+
+def _check_program(options: EvalOptions, candidate: Path) -> None:
+    """Refuse what the program that runs the candidate does not do."""
+    runs_in_llama_cpp = is_gguf(candidate) and options.runner == runners.LLAMA_CPP
+    if options.adapter is not None and runs_in_llama_cpp:
+        raise EvaluationError(
+            f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
+        )
+    if options.kv_type and not runs_in_llama_cpp:
+        raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
+
+
+class _Inputs(NamedTuple):
+    texts: list[ModelInputs]
+    prompts: list[Prompts]
+    questions: dict[Scoring, list[EncodedQuestion]]
+
+
+def _inputs(asked: QuestionOptions, window: int, encode: TextEncoder, context_length: int) -> _Inputs:
+    inputs = _Inputs([], [], {})
+    if {"kl", "ppl"} & set(asked.tasks):
+        limits = {"window": window, "max_tokens": asked.max_tokens}
+        inputs.texts.extend(evaluation_windows(path, encode, **limits) for path in asked.text)
+    if "generate" in asked.tasks:
+        check_fits(asked.new_tokens, context_length)
+        limits = {"count": asked.prompts, "max_tokens": asked.max_tokens}
+        inputs.prompts.extend(read_prompts(path, encode, **limits) for path in asked.text)
+    if "mmlu" in asked.tasks:
+        inputs.questions.update(_encoded_questions(asked, encode, context_length))
+    return inputs
 
 
 def _notes_on_kinds(options: EvalOptions, reference: Path, candidate: Path) -> list[str]:
@@ -203,9 +233,10 @@ class _Run:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     @contextmanager
-    def opening(self, path: Path, *, adapter: Path | None = None) -> Iterator[Opener]:
+    def opening(self, path: Path, *, adapter: Path | None = None, kv_types: tuple[str, ...] = ()) -> Iterator[Opener]:
         """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
         where = {"threads": self.session.threads, "device": self.session.device, "adapter": adapter}
+        where["kv_types"] = kv_types
         how = {"runner": self.options.runner, "rounded": self.options.rounded, "base": self.reference}
         opener = cache(partial(runners.open_runner, path, **where, **how))  # loads once
         try:
@@ -255,6 +286,20 @@ class _Run:
         for done, (batch, logits) in enumerate(zip(inputs, model.scored_logits(inputs), strict=True), start=1):
             yield batch, logits[:, : self.num_columns]
             report(done, len(inputs))
+
+    def written(
+        self, runner: Opener, side: str, prompts: Prompts, reference: Continuations | None = None
+    ) -> Continuations:
+        """Return what a model writes after the prompts, up to tokens that end the reference's texts."""
+        num_tokens = self.options.questions.new_tokens
+        with self.timed(f"{side}, writing, {prompts.name}", "prompts") as report:
+
+            def run() -> dict[str, Tensor]:
+                ends = runner().stop_tokens if reference is None else reference.stop
+                return Continuations(runner().write(prompts.tokens, num_tokens, ends, report), ends).tensors()
+
+            tokens, key = [token for ids in prompts.tokens for token in ids], {"new_tokens": num_tokens}
+            return Continuations.from_tensors(**(self._cached(tokens, key, run) if side == "reference" else run()))
 
     def choices(self, runner: Opener, side: str, name: Scoring, encoded: list[EncodedQuestion]) -> list[AnswerScores]:
         """Return a model's log-probabilities of the answers to multiple-choice questions."""

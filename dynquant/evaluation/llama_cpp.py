@@ -39,6 +39,8 @@ BATCH_TOKENS = 512
 _PACKED_TOKENS = 128
 """Tokens up to which windows or questions share a batch. More was measured to be slower on a CPU by up to 20 %: every
 token attends over the cells of all sequences, and products with weights gain little from more rows."""
+_WRITTEN_TOKENS = 1024
+"""Tokens of prompts that are gone on from together."""
 _SEQUENCES = 64
 """Sequences of a context: 0 holds a shared prefix, the others windows, or questions with an answer each."""
 
@@ -179,10 +181,12 @@ def llama_metadata(model: ctypes.c_void_p, key: str) -> str:
 class LlamaCppRunner:
     """A GGUF model in llama.cpp."""
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, kv_types: tuple[str, ...] = ()) -> None:
+        """Load a file. `kv_types` are the types of keys and of values in the cache, by default float32."""
         self._api = _api()
         self._path = path
         self._threads = threads or usable_cores()
+        self._kv_types = [getattr(self._api, f"GGML_TYPE_{name.upper()}") for name in kv_types or ("f32", "f32")]
         self._model = load_llama_model(path, vocab_only=False)
         self._has_state = _api().llama_model_is_recurrent(self._model) or _api().llama_model_is_hybrid(self._model)
         self._context = None
@@ -197,8 +201,11 @@ class LlamaCppRunner:
         params.n_seq_max = 2 + MAX_CHOICES if self._has_state else _SEQUENCES  # each has memory for its state
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
         params.n_threads = params.n_threads_batch = self._threads
-        params.type_k = params.type_v = self._api.GGML_TYPE_F32  # F16 by default, see above
-        params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.type_k, params.type_v = self._kv_types  # F16 by default, see above
+        is_exact = set(self._kv_types) == {self._api.GGML_TYPE_F32}
+        # Only flash attention takes quantized values.
+        flash = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED if is_exact else self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = flash
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
             raise EvaluationError(
@@ -267,6 +274,46 @@ class LlamaCppRunner:
         for runner in runners:
             runner._threads = self._threads // count
         return runners
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        vocab = self._api.llama_model_get_vocab(self._model)
+        return frozenset(i for i in range(self.vocab_size) if self._api.llama_vocab_is_eog(vocab, i))
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        stop: frozenset[int],
+        report: Callable[[int, int], None],
+    ) -> list[list[int]]:
+        at_once = 1 if self._has_state else max(1, _WRITTEN_TOKENS // len(prompts[0]))
+        written: list[list[int]] = []
+        report(0, len(prompts))
+        for start in range(0, len(prompts), at_once):
+            written += self._written(prompts[start : start + at_once], num_tokens, stop)
+            report(len(written), len(prompts))
+        return written
+
+    def _written(self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]) -> list[list[int]]:
+        length = len(prompts[0])
+        self._clear(len(prompts) * (length + num_tokens))
+        entries = [
+            (token, place, (sequence,), place == length - 1)
+            for sequence, prompt in enumerate(prompts)
+            for place, token in enumerate(prompt)
+        ]
+        written: list[list[int]] = [[] for _ in prompts]
+        going_on = list(range(len(prompts)))
+        for place in range(length, length + num_tokens):
+            for sequence, token in zip(going_on, self._decode(entries).argmax(1).tolist(), strict=True):
+                written[sequence].append(token)
+            going_on = [sequence for sequence in going_on if written[sequence][-1] not in stop]
+            if not going_on:
+                break
+            entries = [(written[sequence][-1], place, (sequence,), True) for sequence in going_on]
+        return written
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         self._clear(len(tokens))
@@ -375,6 +422,12 @@ class LlamaCppRunner:
             return torch.empty(0, self.vocab_size)
         logits = api.llama_get_logits(self._context)  # overwritten by the next batch, so it is copied
         return torch.from_numpy(np.ctypeslib.as_array(logits, shape=(num_rows, self.vocab_size)).copy())
+
+
+def until_end(tokens: Sequence[int], stop: frozenset[int]) -> list[int]:
+    """Return tokens up to the first that ends a text, with it."""
+    end = next((place + 1 for place, token in enumerate(tokens) if token in stop), len(tokens))
+    return list(tokens[:end])
 
 
 def _num_sequences(tree: Branches) -> int:

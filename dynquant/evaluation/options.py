@@ -7,7 +7,11 @@ from typing import Annotated
 from dynquant.errors import EvaluationError
 from dynquant.options import Flag, Former, ModelPath, Options, Strict, Window
 
-TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu"}), frozenset({"kl", "vqa"})
+TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu", "generate"}), frozenset({"kl", "vqa"})
+READ_TASKS = frozenset({"kl", "ppl", "generate"})
+"""Tasks that need a text."""
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+"""Types of llama.cpp's key/value cache (`kv_cache_types` of its common/arg.cpp)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +21,10 @@ class QuestionOptions(Options):
     text: Annotated[
         tuple[Path, ...], Flag("Text for kl and ppl, as --calibration of plan takes it. May be repeated.")
     ] = ()
-    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu; with --data kl and vqa.")] = ("kl", "ppl")
+    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu, generate; with --data kl and vqa.")] = ("kl", "ppl")
     max_tokens: Annotated[int, Flag("Tokens of each text.", ("--tokens",), min=2), Former("--max-tokens")] = 8192
+    prompts: Annotated[int, Flag("For generate: starts of each text that both models go on from.", min=1)] = 64
+    new_tokens: Annotated[int, Flag("For generate: tokens that both models write after each.", min=1)] = 128
     mmlu_data: Annotated[
         str | None, Flag("Questions, .jsonl, .json, .parquet or a datasets id. Default: cais/mmlu.")
     ] = None
@@ -32,9 +38,9 @@ class QuestionOptions(Options):
         unknown = sorted(set(self.tasks) - TEXT_TASKS)
         if unknown or not self.tasks:
             raise EvaluationError(f"Unknown tasks {unknown}; choose from {', '.join(sorted(TEXT_TASKS))}.")
-        if {"kl", "ppl"} & set(self.tasks) and not self.text:
+        if READ_TASKS & set(self.tasks) and not self.text:
             raise EvaluationError(
-                "The tasks kl and ppl need a text that the models have not been tuned on; give --text."
+                "The tasks kl, ppl and generate need a text that the models have not been tuned on; give --text."
             )
         if "mmlu" in self.tasks and (not self.scoring or set(self.scoring) - {"letter", "cloze"}):
             raise EvaluationError(f"Unknown scoring {list(self.scoring)}; choose letter, cloze or both.")
@@ -73,6 +79,14 @@ class EvalOptions(Options):
     rounded: Annotated[bool, Flag("Round activations to 8 bits in packed transformers models, as llama.cpp does.")] = (
         False
     )
+    kv_type: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Type of the candidate's key/value cache in llama.cpp, or of keys and of values, as q8_0,q4_0, with flash "
+            f"attention. One of {', '.join(KV_TYPES)}.",
+            show_default=False,
+        ),
+    ] = ()
     adapter: Annotated[Path | None, Flag("Run the candidate, packed in transformers, with this LoRA adapter.")] = None
 
     allow_difference: Annotated[
@@ -81,6 +95,11 @@ class EvalOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not set(self.kv_type) <= {*KV_TYPES} or len(self.kv_type) > 2:
+            raise EvaluationError(
+                f"--kv-type {','.join(self.kv_type)}: give one type, or those of keys and of values, of "
+                f"{', '.join(KV_TYPES)}."
+            )
         tasks = self.questions.tasks
         if self.data is None:
             if self.mmproj is not None:
@@ -90,8 +109,11 @@ class EvalOptions(Options):
             self.questions.check_text()
             return
         why = "with --data, all tasks run on its samples, and the models with pictures."
-        self.questions.refuse_unused(why, "text", "mmlu_data", "max_tokens", "shots", "num_shots", "scoring")
-        self.refuse_unused(why, "window", "reference_cache", "runner", "rounded", "adapter", "allow_difference")
+        text_only = ("text", "mmlu_data", "max_tokens", "shots", "num_shots", "scoring", "prompts", "new_tokens")
+        self.questions.refuse_unused(why, *text_only)
+        self.refuse_unused(
+            why, "window", "reference_cache", "runner", "rounded", "adapter", "kv_type", "allow_difference"
+        )
         unknown = sorted(set(tasks) - PICTURE_TASKS)
         if unknown or not tasks:
             raise EvaluationError(f"With --data, tasks are kl and vqa; {', '.join(unknown) or 'none'} was asked for.")
@@ -102,8 +124,12 @@ class EvalOptions(Options):
         if self.data is not None:
             return []
         asked, tasks, idle = self.questions, {*self.questions.tasks}, self.changed("strict", "encoder")
+        if not READ_TASKS & tasks:
+            idle += asked.changed("text", "max_tokens")
         if not {"kl", "ppl"} & tasks:
-            idle += asked.changed("text", "max_tokens") + self.changed("window")
+            idle += self.changed("window")
+        if "generate" not in tasks:
+            idle += asked.changed("prompts", "new_tokens")
         if "mmlu" not in tasks:
             idle += asked.changed("mmlu_data", "shots", "num_shots", "limit", "scoring")
         return idle

@@ -6,14 +6,13 @@ A pass takes several sequences, and applies the head at the scored positions onl
 the logits, which a vocabulary of 150,000 tokens makes the largest tensor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
 from dynquant.evaluation.distributions import Distributions
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -36,9 +35,9 @@ class RenderedModel:
     def __init__(self, hf_model: nn.Module, store: EncodedStore) -> None:
         self.hf_model = hf_model
         use_tensor_cores(hf_model, weights_stay=False)
-        self._live = LiveWeights(store.model, hf_model)
+        self.live = LiveWeights(store.model, hf_model)
         self._store = store
-        self._names = set(self._live.names())
+        self._names = set(self.live.names())
         self.types: dict[str, str] = {}
 
     def install(self, types: Mapping[str, str]) -> None:
@@ -47,7 +46,7 @@ class RenderedModel:
         Raises:
             CheckpointError: a tensor in a quantized type has no place in the running model.
         """
-        self._live.check(name for name, type_name in types.items() if not QUANT_TYPES[type_name].is_float)
+        self.live.check(name for name, type_name in types.items() if not QUANT_TYPES[type_name].is_float)
         placed = {name: type_name for name, type_name in types.items() if name in self._names}
         for name in sorted(self.types.keys() | placed.keys()):
             if placed.get(name) != self.types.get(name):  # decoding is what a plan costs
@@ -57,10 +56,17 @@ class RenderedModel:
     def write(self, name: str, type_name: str | None) -> None:
         """One tensor's weights in a type, or the original's, without a change of `types`."""
         if name in self._names:
-            device, store = self._live.parameters(name)[0].device, self._store
-            self._live.write(
-                name, store.model.source.load(name) if type_name is None else store.decoded(name, type_name, device)
-            )
+            self.live.write(name, self._weights(name, type_name))
+
+    def error(self, name: str) -> Tensor:
+        """Return the installed weights of a tensor less the original's."""
+        return self._weights(name, self.types[name]) - self._weights(name, None)
+
+    def _weights(self, name: str, type_name: str | None) -> Tensor:
+        device = self.live.parameters(name)[0].device
+        if type_name is None:
+            return self._store.model.source.load(name).to(device)
+        return self._store.decoded(name, type_name, device)
 
 
 class ScoredInputs:
@@ -76,18 +82,18 @@ class ScoredInputs:
     def __init__(self, rendered: RenderedModel, inputs: ModelInputs) -> None:
         if rendered.types:
             raise ValueError("`rendered` holds a plan's weights; make its texts before anything is installed")
-        self.rendered, self._inputs = rendered, inputs
-        # Layers below a change are not run again for text; the towers of other models differ too much for that.
-        self._replay = None
+        self.rendered, self.name, self._inputs = rendered, inputs.name, inputs
+        self.replay: LayerReplay | None = None
+        """The layers of a model on text; `score` keeps what enters them."""
         if not inputs.has_pictures:
             # Windows that share a seed: on a GPU a forward pass takes several such groups, and draws the same tokens.
             group = max(1, DRAWN_TOGETHER // inputs.longest)
             vocab_size, device = rendered.hf_model.config.get_text_config().vocab_size, rendered.hf_model.device
             groups = max(1, windows_at_once(inputs.longest, vocab_size, device) // group)
             self._group_tokens = group * inputs.longest
-            self._replay = LayerReplay(rendered.hf_model, inputs.windows.split(groups * group))
+            self.replay = LayerReplay(rendered.hf_model, inputs.windows.split(groups * group))
         self._targets = [Distributions.of(logits, seed=seed) for seed, logits in enumerate(self._logits())]
-        is_text = self._replay is not None
+        is_text = self.replay is not None
         self.lengths = [inputs.longest] * len(inputs) if is_text else [len(target) for target in self._targets]
         """Scored positions of each window or sample."""
 
@@ -96,37 +102,23 @@ class ScoredInputs:
         return sum(self.lengths)
 
     def score(self) -> tuple[Tensor, Tensor]:
-        """Return KL(original || rendered) in nats and whether the top token agrees, both [tokens].
-
-        The layers' inputs are kept for `divergences_with`.
-        """
+        """Return KL(original || rendered) in nats and whether the top token agrees, both [tokens]."""
         divergences, agreements = [], []
         for logits, target in zip(self._logits(), self._targets, strict=True):
             divergences.append(target.kl(logits).cpu())
             agreements.append(target.agreements(logits))
         return torch.cat(divergences), torch.cat(agreements)
 
-    def divergences_with(self, changes: Mapping[str, str]) -> Tensor:
-        """Return KL in nats [tokens] of text with some tensors in other types, all else as in the last `score`."""
-        assert self._replay is not None
-        before = {name: self.rendered.types.get(name) for name in changes}
-        try:
-            for name, type_name in changes.items():
-                self.rendered.write(name, type_name)
-            # The embedding lies before all layers, final norm and head behind them.
-            layers = [0 if name == "token_embd.weight" else layer_of(name) for name in changes]
-            first = min(self._replay.num_layers if layer is None else layer for layer in layers)
-            passes = (self._replay.logits(i, first) for i in range(len(self._replay.batches)))
-            logits = (part for whole in passes for part in whole.split(self._group_tokens))
-            divergences = [target.kl(part).cpu() for target, part in zip(self._targets, logits, strict=True)]
-        finally:
-            for name, type_name in before.items():
-                self.rendered.write(name, type_name)
-        return torch.cat(divergences)
+    def loss(self) -> Callable[[Tensor], Tensor]:
+        """Return a function of the logits of one batch of `replay` after another: the sum of their KL, to train on."""
+        targets = iter(self._targets)
+        return lambda logits: torch.cat(
+            [next(targets).kl_lower_bound(part) for part in logits.split(self._group_tokens)]
+        ).sum()
 
     def _logits(self) -> Iterator[Tensor]:
-        if self._replay is not None:
-            return (part for logits in self._replay.keep() for part in logits.split(self._group_tokens))
+        if self.replay is not None:
+            return (part for logits in self.replay.keep() for part in logits.split(self._group_tokens))
         return scored_logits(self.rendered.hf_model, self._inputs)
 
 

@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 
 from dynquant import __version__
-from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
 from dynquant.evaluation.statistics import Estimate, block_sums, bootstrap_mean, compare_paired, wilson_interval
+from dynquant.evaluation.tasks.generation import GenerationResult
+from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import Sample
 from dynquant.storage.documents import FrozenRecord
@@ -115,6 +116,7 @@ class EvalReport(FrozenRecord):
     options: dict[str, int | str | list[str] | None]
     texts: list[TextResult]
     multiple_choice: list[MultipleChoiceResult]
+    generated: tuple[GenerationResult, ...] = ()
     notes: list[str]
     seconds: dict[str, float]
 
@@ -129,7 +131,8 @@ class EvalReport(FrozenRecord):
         """Return the before/after table, text by text and scoring by scoring."""
         before, after = self.reference.file_bytes, self.candidate.file_bytes
         sections = {"file": [("bytes", f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%} of the reference")]}
-        for name, rows in (*map(_text_section, self.texts), *map(_choice_section, self.multiple_choice)):
+        generated, asked = map(_generation_section, self.generated), map(_choice_section, self.multiple_choice)
+        for name, rows in (*map(_text_section, self.texts), *generated, *asked):
             sections.setdefault(name, []).extend(rows)
         return sections
 
@@ -303,6 +306,23 @@ def _text_section(text: TextResult) -> tuple[str, list[Row]]:
             ("top-1 agreement", "", "", _shown(text.kl.top1_agreement, ".1%")),
         ]
     return f"{text.name} ({text.scored_tokens:,} tokens)", rows
+
+
+def _generation_section(result: GenerationResult) -> tuple[str, list[Row]]:
+    before, after = result.reference, result.candidate
+    loops = (
+        f"only reference {result.only_reference_loops}, only candidate {result.only_candidate_loops}, "
+        f"McNemar p = {result.mcnemar_p:.3g}"
+    )
+    low, middle, high = result.quartiles
+    quartiles = f"median {middle:.0f}, quartiles {low:.0f} and {high:.0f}"
+    return f"{result.name}, {result.prompts:,} prompts, {result.new_tokens:,} tokens written greedily after each", [
+        ("tokens until they part", "", "", f"{_shown(result.shared_tokens, '.1f')}; {quartiles}"),
+        ("never part", "", "", _shown(result.never_part, ".1%")),
+        ("end in a loop", _shown(before.loops, ".1%"), _shown(after.loops, ".1%"), loops),
+        ("come to an end", _shown(before.ends, ".1%"), _shown(after.ends, ".1%"), ""),
+        ("tokens written", _shown(before.length, ".1f"), _shown(after.length, ".1f"), ""),
+    ]
 
 
 def _choice_section(result: MultipleChoiceResult) -> tuple[str, list[Row]]:

@@ -11,7 +11,7 @@ Sampling and chat templates are left out.
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,6 +28,7 @@ from dynquant.evaluation.llama_cpp import (
     llama_facts,
     llama_tokens,
     llama_vocabulary,
+    until_end,
     without_padding,
 )
 from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
@@ -35,6 +36,7 @@ from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import is_gguf
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, tree_batch
+from dynquant.inputs.continuation import cache_name
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
 from dynquant.packed.float32_products import use_tensor_cores
@@ -49,6 +51,18 @@ RUNNERS = (LLAMA_CPP, TRANSFORMERS)  # programs that can run a GGUF file
 ROW_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of questions in one forward pass, with their padding, by the type of the device."""
 _PREFIX_BYTES = 16 << 30  # copies of a held prefix on a GPU
+_GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "forced_eos_token_id": None,
+}
+"""Neutral values of what a generation_config.json may ask for; llama.cpp does not read it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,22 @@ class LogitRunner(Protocol):
         """Yield the next few trees and their rows of logits after the held prefix, [rows, vocab_size], on any device.
 
         Trees of similar length that follow each other are run together.
+        """
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a text."""
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        stop: frozenset[int],
+        report: Callable[[int, int], None],
+    ) -> list[list[int]]:
+        """Return what the model writes after each prompt, greedily, up to a token of `stop` or `num_tokens` of them.
+
+        Prompts are of one length. Drops the held prefix.
         """
 
     def close(self) -> None:
@@ -131,16 +161,17 @@ def open_runner(
     rounded: bool = False,
     adapter: Path | None = None,
     base: Path | None = None,
+    kv_types: tuple[str, ...] = (),
 ) -> LogitRunner:
     """Load a resolved model. `threads` defaults to all cores; `device` is for transformers (None: CUDA if present).
 
     `runner` runs GGUF files: llama.cpp, or transformers with the weights packed. Directories run in transformers. With
     `rounded`, packed models in transformers round activations to 8 bits as llama.cpp does (`packed.rounding`).
     `adapter` is a directory of PEFT, for models in transformers. `base` is the checkpoint that a GGUF file was made
-    from, for files that transformers cannot load without it.
+    from, for files that transformers cannot load without it. `kv_types` are those of llama.cpp's key/value cache.
     """
     if is_gguf(path) and runner == LLAMA_CPP:
-        return LlamaCppRunner(path, threads=threads)
+        return LlamaCppRunner(path, threads=threads, kv_types=kv_types)
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_model(path, base=base).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -262,9 +293,36 @@ class HuggingFaceRunner:
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer."""
+        """Tokens that end a text or an answer."""
         ids = self.hf_model.generation_config.eos_token_id
         return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
+
+    @torch.inference_mode()
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        stop: frozenset[int],
+        report: Callable[[int, int], None],
+    ) -> list[list[int]]:
+        self._prefix_cache = None
+        at_once = max(1, ROW_TOKENS.get(self.device.type, ROW_TOKENS["cpu"]) // len(prompts[0]))
+        ends = sorted(stop) or None
+        written: list[list[int]] = []
+        report(0, len(prompts))
+        for start in range(0, len(prompts), at_once):
+            ids = torch.tensor(prompts[start : start + at_once], device=self.device)
+            rows = self.hf_model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                eos_token_id=ends,
+                pad_token_id=ends[0] if ends else 0,
+                **_GREEDY,
+            )
+            written += [until_end(row, stop) for row in rows[:, ids.shape[1] :].tolist()]
+            report(len(written), len(prompts))
+        return written
 
     def reserve(self, num_tokens: int) -> None:
         del num_tokens  # transformers' cache grows by itself
@@ -293,7 +351,7 @@ class HuggingFaceRunner:
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         self._prefix_cache, self._prefix = None, list(tokens)
         if tokens and self._goes_on_from_caches:
-            self._prefix_cache = self._forward([self._prefix], None, use_cache=True).past_key_values
+            self._prefix_cache = self._forward([self._prefix], None, use_cache=True)[self._cache_name]
 
     @torch.inference_mode()
     def branch_logits(self, trees: Sequence[Branches]) -> Iterator[tuple[Sequence[Branches], torch.Tensor]]:
@@ -321,8 +379,8 @@ class HuggingFaceRunner:
             input_ids=batch.ids,
             position_ids=batch.positions,
             attention_mask=batch.mask(start, self.hf_model.dtype, self.device),
-            past_key_values=self._prefix_of_rows(len(trees)),
             use_cache=True,
+            **{self._cache_name: self._prefix_of_rows(len(trees))},
         )
 
     def _prefix_of_rows(self, count: int) -> Any:
@@ -350,7 +408,7 @@ class HuggingFaceRunner:
             return False
         if config._attn_implementation not in ("sdpa", "eager"):
             return False
-        cache = self._forward([[0]], None, use_cache=True).past_key_values
+        cache = self._forward([[0]], None, use_cache=True)[self._cache_name]
         return all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
 
     @cached_property
@@ -360,7 +418,7 @@ class HuggingFaceRunner:
         Some recurrent layers (Mamba's) take up one token at a time from their state, and ignore it when given more.
         """
         ids = list(range(12))
-        cache = getattr(self._forward([ids[:6]], None, use_cache=True), "past_key_values", None)
+        cache = getattr(self._forward([ids[:6]], None, use_cache=True), self._cache_name, None)
         if cache is None or not _is_recurrent(cache):
             return cache is not None
         whole = self._forward([ids], None).logits[0, 6:].float()
@@ -375,7 +433,7 @@ class HuggingFaceRunner:
             return torch.cat([parts[0][:1], *(part[1:] for part in parts)]).float()
         # Copied rather than cropped afterwards: sliding-window and recurrent caches cannot be cropped.
         output = self._forward([list(tree.suffix)], copy.deepcopy(self._prefix_cache), use_cache=True)
-        first, cache = output.logits[0, -1:].float(), output.past_key_values
+        first, cache = output.logits[0, -1:].float(), output[self._cache_name]
         if _is_recurrent(cache):  # its states cannot be repeated
             parts = [self._forward([row], copy.deepcopy(cache), use_cache=True).logits[0] for row in longer]
         elif longer:
@@ -391,9 +449,13 @@ class HuggingFaceRunner:
     def close(self) -> None:
         self.hf_model = self._prefix_cache = None
 
-    def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> object:
+    @cached_property
+    def _cache_name(self) -> str:
+        return cache_name(self.hf_model)
+
+    def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> Any:
         ids = torch.tensor(rows, device=self.device)
-        return self.hf_model(input_ids=ids, past_key_values=past, use_cache=use_cache)
+        return self.hf_model(input_ids=ids, **{self._cache_name: past}, use_cache=use_cache)
 
 
 def _is_recurrent(cache: Any) -> bool:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynquant.errors import EvaluationError
 from dynquant.inputs.records import check_is_file, read_records
 from dynquant.storage.documents import first_fault
+
+Item = TypeVar("Item")
 
 MAX_CHOICES = 26
 """As many as there are letters."""
@@ -73,8 +75,8 @@ def _load_from_datasets(name: str, split: str) -> list[Question]:
     return [_question(dict(row), f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def take_evenly(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """At most `limit` questions at equal steps through the list, so that every subject keeps its share."""
+def take_evenly(questions: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` questions, or prompts, at equal steps through the list, so that every subject keeps its share."""
     if limit is None or limit >= len(questions):
         return list(questions)
     if limit < 1:

@@ -33,7 +33,7 @@ class Chooser:
         self, model: Model, target: Target, stats: StatsFile, table: ErrorTable, rules: Rules, session: Session
     ) -> None:
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
-        self._model, self._target = model, target
+        self.model, self.target, self.session = model, target, session
         held = held_types(model, target.mtp_type)
         fixed = fixed_bytes(model, table.tensors(), held, **self.context)
         words = _fixed_words(model, table, held, stats.stats)
@@ -47,8 +47,8 @@ class Chooser:
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
-        allowed = self._target.allowed(table)
-        rules = self._rules[floors and self._target.floors]
+        allowed = self.target.allowed(table)
+        rules = self._rules[floors and self.target.floors]
         choices = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules)
         types = {name: choice.type for name, choice in choices.items()}
         self._reasons[tuple(sorted(types.items()))] = choices
@@ -61,7 +61,7 @@ class Chooser:
             return max(smallest, min(largest, wanted))
         if self.memory is not None:
             return self.memory.file_budget(*size_range(table, rules), rules.fixed_words)
-        return self._target.budget(self._model.num_weights)
+        return self.target.budget(self.model.num_weights)
 
     def explained(self, types: Mapping[str, str]) -> dict[str, Choice]:
         """Types that were chosen before, with their reasons."""
@@ -70,13 +70,13 @@ class Chooser:
     def stored(self, wanted: Mapping[str, str], table: ErrorTable) -> dict[str, str]:
         """Wanted types of a recipe -> the stored ones, of the tensors that have a choice."""
         return {
-            name: fit_to_row(quant_type(wanted[name]), self._model.source.info(name).shape[-1])[0].name
+            name: fit_to_row(quant_type(wanted[name]), self.model.source.info(name).shape[-1])[0].name
             for name in table.tensors()
         }
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """Bytes of the whole file."""
-        shapes = {name: self._model.source.info(name).shape for name in types}
+        shapes = {name: self.model.source.info(name).shape for name in types}
         sizes = (padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
         return self._rules[False].fixed_bytes + sum(sizes)
 

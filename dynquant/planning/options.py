@@ -34,8 +34,8 @@ class SearchOptions(Options):
         tuple[str, ...],
         Flag(
             "How tensors are priced: closed-form (seconds to minutes), fisher-probe (backward passes against the "
-            "bytes of --encoder; much better at low bits), unit-kl (also steps from the plan, measured end to end). "
-            "Several: as fisher-probe,unit-kl. Default: closed-form, and fisher-probe with --select.",
+            "bytes of --encoder; much better at low bits), unit-kl (also a backward pass of the plan's own KL; better "
+            "still below 2.5 bits). Several: as fisher-probe,unit-kl. Default: closed-form, and all with --select.",
             ("--sensitivity",),
         ),
     ] = ()
@@ -52,7 +52,7 @@ class SearchOptions(Options):
     ] = None
     probes: Annotated[int, Flag("Windows of 256 tokens for the Fisher probe.", min=1)] = 32
     probe_window: int = 256
-    unit_tokens: int = 2048
+    unit_tokens: int = 4096
     rounds: int = 2
     selection_tokens: int = 4096
     check_plans: Annotated[
@@ -87,7 +87,7 @@ class SearchOptions(Options):
     def with_methods(self, *, on_text: bool) -> "SearchOptions":
         """Return the options with the methods that an empty tuple stands for."""
         measures = on_text and (self.select or self.frontier is not None)
-        return replace(self, methods=self.methods or ((CLOSED_FORM, FISHER) if measures else (CLOSED_FORM,)))
+        return replace(self, methods=self.methods or (METHODS if measures else (CLOSED_FORM,)))
 
     @property
     def runs_model(self) -> bool:
@@ -122,3 +122,16 @@ class PlanOptions(Options):
             self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")
         if self.target.serves is not None:
             self.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder", "exact")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(Options):
+    """A file, and the memory in which it is to run."""
+
+    file: Annotated[Path, Flag("A .gguf file.", is_argument=True, show_default=False)]
+    ram: Annotated[str, Flag("Host memory, as 64GB.", min=1, is_size=True, show_default=False)]
+    gpu: Annotated[
+        str | None, Flag("Memory of the GPU, as 24GB or 24GiB. Default: there is none.", min=1, is_size=True)
+    ] = None
+    context: Annotated[int, Flag("Tokens of KV cache.", min=1)] = 8192
+    kv_type: Annotated[str, Flag("Type of the KV cache: f16, q8_0 or q4_0.")] = "f16"

@@ -14,7 +14,7 @@ class Candidate(FrozenRecord):
 
     label: str
     bytes: int
-    predicted_kl: float | None = None  # sum of its prices; None for recipes with types that were not priced
+    predicted_kl: float | None = None  # sum of prices by the last method; None for types that were not priced
     predicted_kl_se: float | None = None
     kl: Estimate | None = None
     top1: Estimate | None = None
@@ -39,12 +39,15 @@ class Fit(FrozenRecord):
         return value, value * self.residual
 
     @classmethod
-    def of(cls, totals: np.ndarray, measured: np.ndarray) -> "Fit":
-        """Least squares in logarithms; the residual has the degrees of freedom of two fitted numbers."""
-        slope, intercept = np.polyfit(np.log(totals), np.log(measured), 1)
-        errors = np.log(measured) - intercept - slope * np.log(totals)
-        residual = float(np.sqrt((errors**2).sum() / max(1, len(errors) - 2)))  # two numbers are fitted
-        return cls(intercept=float(intercept), slope=float(slope), residual=residual)
+    def of(cls, totals: np.ndarray, measured: np.ndarray, slope: float | None = None) -> "Fit":
+        """Least squares in logarithms; the residual has the degrees of freedom of two fitted numbers, or of one where
+        the slope is given."""
+        x, y = np.log(totals), np.log(measured)
+        free = len(x) - (2 if slope is None else 1)
+        slope = float(np.polyfit(x, y, 1)[0]) if slope is None else slope
+        intercept = float((y - slope * x).mean())
+        residual = float(np.sqrt(((y - intercept - slope * x) ** 2).sum() / max(1, free)))
+        return cls(intercept=intercept, slope=slope, residual=residual)
 
 
 class Selection(FrozenRecord):
@@ -56,7 +59,8 @@ class Selection(FrozenRecord):
     chosen: int
     checked: tuple[Candidate, ...] = ()  # plans drawn around the chosen one, to compare prediction and measurement
     rank_correlation: Estimate | None = None  # Spearman's between predicted and measured KL of `checked`
-    fit: Fit | None = None  # from what prices add up to to the KL that is measured, fitted on `checked`
+    fit: Fit | None = None
+    """From what prices add up to to the KL that is measured: fitted on `checked`, or without them on `candidates`."""
     frontier: tuple[Candidate, ...] = ()  # the planner at several sizes (`planner…`), and fixed recipes
 
     @property

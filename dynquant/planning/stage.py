@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from dynquant.analysis.errors.options import DEFAULT_TYPES, TableOptions
@@ -11,6 +10,7 @@ from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import write_token_errors
 from dynquant.analysis.sensitivity.stage import run_probe
 from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.tensor_source import TensorSource
@@ -24,9 +24,9 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
-from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
+from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
-from dynquant.planning.search import Search, encoded_store, search_plans
+from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
@@ -50,25 +50,34 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
     """
     if options.model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
-    plan = (_plan_types if options.target.serves is None else _plan_schemes)(options, session)
+    if options.target.serves is not None:
+        plan = _plan_schemes(options, session)
+    else:
+        (plan,) = make_plans(options, (options.target,), session)
     plan.save(options.output / file_names.PLAN_NAME)
     return plan
 
 
-def _plan_types(options: PlanOptions, session: Session) -> Plan:
-    target, directory, path = options.target, options.output, options.output / file_names.ERRORS_NAME
+def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session = SILENT) -> list[Plan]:
+    """Choose types for every target instead of `options.target`, with one calibration, one table and one probe.
+
+    The targets have the same candidate types, and each a budget, or all have their types. What is measured is kept in
+    the folder, the plans are not; selection.json is of the last one.
+    """
+    target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
-    fixed_types = _fixed_types(target, model)
-    fixed = tuple(dict.fromkeys(choice.type for choice in (fixed_types or {}).values()))
+    recipes = [_fixed_types(target, model) for target in targets]
+    fixed = tuple(dict.fromkeys(choice.type for recipe in recipes for choice in (recipe or {}).values()))
     types = tuple(quant_type(name).name for name in target.types) or fixed or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*types, *fixed)))
-    search = _search_of(options) if fixed_types is None else None  # before hours of measuring
+    search = _search_of(options) if recipes[0] is None else None  # before hours of measuring
     comparison = {"allow_difference": options.allow_difference, "max_memory": options.calibration.max_memory}
     compared = check_computation(model, session, folder=directory, **comparison)
     if compared is not None:
         directory.mkdir(parents=True, exist_ok=True)
         compared.save(directory / file_names.SAME_COMPUTATION_NAME)
-    stats = _checked_statistics(model, options, types, session, is_chosen=fixed_types is None)
+    budgets = [target for target, recipe in zip(targets, recipes, strict=True) if recipe is None]
+    stats = _checked_statistics(model, options, types, session, budgets)
     with stats.finishing():
         if search is not None:
             _check_runs_whole(model, options, session)
@@ -78,23 +87,35 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
-    chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
-    selection = None
+    rules = rules_of(supers, stats.stats)
+    choosers = [Chooser(model, target, stats, table, rules, session) for target in targets]
+    results: Sequence[SearchResult | None] = [None] * len(targets)
     if search is not None and store is not None:
-        tools = Search(store, search, chooser, target, options.calibration, session)
-        priced, selection, choices = search_plans(tools, table)
-        if priced is not table:
-            table.remembering(priced).save(path)  # prices take long, so they are kept
-        table = priced
-        selection.save(directory / file_names.SELECTION_NAME)
-        chosen = _explained_modules(chooser, selection.winner.types, choices, session)
+        tools = [Search(store, search, each, each.target, options.calibration, session) for each in choosers]
+        results = search_plans(tools, table)
+        for priced, _, _ in results:
+            table = table.remembering(priced)
+        table.save(path)  # prices take long, so they are kept
+        results[-1][1].save(directory / file_names.SELECTION_NAME)
     else:
         (directory / file_names.SELECTION_NAME).unlink(missing_ok=True)
-        chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
+    return [_built(*each, table=table, path=path) for each in zip(choosers, recipes, results, strict=True)]
+
+
+def _built(
+    chooser: Chooser, recipe: dict[str, Choice] | None, result: SearchResult | None, *, table: ErrorTable, path: Path
+) -> Plan:
+    """Return the plan of one target: its recipe's types, those that a search found, or those of the table's prices."""
+    target, session, model, selection = chooser.target, chooser.session, chooser.model, None
+    if result is not None:
+        table, selection, choices = result
+        chosen = _explained_modules(chooser, selection.winner.types, choices, session)
+    else:
+        chosen = recipe or _with_modules(chooser, table, target.vision, session)
     errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
-    held = held_types(model, target.mtp_type) if fixed_types is None else {}
+    held = held_types(model, target.mtp_type) if recipe is None else {}
     plan = plan_from_types(model, held | chosen, **errors, **chooser.context)
-    promise = _promise(table, chosen, selection) if fixed_types is None else {}
+    promise = _promise(table, chosen, selection) if recipe is None else {}
     plan = _of_table(plan, table, path, model.source, model.source.names(), types=table.types, **promise)
     if chooser.memory is not None:
         session.note(chooser.memory.describe(plan.predicted_bytes))
@@ -186,18 +207,23 @@ def _check_runs_whole(model: Model, options: PlanOptions, session: Session) -> N
 
 
 def _checked_statistics(
-    model: Model, options: PlanOptions, types: Sequence[str], session: Session, *, is_chosen: bool
+    model: Model, options: PlanOptions, types: Sequence[str], session: Session, budgets: Sequence[Target]
 ) -> StatsFile:
     """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
     path = options.output / file_names.ERRORS_NAME  # a table that is there already may have more types
     measurable = tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
-    check = partial(check_budget, model, options.target, measurable)
-    if is_chosen:
-        check(StatsFile(options.stats).stats if options.stats is not None else None)
+
+    def check(stats: CalibrationStats | None) -> None:
+        for target in budgets:
+            try:
+                check_budget(model, target, measurable, stats)
+            except PlanError as error:
+                raise PlanError(f"{target.recipe}: {error}" if target is not options.target else str(error)) from error
+
+    check(StatsFile(options.stats).stats if options.stats is not None and budgets else None)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
-    if is_chosen:
-        with stats.guarded():
-            check(stats.stats)
+    with stats.guarded():
+        check(stats.stats)
     return stats
 
 
@@ -246,7 +272,7 @@ def _promise(table: ErrorTable, choices: Mapping[str, Choice], selection: Select
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
-        if selection.fit is not None and winner.method != UNIT_KL:
+        if selection.fit is not None:
             predicted, error = selection.fit.predicted(predicted)
     else:
         total = table.total(row for name, choice in choices.items() if (row := table.row(name, choice.type)))

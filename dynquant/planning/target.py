@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dynquant.analysis.errors.table import ErrorTable
     from dynquant.checkpoints.model import Model
     from dynquant.formats.quant_types import QuantType
-    from dynquant.planning.memory_budget import MemoryBudget
+    from dynquant.planning.memory.budget import MemoryBudget
 
 LEVELS = ("keep", "8bit", "lower")
 """Treatments of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
@@ -135,7 +135,7 @@ class Target(Options):
             if is_set and given and given[0] in types:
                 raise PlanError(f"{flag} goes with a budget; {given[0]} has types of its own.")
         if self.fits is not None:
-            from dynquant.planning.memory_budget import check_cache
+            from dynquant.planning.memory.budget import check_cache
 
             check_cache(self.kv_type)
         else:
@@ -180,7 +180,7 @@ class Target(Options):
         more, or the cache type does not fit the model's heads."""
         if self.fits is None:
             return None
-        from dynquant.planning.memory_budget import memory_budget
+        from dynquant.planning.memory.budget import memory_budget
 
         return memory_budget(model, parse_size(self.fits), context=self.context, kv_type=self.kv_type)
 

@@ -1,13 +1,14 @@
 """JSON documents of ours: records of fixed fields, written whole, and refused in one paragraph when damaged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dynquant.errors import PlanError
-from dynquant.storage.atomic import write_atomically
+from dynquant.options import Options, shown_values
+from dynquant.storage.atomic import file_hash, write_atomically
 
 T = TypeVar("T")
 
@@ -58,3 +59,16 @@ def first_fault(error: ValidationError) -> str:
     if not place:
         return rule
     return f"`{place}` is missing" if first["type"] == "missing" else f"`{place}` is {first['input']!r:.80}: {rule}"
+
+
+def recorded_settings(options: Options, leave_out: Collection[str]) -> dict[str, Any]:
+    """Return flags and values of options as JSON holds them, but those of `leave_out`; a file counts by its content,
+    and the model by its name."""
+    settings: dict[str, Any] = {}
+    for flag, option, value, _ in shown_values(options):
+        if isinstance(value, str | Path | tuple):
+            paths = map(Path, value if isinstance(value, tuple) else [value])
+            value = [file_hash(path) if path.is_file() and not flag.is_argument else path.name for path in paths]
+        if option not in leave_out:
+            settings[option] = value
+    return settings

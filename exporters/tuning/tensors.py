@@ -129,6 +129,19 @@ def share_changed(before: Routes, after: Routes) -> float:
     return float(torch.cat(changed).double().mean()) if changed else 0.0
 
 
+def trained_kinds(live: LiveWeights, file: GGUFSource, rates: Mapping[str, float]) -> dict[str, str]:
+    """Return what of a file has a rate in `rates`, by name: scales, norms, biases or routers; nothing without scales,
+    whose error is the measure of all rates."""
+    kinds, places = {}, live.buffers.union(live.names())
+    stored = {name: file.info(name).dtype for name in file.names() if name in places}
+    for name, type_name in stored.items():
+        kind = {Role.NORM: "norms", Role.ROUTER: "routers"}.get(role_of(name), "biases" * name.endswith(".bias"))
+        kind = "scales" if num_scales(type_name) else kind if type_name == "F32" else ""
+        if rates.get(kind) and (name not in live.buffers or kind == "routers"):
+            kinds[name] = kind
+    return kinds if any(map(num_scales, stored.values())) else {}
+
+
 def install(live: LiveWeights, file: GGUFSource, rates: Mapping[str, float], routes: Routes) -> dict[str, Tunable]:
     """Put the file's weights into the model; returns what can be trained. Parameters without a use stay frozen.
 
@@ -138,8 +151,8 @@ def install(live: LiveWeights, file: GGUFSource, rates: Mapping[str, float], rou
     """
     scales: dict[str, Scales] = {}
     places = live.buffers.union(live.names())
-    placed = {name: file.info(name).dtype for name in file.names() if name in places}
-    for name, stored in placed.items():
+    for name in (name for name in file.names() if name in places):
+        stored = file.info(name).dtype
         if num_scales(stored):
             scales[name] = Scales(live, name, stored, file.load_packed(name), rates.get("scales", 0.0))
             scales[name].apply()
@@ -147,14 +160,13 @@ def install(live: LiveWeights, file: GGUFSource, rates: Mapping[str, float], rou
             live.write(name, file.load(name))
     weights = sum(tensor.num_weights for tensor in scales.values())
     mean_error = sum(tensor.relative_error * tensor.num_weights for tensor in scales.values()) / max(1, weights)
-    trained: dict[str, Tunable] = dict(scales) if "scales" in rates else {}
-    for name, stored in placed.items():
-        kind = {Role.NORM: "norms", Role.ROUTER: "routers"}.get(role_of(name), "biases" * name.endswith(".bias"))
-        rate = rates.get(kind, 0.0) * mean_error
-        if stored != "F32" or not rate:
-            continue
-        if name not in live.buffers:
+    trained: dict[str, Tunable] = {}
+    for name, kind in trained_kinds(live, file, rates).items():
+        rate = rates[kind] * mean_error
+        if kind == "scales":
+            trained[name] = scales[name]
+        elif name not in live.buffers:
             trained[name] = Values(live, name, rate)
-        elif kind == "routers" and layer_of(name) in routes:
+        elif layer_of(name) in routes:
             trained[name] = Correction(live, name, rate, routes)
     return trained

@@ -26,7 +26,15 @@ from dynquant.errors import StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.statistics import block_sums
 from dynquant.exporters.options import TUNED_PARTS
-from dynquant.exporters.tuning.tensors import Correction, Routes, Tunable, install, recorded_routes, share_changed
+from dynquant.exporters.tuning.tensors import (
+    Correction,
+    Routes,
+    Tunable,
+    install,
+    recorded_routes,
+    share_changed,
+    trained_kinds,
+)
 from dynquant.inputs.continuation import START_TOKENS, continued, random_starts
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import tf32_products
@@ -41,7 +49,9 @@ _PATIENCE = 2  # looks without a gain before training ends
 _LATE = 8  # power by which later steps count more in the average
 _FRACTIONS = (0.25, 0.5, 0.75)
 _CLEARLY = 1.64  # standard errors by which the KL must fall: one chance in twenty that it did not
-_ORIGINAL_SHARE = 0.25  # of the time, for what the original says to the text that is trained on
+# Shares of the time for what the original says to text: that which chooses, which decides (the file is measured on it
+# twice, as long), and which is trained on.
+_CHOICE_SHARE, _DECISION_SHARE, _TRAINED_SHARE = 0.02, 0.1, 0.25
 FEWEST_WINDOWS, _FEWEST_WRITTEN = 5, 5  # to hold some out for both choices
 
 
@@ -52,7 +62,7 @@ class TuneOptions:
     tokens: int = 131_072
     """At most; fewer when the held-out KL stops falling."""
     minutes: float = 10.0
-    """At most, for all of it."""
+    """At most, for all of it but writing text; text that the time is too short for is left out."""
     sampled_tokens: int = 0
     """Tokens that the original writes itself, beside those of the text; a part of them is held out."""
     parts: tuple[str, ...] = TUNED_PARTS
@@ -155,15 +165,17 @@ def tune(
         StatsError: too little text.
         CheckpointError: the original's weights cannot be followed into the running model.
     """
-    deadline = time.monotonic() + 60 * options.minutes
     with recorded_routes(hf_model) as routes:
         live = LiveWeights(model, hf_model)
         tuning = _Tuning(hf_model, routes, options, progress)
         split = _split(windows.long(), _written(hf_model, windows, options, progress), options)
-        choice, decision = tuning.original(split.choice), tuning.original(split.decision)
-        until = time.monotonic() + _ORIGINAL_SHARE * (deadline - time.monotonic())
-        train = tuning.original(split.train, until=until, num_top=_TRAINED_TOP, num_tail=0)
-        trained = install(live, file, options.rates, routes)
+        start, limit = time.monotonic(), 60 * options.minutes
+        choice = tuning.original(split.choice, until=start + _CHOICE_SHARE * limit)
+        decision = tuning.original(split.decision, until=start + (_CHOICE_SHARE + _DECISION_SHARE) * limit)
+        is_idle = not trained_kinds(live, file, options.rates)
+        until = time.monotonic() + _TRAINED_SHARE * limit
+        train = [] if is_idle else tuning.original(split.train, until=until, num_top=_TRAINED_TOP, num_tail=0)
+        trained, deadline = install(live, file, options.rates, routes), start + limit
         tuning.trained, first = list(trained.values()), [tensor.parameter.clone() for tensor in trained.values()]
         start = time.monotonic()
         before = tuning.measured(decision)
@@ -233,8 +245,8 @@ def _split(given: Tensor, written: Tensor, options: TuneOptions) -> _Split:
         sizes = (decision, choice, min(most, len(windows) - decision - choice))
         for batches, part in zip(split[::-1], windows[: sum(sizes)].split(sizes), strict=True):
             batches += [(kind, batch) for batch in part.split(together)]
-    order = torch.randperm(len(split.train), generator=generator)
-    return split._replace(train=[split.train[index] for index in order])
+    mixed = ([part[index] for index in torch.randperm(len(part), generator=generator)] for part in split)
+    return _Split(*mixed)  # time may end within each
 
 
 class _Tuning:

@@ -64,6 +64,7 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
     option = flag.option(name)
     for value in bad:
         line = [option, value, *(["--text", str(tmp_path / "text")] if command in NEED_TEXT else [])]
+        line += ["--bpw", "3"] if command == "release" else []
         for other, (required, of_other) in shown(command).items():
             if required.default is Parameter.empty or other == "output":
                 place = str(tmp_path / other)

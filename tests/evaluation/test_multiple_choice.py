@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dynquant.errors import EvaluationError
-from dynquant.evaluation.multiple_choice import (
+from dynquant.evaluation.runners import open_encoder, open_runner
+from dynquant.evaluation.tasks.multiple_choice import (
     AnswerScores,
     EncodedQuestion,
     answer_texts,
@@ -15,7 +16,6 @@ from dynquant.evaluation.multiple_choice import (
     render_prompt,
     score_questions,
 )
-from dynquant.evaluation.runners import open_encoder, open_runner
 from dynquant.inputs.questions import Question, load_questions, take_evenly
 
 SHOT = Question(subject="high_school_physics", question=" What falls? ", choices=("up", "a stone"), answer=1)

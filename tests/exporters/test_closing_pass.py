@@ -149,8 +149,11 @@ def test_steps_that_go_too_far_are_taken_back_in_part(model, crushed, windows):
 
 
 def test_a_part_that_the_file_lacks_is_not_trained(model, crushed, windows):
-    result = tune(model, load_hf(model), GGUFSource(crushed), windows, replace(SHORT, parts=("biases",)))
+    totals = set()
+    options, hear = replace(SHORT, parts=("biases",)), lambda _stage, _done, total, **_: totals.add(total)
+    result = tune(model, load_hf(model), GGUFSource(crushed), windows, options, progress=hear)
     assert not result.replacements and result.tokens == 0 and "none of the parts" in result.ended
+    assert totals == {128, 256}, "text that would be trained on was run all the same"
     with pytest.raises(ExportError, match=r"--tune-parts: there is no part codes; name some of scales, norms"):
         ClosingPassOptions(tune_parts=("codes",))
 
@@ -162,7 +165,7 @@ def test_routers_stay_unless_they_are_asked_for():
 
 def test_training_ends_when_the_time_is_over(model, crushed, windows):
     result = tune(model, load_hf(model), GGUFSource(crushed), windows, replace(OPTIONS, minutes=0.001))
-    assert result.ended == "time was over" and result.tokens == OPTIONS.step_tokens
+    assert result.ended == "time was over" and result.tokens == result.held_tokens == OPTIONS.step_tokens
 
 
 def test_training_ends_when_the_held_out_kl_stops_falling(model, crushed, windows, monkeypatch):

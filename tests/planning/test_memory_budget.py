@@ -9,7 +9,7 @@ import pytest
 
 from dynquant.errors import PlanError
 from dynquant.families.open import open_config, open_model
-from dynquant.planning.memory_budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes, memory_budget
+from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes, memory_budget
 from dynquant.planning.target import Target
 from tests.helpers.tiny_models import write_f32
 

@@ -23,6 +23,7 @@ from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.storage.atomic import file_hash
+from tests.conftest import CALIBRATION_16M
 from tests.helpers.commands import command, linked_copy, refused, succeed
 from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import llama_logits, mean_kl
@@ -196,3 +197,20 @@ def test_bad_options_are_refused_in_one_paragraph(small_moe, calibrated, tmp_pat
     )
     assert words in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.nightly
+def test_kl_never_rises_with_bytes_along_the_frontier(small_moe, calibrated_16m, tmp_path):
+    """A file was once worse than one of 95 % of its bytes: the smaller one's closing pass was kept, its own refused."""
+    linked_copy(calibrated_16m, tmp_path / "plan")
+    demo_text = Path(small_moe).parent / "demo_text.txt"
+    sizes, kls = [], []
+    for size in ("4.4MB", "4.8MB", "5.2MB", "5.7MB"):
+        succeed("plan", small_moe, "--size", size, *CALIBRATION_16M, "--no-report", "-o", tmp_path / "plan")
+        file = tmp_path / f"{size}.gguf"
+        succeed("export", small_moe, "--plan", tmp_path / "plan" / "plan.json", "-o", file)
+        (text,) = evaluated(file, small_moe, tasks=("kl",), text=[demo_text], max_tokens=4096).texts
+        sizes.append(file.stat().st_size)
+        kls.append(text.kl.mean.value)
+    assert sizes == sorted(set(sizes))
+    assert kls == sorted(kls, reverse=True)

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dynquant.errors import StatsError
 from dynquant.running.load import load_hf
 from dynquant.running.streaming.chained_layers import gives_tuples
-from dynquant.running.streaming.layer_replay import LayerReplay
 from dynquant.running.streaming.layer_stream import LayerStream, decoder_layers
 from dynquant.running.streaming.staged_passes import StagedPasses
 from tests.helpers.architectures import COMMON, converted_model
@@ -101,9 +100,3 @@ def test_layers_that_share_more_than_hidden_states_are_refused(
 def test_layers_of_gemma_4_without_shared_state_are_streamed() -> None:
     hf_model = tiny("gemma4_text", {"hidden_size_per_layer_input": 0})
     assert not gives_tuples(hf_model, decoder_layers(hf_model), torch.float32, torch.device("cpu"))
-
-
-def test_all_layers_run_again_where_they_share_more() -> None:
-    replay = LayerReplay(tiny("glm_moe_dsa", SELECTED), [torch.arange(24).view(2, 12)])
-    (plain,) = replay.keep()
-    assert torch.equal(replay.logits(0, 1), plain)

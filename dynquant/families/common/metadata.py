@@ -80,9 +80,11 @@ def write_general_keys(
 ) -> None:
     """`general.*` keys: type, and what the directory name and model card tell (name, size label, license, …)."""
     total, shared, expert, count = _parameter_counts(source)
-    checked_generation(directory)  # gguf-py takes it for what it should be
+    generation = checked_generation(directory)  # gguf-py takes it for what it should be
     try:
         metadata = gguf.Metadata.load(None, directory.resolve(), None, total)
+        if metadata.sampling_penalty_repeat is None:  # gguf-py 0.19 looks for llama.cpp's name alone
+            metadata.sampling_penalty_repeat = generation.repetition_penalty  # type: ignore[attr-defined]
         metadata.name = metadata.name or directory.resolve().name
         metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, count)
         writer.add_type(kind)

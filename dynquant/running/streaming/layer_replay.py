@@ -1,9 +1,8 @@
-"""Passes that start in the middle: hidden states before every decoder layer are kept, and used again.
+"""Passes through one stage of a model: hidden states before every decoder layer are kept, and used again.
 
-When only layers from L on have changed weights, everything below L gives what it gave before. `LayerReplay.keep` runs
-the model once and keeps each layer's input; `logits` then runs the model's own forward with the layers below L replaced
-by those states, so that masks, position embeddings and the head are the model's own. `layer`, `head` and `embedded` run
-one stage each, for a backward pass that is streamed stage by stage. A GPU multiplies in TF32, whose rounding is small
+`LayerReplay.keep` runs the model once and keeps each layer's input; `layer`, `head` and `embedded` then run one stage
+each, for a backward pass that is streamed stage by stage. Masks, position embeddings and the head are the model's own,
+whose forward runs with the layers replaced by those states. A GPU multiplies in TF32, whose rounding is small
 beside that of weights; where tokens are drawn from the logits it has to be exact, because a thousandth more or less
 draws others. 4 bytes a channel, layer and token: 92 MB for 4,096 tokens of 11 layers of 512 channels.
 """
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynquant.errors import StatsError
 from dynquant.running.load import tf32_products
-from dynquant.running.streaming.chained_layers import gives_tuples, standing_in
+from dynquant.running.streaming.chained_layers import standing_in
 from dynquant.running.streaming.layer_stream import decoder_layers
 
 _Call = tuple[Tensor, dict[str, Any]]
@@ -41,12 +39,6 @@ class LayerReplay:
         self.layers = decoder_layers(hf_model)
         self._calls: list[list[_Call]] = []
         self._gives_tuples = False
-        try:
-            gives_tuples(hf_model, self.layers, next(hf_model.parameters()).dtype, self.device)
-        except StatsError:
-            self._can_skip = False  # a layer may need what one below it has selected, or its keys and values
-        else:
-            self._can_skip = True
 
     @property
     def num_layers(self) -> int:
@@ -64,15 +56,6 @@ class LayerReplay:
                 logits = self._forward(batch)
             self._calls.append(calls)
             yield logits
-
-    def logits(self, index: int, first_layer: int) -> Tensor:
-        """Logits [tokens, vocabulary] of batch `index`, with layers below `first_layer` as they were in `keep`.
-
-        At least the last layer runs, whatever `first_layer` is, and all do where they share more than hidden states.
-        """
-        first_layer = min(first_layer, len(self.layers) - 1) if self._can_skip else 0
-        with torch.no_grad(), self._skipping(first_layer, self.layer_input(index, first_layer)):
-            return self._forward(self.batches[index])
 
     def layer(self, index: int, layer: int, hidden: Tensor | None = None) -> Tensor:
         """Output of one layer on its kept input, or on `hidden` in its place."""

@@ -8,9 +8,9 @@ Prints bytes, KL and exact answers of both, and McNemar's exact test of the ques
 import argparse
 from pathlib import Path
 
-from dynquant.evaluation.multiple_choice import is_right
 from dynquant.evaluation.report import PictureReport
 from dynquant.evaluation.statistics import mcnemar_exact, only_one
+from dynquant.evaluation.tasks.multiple_choice import is_right
 
 
 def main() -> None:

@@ -107,11 +107,16 @@ def check_cache(kv_type: str) -> None:
 
 def kv_cache_bytes(model: Model, context: int, kv_type: str = "f16") -> int:
     """Bytes of K and V of all layers. Raises as `memory_budget`."""
-    shape, cache_type, total = _Shape(model), QUANT_TYPES[kv_type.upper()], 0
+    return sum(kv_cache_of_layers(model, context, kv_type))
+
+
+def kv_cache_of_layers(model: Model, context: int, kv_type: str = "f16") -> list[int]:
+    """Bytes of K and V of every layer. Raises as `memory_budget`."""
+    shape, cache_type, sizes = _Shape(model), QUANT_TYPES[kv_type.upper()], []
     for layer in range(model.hyper.n_layer):
         token = sum(_row_bytes(row, shape.head_lengths, cache_type) for row in shape.rows(layer))
-        total += shape.cells(layer, context) * token
-    return total
+        sizes.append(shape.cells(layer, context) * token)
+    return sizes
 
 
 def compute_buffer_bytes(model: Model, context: int, kv_type: str = "f16") -> int:

@@ -1,0 +1,457 @@
+"""Methods against today's default at the same bytes: the one command behind reports/damage.md.
+
+    python -m dynquant.analysis.bench.judge -o DIR --report reports/damage.md --model M --model N \
+        --calibration calibration.jsonl --text heldout.jsonl --text other.txt --questions test.jsonl --shots dev.jsonl
+
+A method is flags of `plan` and `export` (methods.toml beside this file, or `--methods FILE`). Each is planned at the
+bytes of every stock recipe, exported, and scored in memory against the original. Methods share the calibration, the
+blocks that plans were tried with, the plan where they add no flags of `plan`, and the file before the closing pass
+where they differ in that alone. What is there already (plans, files, rows) is not made again, unless the flags, the
+texts or the model of a row are others; a changed dynquant wants another DIR. Runs with other models or questions add
+to the report of the same DIR.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+
+from dynquant.calibration.stage import statistics_at
+from dynquant.cli.compare import markdown, metrics_of
+from dynquant.cli.terminal.parameters import command_class, from_options
+from dynquant.encoding.store import ENCODED_NAME
+from dynquant.errors import DynquantError, OptionError
+from dynquant.evaluation.evaluate import evaluate
+from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.reference_cache import model_fingerprint
+from dynquant.evaluation.runners import LLAMA_CPP, TRANSFORMERS
+from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired
+from dynquant.exporters.options import ClosingPassOptions, ExportOptions
+from dynquant.exporters.stage import export
+from dynquant.families.open import locate_model, open_model
+from dynquant.kernels.bench.harness import device_name, options
+from dynquant.planning.options import PlanOptions
+from dynquant.planning.stage import make_plans
+from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.presets import preset_types
+from dynquant.resources import chosen_device
+from dynquant.session import Session
+from dynquant.storage.atomic import file_hash, write_atomically
+from dynquant.storage.file_names import PLAN_NAME, STATS_NAME, SUPER_NAME
+
+METHODS = Path(__file__).with_name("methods.toml")
+RECIPES = "llama-iq1_s,llama-iq2_xxs,llama-q2_k,r1-iq1_s,llama-q4_k_m"
+DEFAULT, STOCK = "default", "stock"
+SAME_BYTES = 1e-3
+_SECONDS = "seconds.json"
+_MARK = "<!-- What follows is written by dynquant.analysis.bench.judge. -->\n"
+
+
+class Method(NamedTuple):
+    """Words of the command line, beside model, size and files."""
+
+    name: str
+    plan: tuple[str, ...]
+    export: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One model, and all that its methods share."""
+
+    model: str
+    folder: Path
+    recipes: Mapping[str, int]
+    """Stock recipes and their bytes."""
+    calibration: tuple[str, ...]
+    """Words for `plan`."""
+    questions: QuestionOptions
+    runner: str
+    device: str | None
+    settings: Mapping[str, Any]
+    """Identity of model, texts and questions."""
+
+    def plan_options(self, method: Method) -> PlanOptions:
+        words = (*self.calibration, *method.plan)
+        options = parsed(PlanOptions, (self.model, "-o", str(self.folder / f"plan-{_digest(words)}"), *words))
+        return replace(options, stats=self.folder / f"calibration-{_digest(options.calibration)}" / STATS_NAME)
+
+    def export_options(self, recipe: str, method: Method) -> ExportOptions:
+        output, folder = self.folder / f"{recipe}-{method.name}.gguf", self.plan_options(method).output
+        types = ("--preset", recipe) if method.name == STOCK else ("--plan", str(folder / recipe / PLAN_NAME))
+        words = (self.model, "-o", str(output), "--stats", str(folder / STATS_NAME), *types, *method.export)
+        return replace(parsed(ExportOptions, words), blocks=self.folder / ENCODED_NAME)
+
+    def row_settings(self, method: Method) -> dict[str, Any]:
+        """Return what a row depends on; another makes it stale."""
+        return {**self.settings, "plan": list(method.plan), "export": list(method.export)}
+
+
+def main() -> None:
+    """Parse, measure what is missing, write the report."""
+    asked = options(
+        __doc__, model=[], output=(Path("judge"), "Plans, files and rows, a folder a model."),
+        report=(str, "The Markdown file; what stands in it before the judge's mark stays. Default: in the output."),
+        methods=(str(METHODS), "Flags by method."),
+        only=("", "Methods to measure, as default,routers; all without any."),
+        recipes=(RECIPES, "Stock recipes whose bytes are taken."),
+        calibration=(str, "Text; the built-in one without any."), tokens=(131072, "Tokens of calibration."),
+        text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
+        questions=(str, "Multiple-choice questions."), shots=(str, "Examples for them."),
+        limit=(0, "Questions at most."), runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
+        device=(str, "cpu or cuda."), side_by_side=(0, "Rows at a time; a quarter of the cores with a GPU, else one."),
+        minutes=(0.0, "Begin nothing after so many; the same command goes on. 0 for no limit."),
+    )  # fmt: skip
+    methods = read_methods(Path(asked.methods), [name for name in asked.only.split(",") if name])
+    tasks = ("kl", "mmlu") if asked.questions else ("kl",)
+    questions = QuestionOptions(
+        text=tuple(map(Path, asked.text)), tasks=tasks, max_tokens=asked.score, mmlu_data=asked.questions,
+        shots=asked.shots, limit=asked.limit, scoring=("letter",),
+    )  # fmt: skip
+    questions.check_text()
+    on_gpu = chosen_device(asked.device) != "cpu"
+    at_once = asked.side_by_side or (max(1, len(os.sched_getaffinity(0)) // 4) if on_gpu else 1)
+    runner = asked.runner or (TRANSFORMERS if on_gpu else LLAMA_CPP)
+    calibration = ("--tokens", str(asked.tokens), *(("--calibration", asked.calibration) if asked.calibration else ()))
+    files = [*asked.text, asked.questions, asked.shots, asked.calibration]
+    settings = {"texts": [file_hash(Path(file)) for file in files if file], "runner": runner}
+    settings |= {"score": asked.score, "tokens": asked.tokens, "limit": asked.limit}
+    until = time.monotonic() + 60 * asked.minutes if asked.minutes else math.inf
+    for model in asked.model:
+        path = locate_model(model)
+        judged = Judged(
+            model=model, folder=asked.output / path.name.removesuffix(".gguf"), calibration=calibration,
+            recipes=_stock_bytes(path, asked.recipes.split(",")), questions=questions, runner=runner,
+            device=asked.device, settings=settings | {"model": model_fingerprint(path)},
+        )  # fmt: skip
+        judge(judged, methods, at_once, until)
+    report = Path(asked.report) if asked.report else asked.output / "damage.md"
+    before = report.read_text().partition(_MARK)[0] if report.is_file() else "# Damage by method, at the same bytes\n\n"
+    write_atomically(report, f"{before}{_MARK}\n{report_of(asked.output)}")
+    print(f"{report} has the table")
+
+
+def read_methods(path: Path, only: Sequence[str] = ()) -> list[Method]:
+    """Return the methods of a file, the default first and llama.cpp's mixture behind it. Raises OptionError: a method
+    that is not there, or a flag that no command has."""
+    tables = tomllib.loads(path.read_text())
+    default = tables.pop(DEFAULT, {})
+
+    def words(table: Mapping[str, Any], command: str) -> tuple[str, ...]:
+        parts = [default, *(tables[name] for name in table.get("of", ())), table]
+        return tuple(word for part in parts for word in shlex.split(part.get(command, "")))
+
+    methods = [Method(DEFAULT, words({}, "plan"), words({}, "export"))]
+    methods.append(Method(STOCK, methods[0].plan, ("--encoder", "ggml", "--tune", "0")))  # by the plan's statistics
+    methods += [Method(name, words(table, "plan"), words(table, "export")) for name, table in tables.items()]
+    if unknown := {*only} - {method.name for method in methods}:
+        raise OptionError(f"{path} has no method {' and '.join(sorted(unknown))}.")
+    for method in methods:
+        try:
+            parsed(PlanOptions, ("model", *method.plan))
+            parsed(ExportOptions, ("model", "-o", "file.gguf", *method.export))
+        except Exception as error:  # typer's own, which is no public class
+            raise OptionError(f"{path}, method {method.name}: {getattr(error, 'message', error)}") from error
+    return [method for method in methods if not only or method.name in (DEFAULT, *only)]
+
+
+def parsed(kind: type, words: Sequence[str]) -> Any:
+    """Return the options that a command makes of the words behind its name."""
+    taken: list[Any] = []
+
+    def command(options: Any) -> None:
+        taken.append(options)
+
+    command.__annotations__["options"] = kind
+    function, app = from_options(command), typer.Typer()
+    app.command(cls=command_class(function))(function)
+    app(args=list(words), standalone_mode=False)
+    return taken[0]
+
+
+def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float = math.inf) -> None:
+    """Measure the rows of a model that are missing, plan by plan, and begin nothing after `until`; a refusal is entered
+    in the place of a row."""
+    path = judged.folder / "rows.json"
+    content = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    rows, tokens, cores = content["rows"], judged.questions.max_tokens, len(os.sched_getaffinity(0))
+    content |= {"recipes": judged.recipes, "score": tokens, "at_once": at_once, "command": shlex.join(sys.argv[1:])}
+    content["device"] = device_name(chosen_device(judged.device))
+
+    def enter(recipe: str, method: Method, measured: dict[str, Any]) -> None:
+        name = f"{recipe} {method.name}"
+        rows[name] = measured | {"settings": judged.row_settings(method)}
+        write_atomically(path, json.dumps(content) + "\n")
+        print(f"{judged.folder.name} {name}: {measured.get('refused') or _in_short(measured)}", flush=True)
+
+    def is_missing(recipe: str, method: Method) -> bool:
+        row = rows.get(f"{recipe} {method.name}", {})
+        return "bytes" not in row or row["settings"] != judged.row_settings(method)
+
+    for words in dict.fromkeys(method.plan for method in methods):
+        alike = [method for method in methods if method.plan == words]
+        todo = [row for row in product(alike, judged.recipes) if is_missing(*row[::-1]) and time.monotonic() < until]
+        refused = _planned(judged, alike[0]) if todo else {}
+        for method, recipe in [row for row in todo if row[1] in refused and row[0].name != STOCK]:
+            enter(recipe, method, {"refused": refused[recipe]})
+            todo.remove((method, recipe))
+        for method, recipe in todo[: 1 if at_once > 1 else None]:  # it leaves what the original says to the others
+            if time.monotonic() < until:
+                enter(recipe, method, _measured(judged, recipe, method, cores))
+        if at_once > 1 and todo[1:]:
+            with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+                futures = {
+                    pool.submit(_measured, judged, recipe, method, max(1, cores // at_once)): (recipe, method)
+                    for method, recipe in todo[1:]
+                }
+                for future in as_completed(futures):
+                    if time.monotonic() > until:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                    if not future.cancelled():
+                        enter(*futures[future], future.result())
+    write_atomically(path, json.dumps(content) + "\n")
+
+
+def _planned(judged: Judged, method: Method) -> dict[str, str]:
+    """Plan a method at all sizes that were not planned before; return why there is no plan, by recipe."""
+    options, session, shared = judged.plan_options(method), Session(device=judged.device), judged.folder / ENCODED_NAME
+    recipes = [recipe for recipe in judged.recipes if not (options.output / recipe / _SECONDS).is_file()]
+    if not recipes:
+        return {}
+    took, start, blocks = options.stats.with_name(_SECONDS), time.perf_counter(), options.output / ENCODED_NAME
+    statistics_at(options.stats, open_model(judged.model), options.calibration, session)
+    if not took.is_file():
+        write_atomically(took, json.dumps(time.perf_counter() - start))
+    for folder in (shared, options.output):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not blocks.exists():
+        blocks.symlink_to(shared.resolve())
+    seconds = {"calibrate": json.loads(took.read_text()) / len(judged.recipes)}
+    return _planned_together(options, {name: judged.recipes[name] for name in recipes}, seconds, session)
+
+
+def _planned_together(
+    options: PlanOptions, sizes: Mapping[str, int], seconds: Mapping[str, float], session: Session
+) -> dict[str, str]:
+    """Plan several sizes with one table and probe, or one by one where one of them is refused."""
+    start = time.perf_counter()
+    try:
+        plans = make_plans(options, [replace(options.target, size=str(size)) for size in sizes.values()], session)
+    except DynquantError as refusal:
+        if len(sizes) == 1:
+            return dict.fromkeys(sizes, str(refusal))
+        alone = [_planned_together(options, {name: size}, seconds, session) for name, size in sizes.items()]
+        return {name: why for refused in alone for name, why in refused.items()}
+    seconds = {**seconds, "plan": (time.perf_counter() - start) / len(sizes)}
+    for recipe, plan in zip(sizes, plans, strict=True):
+        folder = options.output / recipe
+        folder.mkdir(exist_ok=True)
+        plan.save(folder / PLAN_NAME)
+        if (options.output / SUPER_NAME).is_file():
+            shutil.copy(options.output / SUPER_NAME, folder)
+        write_atomically(folder / _SECONDS, json.dumps(seconds))
+    return {}
+
+
+def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict[str, Any]:
+    """Export and score a row; return its figures, or why there are none."""
+    torch.set_num_threads(threads)
+    notes: list[str] = []
+    session = Session(device=judged.device, threads=threads, note=notes.append)
+    options, seconds = judged.export_options(recipe, method), {}
+    if method.name != STOCK:
+        seconds = json.loads(options.plan.with_name(_SECONDS).read_text())
+    try:
+        file, seconds["encode"] = _untuned(options, session)
+        if options.tune != 0:
+            start = time.perf_counter()
+            (file, *_) = export(options, session).files
+            seconds["tune"] = time.perf_counter() - start
+        report = evaluate(
+            EvalOptions(
+                candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
+                reference_cache=judged.folder / "reference",
+            ),
+            session,
+        )  # fmt: skip
+    except DynquantError as refusal:
+        return {"refused": str(refusal)}
+    finally:
+        options.output.unlink(missing_ok=True)
+    measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}
+    measured["kl_blocks"] = {text.name: list(text.kl.block_sums) for text in report.texts}
+    for result in report.multiple_choice:
+        pairs = zip(result.candidate.predictions, result.right_answers, strict=True)
+        measured["is_right"] = [predicted == right for predicted, right in pairs]
+    return measured
+
+
+def _untuned(options: ExportOptions, session: Session) -> tuple[Path, float]:
+    """Export without the closing pass, once for all methods that do not differ before it; return file and seconds."""
+    alike = replace(options, output=Path(), tune=0, closing=ClosingPassOptions())
+    file = options.output.with_name(f"untuned-{_digest(alike)}.gguf")
+    took = file.with_suffix(".json")
+    with _waiting_for(file):
+        if not took.is_file():
+            start = time.perf_counter()
+            export(replace(alike, output=file), session)
+            write_atomically(took, json.dumps(time.perf_counter() - start))
+    return file, json.loads(took.read_text())
+
+
+@contextmanager
+def _waiting_for(file: Path) -> Iterator[None]:
+    """Context manager: no other process of the judge makes the file."""
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
+
+
+def _stock_bytes(path: Path, recipes: Sequence[str]) -> dict[str, int]:
+    model = open_model(str(path))
+    sizes = {}
+    for name in recipes:
+        try:
+            sizes[name] = plan_from_types(model, preset_types(name, model), recipe=name).predicted_bytes
+        except DynquantError as refusal:
+            print(f"{path.name} is not judged at {name}: {refusal}")
+    return sizes
+
+
+def _in_short(measured: Mapping[str, Any]) -> str:
+    values = [f"{name} {metric['value']:.4f}" for name, metric in measured["metrics"].items() if "KL 99" not in name]
+    return f"{measured['bytes']:,} bytes, {', '.join(values)}, {sum(measured['seconds'].values()):.1f} s"
+
+
+def report_of(folder: Path) -> str:
+    """Return the tables of all models that were judged in a folder: methods over all rows, then a table a model."""
+    parts = []
+    compared: dict[str, list[_Compared]] = {}
+    for path in sorted(folder.glob("*/rows.json")):
+        content = json.loads(path.read_text())
+        rows = content["rows"]
+        parts.append(_section(path.parent.name, content))
+        for name, row in rows.items():
+            recipe, method = name.split()
+            base = rows.get(f"{recipe} {DEFAULT}", {})
+            if "bytes" in row and "bytes" in base:
+                compared.setdefault(method, []).append(_compared(row, base))
+    return "\n".join([_summary(compared), *parts])
+
+
+class _Compared(NamedTuple):
+    """A row against the default's at the same bytes."""
+
+    ratios: dict[str, Estimate]
+    """By text, of the mean KL."""
+    letters: float | None
+    """Change of the share of right answers."""
+    p: float | None
+    seconds: tuple[float, float]
+
+
+def _compared(row: dict[str, Any], base: dict[str, Any]) -> _Compared:
+    ratios = {
+        text: bootstrap_ratio(np.array(blocks), np.array(base["kl_blocks"][text]))
+        for text, blocks in row["kl_blocks"].items()
+        if len(blocks) == len(base["kl_blocks"].get(text, ()))
+    }
+    letters, p = None, None
+    if len(row.get("is_right", ())) == len(base.get("is_right", ())) > 0:
+        letters = float(np.mean(row["is_right"]) - np.mean(base["is_right"]))
+        p = compare_paired(base["is_right"], row["is_right"])["mcnemar_p"]
+    return _Compared(ratios, letters, p, (_total(row), _total(base)))
+
+
+def _summary(compared: Mapping[str, list[_Compared]]) -> str:
+    """Return one line a method: over all models, sizes and texts."""
+    lines = []
+    for method, sides in compared.items():
+        ratios = [ratio for side in sides for ratio in side.ratios.values()]
+        letters = [side.letters for side in sides if side.letters is not None]
+        if method == DEFAULT or not ratios:
+            continue
+        values = np.array([ratio.value for ratio in ratios])
+        better, worse = sum(ratio.high < 1 for ratio in ratios), sum(ratio.low > 1 for ratio in ratios)
+        ours, theirs = np.sum([side.seconds for side in sides], axis=0)
+        lines.append(
+            [method, str(len(ratios)), _percent(np.exp(np.log(values).mean())), _percent(values.max()), f"{better}",
+             f"{worse}", f"{100 * np.mean(letters):+.1f}" if letters else "", f"{100 * min(letters):+.1f}" if letters
+             else "", f"{ours / theirs:.2f}"]
+        )  # fmt: skip
+    return (
+        "Against the default at the same bytes, over all models, sizes and texts below: the geometric mean of the "
+        "changes of mean\nKL, the worst one, and the numbers of those whose paired 95 % interval lies below and above "
+        "none; the change of right\nletters in points; the time of planning, encoding and closing pass as a multiple."
+        "\n\n" + markdown(["method", "rows", "KL", "worst", "better", "worse", "letters", "worst", "time"], lines)
+    )
+
+
+def _section(name: str, content: Mapping[str, Any]) -> str:
+    rows, recipes, lines, refused = content["rows"], content["recipes"], [], []
+    measured = [row for row in rows.values() if "bytes" in row]
+    texts = list(dict.fromkeys(text for row in measured for text in row["kl_blocks"]))
+    others = list(dict.fromkeys(m for row in measured for m in row["metrics"] if m.endswith(("accuracy", "P(right)"))))
+    for recipe, method in product(recipes, dict.fromkeys(name.split()[1] for name in rows)):
+        row, base = rows.get(f"{recipe} {method}", {}), rows.get(f"{recipe} {DEFAULT}", {})
+        if "refused" in row:
+            refused.append(f"{recipe} {method}: {row['refused']}\n")
+        if "bytes" not in row:
+            continue
+        change = row["bytes"] / recipes[recipe] - 1
+        cells = [recipe, method, f"{row['bytes']:,}" + f" ({change:+.2%})" * (abs(change) > SAME_BYTES)]
+        side = _compared(row, base) if "bytes" in base and method != DEFAULT else None
+        for text in texts:
+            kl, ratio = row["metrics"][f"KL {text}"], side and side.ratios.get(text)
+            cells.append(f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]")
+            cells.append(f"{_percent(ratio.value)} [{_percent(ratio.low)}, {_percent(ratio.high)}]" if ratio else "")
+        for metric in others:
+            cells.append(f"{100 * row['metrics'][metric]['value']:.1f}")
+            if metric.endswith("accuracy") and side and side.p is not None:
+                cells[-1] += f" (p {side.p:.2g})"
+        lines.append([*cells, f"{_total(row):.1f}"])
+    titles = [title for text in texts for title in (f"KL {text}", "change")]
+    before = [f"{metric} {100 * row['metrics'][metric]['reference']:.1f}" for row in measured[:1] for metric in others]
+    return (
+        f"## {name}\n\n```\npython -m dynquant.analysis.bench.judge {content['command']}\n```\n\n"
+        f"{content['score']:,} tokens of each text, {content['device']}, {content['at_once']} rows side by side. "
+        f"{'The original: ' + ', '.join(before) + '. ' if before else ''}Seconds are those of planning, encoding and "
+        "closing\npass; the first recipe's include calibration and error table. Changes are paired with the default's "
+        "row; p is McNemar's.\n\n"
+        + markdown(["recipe", "method", "bytes", *titles, *others, "s"], lines)
+        + "".join(f"\nNot measured: {reason}" for reason in refused)
+    )
+
+
+def _total(row: Mapping[str, Any]) -> float:
+    return sum(row["seconds"].values())
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+if __name__ == "__main__":
+    main()

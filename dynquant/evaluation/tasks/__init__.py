@@ -1,0 +1,1 @@
+"""Tasks beside text: multiple-choice questions, and what a model writes itself."""

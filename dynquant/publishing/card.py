@@ -1,0 +1,244 @@
+"""README.md of a release: what the files are, what they lose and where they fit, how they run, and how they were made.
+
+Numbers of a file are those of its report by `eval`; sizes and memories are those that `plan --fits` reckons with.
+"""
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dynquant.analysis.plots.style import PlotFiles
+from dynquant.checkpoints.model import Model
+from dynquant.evaluation.report import EvalReport
+from dynquant.evaluation.statistics import Estimate
+from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes
+from dynquant.publishing.options import REPORTS_NAME, ReleaseOptions
+from dynquant.publishing.record import Release, ReleasedFile
+from dynquant.resources import human_bytes
+
+_CARDS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 80, 96, 141, 192, 288)
+"""Memories of common graphics cards and computers in GB."""
+_CONTEXTS = (4096, 16384, 65536)
+_REPO = "OWNER/REPO"
+
+
+def release_card(
+    record: Release, reports: Mapping[str, EvalReport], model: Model, options: ReleaseOptions, plot: PlotFiles | None
+) -> str:
+    """Return the card as Markdown with the Hub's metadata block."""
+    original = _original_card(model, options)
+    base = options.base_model or (options.model if model.path != Path(options.model) and "/" in options.model else None)
+    picture = [f"![{plot.headline}]({plot.png.name})", ""] if plot else []
+    name = options.name or model.name
+    about = (
+        f"[{base}](https://huggingface.co/{base})" if base else f"{model.name}"
+    ) + f" ({model.arch}, {record.num_weights:,} weights) in {sum(row.is_released for row in record.files)} sizes for "
+    about += (
+        "llama.cpp and programs built on it. Every tensor has the quant type that loses least for its bytes, measured "
+        f"by dynquant {record.tool_version}: a file's name says the type of most weights and the bits per weight of "
+        "the whole file."
+    )
+    licence = f"The licence is that of the original: {original['license']}." if original.get("license") else ""
+    parts = [
+        f"---\n{_metadata(record, model, options, base, original)}---",
+        f"# {name}, quantized by measurement",
+        f"{about} {licence}".rstrip(),
+        "## Files",
+        "\n".join(_files(record, reports)),
+        *picture[:1],
+        " ".join(_explained(reports, record)),
+        "## Memory",
+        "\n".join(_memory(record, model, options)),
+        "## How to run",
+        _how_to_run(record, model, options, base),
+        "## How the files were made",
+        _how_made(record),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _original_card(model: Model, options: ReleaseOptions) -> dict[str, Any]:
+    """Return the metadata of the original's own card; empty without one."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    card = model.path / "README.md" if model.path.is_dir() else model.path.with_name("README.md")
+    is_here = Path(options.model).exists()
+    if is_here and not card.is_file():
+        return {}
+    try:
+        return ModelCard.load(card if is_here else options.model, ignore_metadata_errors=True).data.to_dict()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
+        return {}
+
+
+def _metadata(
+    record: Release, model: Model, options: ReleaseOptions, base: str | None, original: Mapping[str, Any]
+) -> str:
+    """Return the metadata that the Hub reads, as YAML."""
+    from huggingface_hub import ModelCardData
+
+    task = "image-text-to-text" if model.has_vision else "text-generation"
+    tags = ["gguf", "dynquant", "quantized", *(["imatrix"] if record.extra_files else []), record.arch]
+    experts = ["mixture-of-experts"] if model.hyper.n_expert else []
+    kept = {key: original[key] for key in ("license", "license_name", "license_link", "language") if original.get(key)}
+    relation = {"base_model": base, "base_model_relation": "quantized"} if base else {}
+    quantized_by = {"quantized_by": options.quantized_by} if options.quantized_by else {}
+    data = ModelCardData(
+        **relation,
+        **quantized_by,
+        **kept,
+        pipeline_tag=original.get("pipeline_tag", task),
+        library_name="gguf",
+        tags=[*tags, *experts],
+    )
+    return f"{data.to_yaml()}\n"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(list(header)), *lines[1:]]
+
+
+def _files(record: Release, reports: Mapping[str, EvalReport]) -> list[str]:
+    """Return the table of files: size, bits, and what each was measured at; recipes compared with are in italics."""
+    header = ["file", "size", "bits per weight"]
+    texts = next((report.texts for report in reports.values()), [])
+    asked = next((report.multiple_choice for report in reports.values()), [])
+    for text in texts:
+        suffix = f", {text.name}" * (len(texts) > 1)
+        header += [f"KL{suffix}", f"same top token{suffix}", f"perplexity ratio{suffix}"]
+    header += [f"accuracy ({result.scoring}; original {result.reference.accuracy.value:.1%})" for result in asked]
+    rows = []
+    for row in record.files:
+        name = f"[{row.name}]({row.name})" if row.is_released else f"*{row.request} (not here)*"
+        cells = [name, human_bytes(row.bytes), f"{row.bits_per_weight:.2f}"]
+        report = reports.get(row.name)
+        for text in report.texts if report else ():
+            cells += [_shown(text.kl.mean, ".4f"), _shown(text.kl.top1_agreement, ".1%")] if text.kl else ["", ""]
+            cells.append(_shown(text.perplexity_ratio, ".3f"))
+        cells += [_shown(result.candidate.accuracy, ".1%") for result in report.multiple_choice] if report else []
+        rows.append([*cells, *[""] * (len(header) - len(cells))])
+    return _table(header, rows)
+
+
+def _shown(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def _explained(reports: Mapping[str, EvalReport], record: Release) -> Iterator[str]:
+    report = next(iter(reports.values()), None)
+    if report is None:
+        yield "The files were not measured: no text was given (`--text FILE`)."
+    for text in report.texts if report else ():
+        yield (
+            f"Measured in {report.candidate.runner} against the original on {text.scored_tokens:,} tokens of "
+            f"{text.name} (SHA-256 {text.sha256[:16]}) that calibration did not see. KL is the mean Kullback-Leibler "
+            "divergence of the next token's distribution in nats; perplexity ratio is 1 where nothing is lost. "
+            f"Intervals are 95 %. Details are in [{REPORTS_NAME}/]({REPORTS_NAME}/)."
+        )
+    for result in report.multiple_choice if report else ():
+        yield f"Accuracies are of {result.questions:,} multiple-choice questions, {result.scoring} scoring."
+    if any(not row.is_released for row in record.files):
+        yield "A row in italics has a published recipe's types, encoded as these files were; it is for comparison."
+    if any(name.startswith("mmproj-") for row in record.files for name in row.files):
+        yield "Vision tower and projector of each file are in `mmproj-` and its name, and count in its size."
+    for name in record.extra_files:
+        yield f"[{name}]({name}) has the statistics of calibration, as `llama-quantize --imatrix` reads them."
+
+
+def _memory(record: Release, model: Model, options: ReleaseOptions) -> Iterator[str]:
+    """Yield the table of memories: file, KV cache, buffers and CUDA context on one device."""
+    limit = model.hyper.n_ctx or max(_CONTEXTS)
+    contexts = sorted({min(context, limit) for context in (*_CONTEXTS, options.context)})
+    besides = {
+        context: kv_cache_bytes(model, context, options.kv_type)
+        + compute_buffer_bytes(model, context, options.kv_type)
+        + CUDA_CONTEXT_BYTES
+        for context in contexts
+    }
+    told = min(options.context, limit)
+    rows = []
+    for row in (row for row in record.files if row.is_released):
+        needed = row.bytes + besides[told]
+        fits = next((f"{size} GB" for size in _CARDS if needed <= size * 10**9), "several cards")
+        rows.append([row.name, *(human_bytes(row.bytes + other) for other in besides.values()), fits])
+    header = ["file", *(f"{context:,} tokens" for context in contexts), f"fits with {told:,} in"]
+    yield from _table(header, rows)
+    yield ""
+    yield (
+        f"All on one device: the file, a KV cache of type {options.kv_type}, llama.cpp's buffers (at most) and "
+        f"{human_bytes(CUDA_CONTEXT_BYTES)} of CUDA context. `dynquant fit FILE --gpu 24GB --ram 64GB` splits a larger "
+        "file between GPU and host."
+    )
+
+
+def _how_to_run(record: Release, model: Model, options: ReleaseOptions, base: str | None) -> str:
+    """Return commands for each runtime, with the middle size as their example."""
+    released = [row for row in record.files if row.is_released]
+    row, repo = released[len(released) // 2], options.push or _REPO
+    context = min(options.context, model.hyper.n_ctx or options.context)
+    mmproj = next((name for name in row.files if name.startswith("mmproj-")), None)
+    eye = f" --mmproj {mmproj}" if mmproj else ""
+    modelfile = next((name for name in row.files if name.endswith(".Modelfile")), None)
+    create = f"ollama create NAME -f {modelfile}        # with both files here" if modelfile else ""
+    packed = _packed_words(row, released)
+    return f"""llama.cpp:
+
+```
+llama-cli -hf {repo} -hff {row.name} -c {context}        # or, once it is downloaded:
+llama-server -m {row.name}{eye} -c {context}
+```
+
+Ollama, by name or with a file's Modelfile, which has its template, stop texts and parameters:
+
+```
+ollama run hf.co/{repo}:{row.name}
+{create}
+```
+
+LM Studio finds the repository by name ({repo}); a file that is there already: `lms import {row.name}`.
+
+transformers, with weights that stay packed ({packed}):
+
+```python
+import dynquant
+
+model = dynquant.load("{row.name}")
+```
+
+vLLM reads GGUF of some architectures (`vllm serve ./{row.name} --tokenizer {base or "ORIGINAL"}`), which was not tried
+with these files; `dynquant plan --for vllm` makes checkpoints for its own kernels."""
+
+
+def _packed_words(row: ReleasedFile, released: Iterable[ReleasedFile]) -> str:
+    folder = next((name.partition("/")[0] for each in (row, *released) for name in each.packed), None)
+    if folder is None:
+        return "needs dynquant"
+    return f"needs dynquant; `{folder}/` is a checkpoint for `from_pretrained` after `import dynquant`"
+
+
+def _how_made(record: Release) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    hashes = {name: digest for row in record.files if row.is_released for name, digest in row.files.items()}
+    hashes |= record.extra_files
+    statistics = record.stats_hash or "none"
+    rows = [[f"`{name}`", f"`{digest}`"] for name, digest in hashes.items() if name.endswith(".gguf")]
+    table = "\n".join(_table(["file", "SHA-256"], rows))
+    types = "\n".join(
+        f"- {row.name}: " + ", ".join(f"{count} {name}" for name, count in row.types.items())
+        for row in record.files
+        if row.is_released
+    )
+    return f"""```
+{shlex.join(["dynquant", "release", *record.command])}
+```
+
+dynquant {record.tool_version}, {versions}. Checkpoint `{record.fingerprint}`, statistics `{statistics}`.
+
+{table}
+
+Tensors of each type:
+
+{types}"""

@@ -1,0 +1,323 @@
+"""The release: one calibration and one table for all sizes, then a file, its measurement and its row for each.
+
+OUT/Model-Q2_K-dq-2.10bpw.gguf    a size: the type of most weights, and the bits of the whole file
+OUT/Model-imatrix.gguf            the statistics, as llama-quantize reads them
+OUT/README.md, kl_against_size.*  the card
+OUT/evaluation/                   reports of `eval`, from which the card has its numbers
+OUT/release.json                  what is done: a run that was stopped goes on at the first missing file
+OUT/work/                         statistics, error table, encoded blocks; for more sizes, not to be published
+"""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dynquant.analysis.plots import style
+from dynquant.analysis.plots.frontier import draw_measured_frontier
+from dynquant.calibration.imatrix import export_imatrix
+from dynquant.calibration.stage import StatsFile
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.store import ENCODED_NAME
+from dynquant.errors import OptionError
+from dynquant.evaluation.evaluate import evaluate
+from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.report import EvalReport
+from dynquant.exporters.options import ExportOptions
+from dynquant.exporters.stage import export
+from dynquant.families.open import open_model
+from dynquant.inputs.text import pack_windows, read_text
+from dynquant.options import command_words
+from dynquant.planning.options import PlanOptions, SearchOptions
+from dynquant.planning.selection import Candidate, Selection
+from dynquant.planning.stage import make_plans
+from dynquant.planning.target import Target
+from dynquant.publishing.card import release_card
+from dynquant.publishing.hub import Upload, fetch_recipe, push
+from dynquant.publishing.options import CARD_NAME, PLOT_NAME, RECORD_NAME, REPORTS_NAME, WORK_NAME, ReleaseOptions
+from dynquant.publishing.record import Release, ReleasedFile
+from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.plan import Plan
+from dynquant.recipes.type_lists import like_types
+from dynquant.running.load import load_tokenizer
+from dynquant.session import SILENT, Session
+from dynquant.storage.atomic import file_hash, write_atomically
+from dynquant.storage.documents import recorded_settings
+from dynquant.storage.file_names import STATS_NAME
+
+_SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
+_MEASURING = {"--text", "--max-tokens", "--mmlu-data", "--shots", "--num-shots", "--limit", "--scoring"}
+_ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
+_FREE = {"--model", "--output", "--name", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
+"""Options that may change from run to run of one release."""
+_PACKAGES = ("torch", "transformers", "llama-cpp-python")
+
+
+@dataclass(frozen=True)
+class Released:
+    """Result of a release: the record of its folder, and with --push what goes to the Hub."""
+
+    record: Release
+    uploads: list[Upload]
+
+
+def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
+    """Make and measure every file that is not there yet, write the card of all, and push it where that is asked for.
+
+    Raises:
+        OptionError: the folder holds something else, a release of another model or with other options, or too little
+            text is left to measure on.
+        PlanError: a size below what is possible; before anything is measured where that can be known.
+    """
+    model = open_model(options.model)
+    record = _begun(options, model, session)
+    record.save(options.output / RECORD_NAME)  # before plans, which are of these settings
+    making = _Making(options, model, session, _texts(options, model, session))
+    for request, path in (making.plans(record) | making.followed(record)).items():
+        row = making.row(request, Plan.load(path), record)
+        if row is not None:
+            record = record.with_file(making.exported(row, path))
+            record.save(options.output / RECORD_NAME)
+    for row in record.files:
+        record = record.with_file(making.measured(row))
+        record.save(options.output / RECORD_NAME)
+    record = making.finished(record)
+    uploads = [] if options.push is None else push(options.output, record, options.push, session, is_real=options.yes)
+    return Released(record, uploads)
+
+
+def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
+    """Return the record of the folder, or a new one; refuse a folder that holds something else."""
+    settings = json.loads(json.dumps(recorded_settings(options, _FREE) | {"--seed": session.seed}))
+    record = Release.load(options.output)
+    if record is not None:
+        record.check_same(options.output, model, settings)
+        return record
+    if taken := next((name for name in (CARD_NAME, "config.json") if (options.output / name).exists()), None):
+        raise OptionError(
+            f"{options.output} holds a {taken} that no release wrote, and would be mixed with other files. Give a new "
+            "folder as -o."
+        )
+    about = {"model": model.name, "arch": model.arch, "fingerprint": model.fingerprint, "settings": settings}
+    return Release(num_weights=model.num_weights, **about)
+
+
+def _texts(options: ReleaseOptions, model: Model, session: Session) -> tuple[Path, ...]:
+    """Return the texts to measure on: those asked for, or what calibration and selection leave of their own; nothing
+    for models with pictures."""
+    if options.questions.text or model.has_vision:
+        return options.questions.text
+    calibration, asked = options.calibration, options.questions.max_tokens
+    window, spare = calibration.window, SearchOptions.selection_tokens + 2 * calibration.window
+    num_tokens = calibration.tokens + spare + asked
+    documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
+    tokenizer = load_tokenizer(model)
+    windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
+    left = windows[(calibration.tokens + spare) // window :]
+    if left.numel() < min(asked, 2048):
+        raise OptionError(
+            f"{documents.name} leaves {left.numel():,} tokens to measure the files on, behind those of calibration and "
+            "selection. Give another text as --text FILE, a longer --calibration, or fewer --tokens of it."
+        )
+    path = options.output / WORK_NAME / f"behind-{Path(documents.name).stem}.txt".replace(" ", "-")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
+    return (path,)
+
+
+@dataclass(frozen=True)
+class _Making:
+    """A release on its way: what is made, and the texts that it is measured on."""
+
+    options: ReleaseOptions
+    model: Model
+    session: Session
+    texts: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.options.output
+
+    @property
+    def work(self) -> Path:
+        return self.options.output / WORK_NAME
+
+    @cached_property
+    def questions(self) -> QuestionOptions:
+        """All that files are measured on."""
+        asked = self.options.questions
+        tasks = ("kl", "ppl") * bool(self.texts) + ("mmlu",) * (asked.mmlu_data is not None)
+        return replace(asked, text=self.texts, tasks=tasks)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Settings that decide the measurements of a file."""
+        return json.loads(json.dumps(recorded_settings(self.questions, ())))
+
+    def plans(self, record: Release) -> dict[str, Path]:
+        """Return the plan of every size that has not all of its files, by what was asked for."""
+        options, paths = (
+            self.options,
+            {target.recipe: self._plan_path(target.recipe) for target in self.options.targets},
+        )
+        missing = {request for request in paths if not self._has_files(record, request)}
+        unplanned = [t for t in options.targets if t.recipe in missing and not paths[t.recipe].is_file()]
+        if unplanned:
+            asked = PlanOptions(
+                model=options.model,
+                output=self.work,
+                calibration=options.calibration,
+                encoder=options.encoder,
+                search=SearchOptions(select=options.select),
+            )
+            for target, plan in zip(unplanned, make_plans(asked, unplanned, self.session), strict=True):
+                plan.save(paths[target.recipe])
+        return {request: path for request, path in paths.items() if request in missing}
+
+    def followed(self, record: Release) -> dict[str, Path]:
+        """Return a plan with the types of every published recipe that was not measured."""
+        paths = {}
+        for recipe in map(fetch_recipe, self.options.like):
+            target = Target(like=recipe)
+            row = record.row(target.recipe)
+            if row is not None and row.measured_with == self.settings:
+                continue
+            path = paths[target.recipe] = self._plan_path(target.recipe)
+            if not path.is_file():
+                stats = StatsFile(self.work / STATS_NAME).of(self.model)
+                made = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
+                plan_from_types(self.model, like_types(recipe, self.model), **made).save(path)
+        return paths
+
+    def _plan_path(self, request: str) -> Path:
+        return self.work / f"{re.sub(r'[^A-Za-z0-9.]+', '-', request)}.plan.json"
+
+    def _has_files(self, record: Release, request: str) -> bool:
+        row = record.row(request)
+        if row is None or not all((self.folder / name).is_file() for name in row.files):
+            return False
+        return len(row.packed) > 0 or not self.options.packed
+
+    def row(self, request: str, plan: Plan, record: Release) -> ReleasedFile | None:
+        """Return the row of a plan; None, and say so, where it is the plan of another row."""
+        if row := record.row(request):
+            return row
+        is_released = not request.startswith("like ")
+        other = next((row for row in record.files if row.plan_hash == plan.hash and row.is_released), None)
+        if other is not None and is_released:
+            self.session.note(f"{request}: the plan of {other.name}, which serves both")
+            return None
+        return ReleasedFile(
+            request=request,
+            name=_file_name(self.options.name or self.model.name, plan, record)
+            if is_released
+            else f"{Path(request).stem.replace(' ', '-')}.gguf",
+            bytes=plan.predicted_bytes,
+            bits_per_weight=plan.bits_per_weight,
+            types=plan.histogram(),
+            plan_hash=plan.hash,
+            predicted_kl=plan.predicted_kl,
+            is_released=is_released,
+        )
+
+    def exported(self, row: ReleasedFile, plan: Path) -> ReleasedFile:
+        """Return the row with its files, which are written unless they are there; those of a comparison stay among
+        the work."""
+        options, output = self.options, (self.folder if row.is_released else self.work) / row.name
+        how = {"encoder": options.encoder, "tune": options.tune, "blocks": self.work / ENCODED_NAME}
+        asked = ExportOptions(
+            model=options.model, output=output, plan=plan, max_memory=options.calibration.max_memory, **how
+        )
+        if not row.is_released:
+            export(asked, self.session)
+            return row
+        if not row.files or not all((self.folder / name).is_file() for name in row.files):
+            row = row.with_files(self.folder, export(replace(asked, modelfile=True), self.session).files)
+        if options.packed and not row.packed:
+            packed = replace(asked, output=output.with_suffix(""), format="safetensors")
+            row = row.with_files(self.folder, export(packed, self.session).files)
+        return row
+
+    def measured(self, row: ReleasedFile) -> ReleasedFile:
+        """Return the row with what its report was measured with; measured is what was not, or not with that."""
+        candidate = (self.folder if row.is_released else self.work) / row.name
+        if not self.questions.tasks or self.settings == row.measured_with or not candidate.is_file():
+            return row
+        asked = EvalOptions(
+            candidate=str(candidate),
+            reference=self.options.model,
+            questions=self.questions,
+            reference_cache=self.work / "reference",
+        )
+        report = evaluate(asked, self.session)
+        write_atomically(self.folder / REPORTS_NAME / f"{row.name}.json", report.to_json())
+        if not row.is_released:
+            candidate.unlink()
+        return row.model_copy(update={"measured_with": self.settings})
+
+    def finished(self, record: Release) -> Release:
+        """Return the record with what belongs to all files; card, plot and imatrix are written."""
+        options, stats_path = self.options, self.work / STATS_NAME
+        imatrix = f"{options.name or self.model.name}-imatrix.gguf"
+        update: dict[str, Any] = {"command": _command(options), "versions": _versions()}
+        if stats_path.is_file() and not (self.folder / imatrix).is_file():
+            stats = StatsFile(stats_path)
+            export_imatrix(stats.stats, self.folder / imatrix, model=self.model)
+            update |= {"stats_hash": stats.hash, "extra_files": {imatrix: file_hash(self.folder / imatrix)}}
+        rows = tuple(row for row in record.files if row.is_released or row.measured_with == self.settings)
+        record = record.model_copy(update=update | {"files": rows})
+        reports = {row.name: report for row in record.files if (report := record.report(self.folder, row.name))}
+        plot = _draw(record, reports, self.folder)
+        write_atomically(self.folder / CARD_NAME, release_card(record, reports, self.model, options, plot))
+        record.save(self.folder / RECORD_NAME)
+        return record
+
+
+def _command(options: ReleaseOptions) -> tuple[str, ...]:
+    """Return the words of the command, and of absolute paths, which are this machine's, the last component."""
+    words = command_words(options, {"--push", "--yes"})
+    return tuple(os.path.basename(word.rstrip("/")) if os.path.isabs(word) else word for word in words)
+
+
+def _file_name(model: str, plan: Plan, record: Release) -> str:
+    """Return a name as people expect it, of the type of most weights and the bits of the whole file, that is free."""
+    weights = {name: sum(prod(entry.shape) for entry in entries) for name, entries in plan.by_type().items()}
+    dominant, taken = max(weights, key=lambda name: weights[name]), {row.name for row in record.files}
+    names = (f"{model}-{dominant}-dq-{plan.bits_per_weight:.{digits}f}bpw.gguf" for digits in range(2, 9))
+    return next(name for name in names if name not in taken)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _draw(record: Release, reports: Mapping[str, EvalReport], folder: Path) -> style.PlotFiles | None:
+    """Draw KL and top-1 agreement of all files over their sizes, where they were measured."""
+    points, texts = [], []
+    for row in record.files:
+        text = reports[row.name].texts[0] if row.name in reports and reports[row.name].texts else None
+        if text is not None and text.kl is not None:
+            label = f"planner, {row.bits_per_weight:.2f} bpw" if row.is_released else row.request
+            scores = {"kl": text.kl.mean, "top1": text.kl.top1_agreement}
+            points.append(Candidate(label=label, bytes=row.bytes, types={}, **scores))
+            texts.append(text)
+    if not points:
+        return None
+    about = {"text": texts[0].name, "num_tokens": texts[0].scored_tokens}
+    with style.plot_settings():
+        drawn = draw_measured_frontier(Selection(candidates=(), chosen=0, frontier=tuple(points), **about))
+        assert drawn is not None
+        return style.save_figure(drawn[0], folder, PLOT_NAME, drawn[1])

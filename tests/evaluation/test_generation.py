@@ -1,0 +1,89 @@
+"""Continuations that two models write after the same prompts."""
+
+from pathlib import Path
+
+import pytest
+
+from dynquant.errors import EvaluationError
+from dynquant.evaluation.report import EvalReport
+from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
+from dynquant.families.open import open_model
+from tests.helpers.evaluating import evaluated
+from tests.helpers.tiny_models import write_f32
+
+SMALL = {"tasks": {"generate"}, "max_tokens": 1024, "prompts": 6, "new_tokens": 12, "threads": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def text(small_moe: Path) -> dict:
+    return {"text": [small_moe.parent / "demo_text.txt"], **SMALL}
+
+
+@pytest.fixture(scope="module")
+def f32_moe(small_moe: Path, tmp_path_factory) -> Path:
+    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("f32") / "f32.gguf")
+
+
+def test_loops_are_blocks_that_stand_at_the_end_three_times() -> None:
+    other = list(range(100, 130))
+    assert is_loop(other + [7] * 24)
+    assert is_loop(other + [1, 2, 3] * 8)
+    assert is_loop(other + list(range(10)) * 3)
+    assert not is_loop(other + list(range(10)) * 2)
+    assert not is_loop(other + [7] * 20)  # a line of a table
+    assert not is_loop([7] * 24 + other)
+    assert not is_loop([])
+
+
+def test_models_are_compared_prompt_by_prompt() -> None:
+    stop = frozenset({9})
+    before = Continuations([[1, 2, 9], [1, 2, 3, 4], [5, 5, 5, 5]], stop)
+    after = Continuations([[1, 2, 9], [1, 2, 4, 4], [5, 9]], stop)
+    result = summarize_generation(Prompts("text", "hash", [[0]] * 3), before, after, 4)
+    assert result.shared_tokens.value == pytest.approx((4 + 2 + 1) / 3)  # the first pair never parts
+    assert result.quartiles == (1.5, 2.0, 3.0)
+    assert result.never_part.value == pytest.approx(1 / 3)
+    assert result.reference.ends.value == pytest.approx(1 / 3)
+    assert result.candidate.ends.value == pytest.approx(2 / 3)
+    assert result.candidate.length.value == pytest.approx(3)
+    assert Continuations.from_tensors(**after.tensors()) == after
+
+
+def test_an_unquantized_file_writes_what_its_original_does(small_moe: Path, f32_moe: Path, text, tmp_path) -> None:
+    report = evaluated(f32_moe, small_moe, reference_cache=tmp_path, **text)
+    (result,) = report.generated
+    assert (result.prompts, result.new_tokens, result.never_part.value) == (6, 12, 1.0)
+    assert result.reference == result.candidate
+    assert EvalReport.model_validate_json(report.to_json()) == report
+    cached = evaluated(f32_moe, small_moe, reference_cache=tmp_path, **text)
+    assert cached.generated == report.generated
+
+
+def test_a_quantized_file_parts_in_both_programs(small_moe: Path, packed_moe, text) -> None:
+    results = [evaluated(packed_moe.gguf, small_moe, runner=name, **text) for name in ("llama.cpp", "transformers")]
+    for result in (report.generated[0] for report in results):
+        assert 0 < result.shared_tokens.value < 12
+        assert result.never_part.value < 1
+    assert "never part" in [row[0].strip() for row in results[0].rows()]
+
+
+def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Path, f32_moe: Path, text) -> None:
+    options = text | {"tasks": {"kl"}, "max_tokens": 256, "window": 128}
+    exact, eight, four = (
+        evaluated(f32_moe, small_moe, kv_type=types, **options).texts[0].kl.mean.value
+        for types in ((), ("q8_0",), ("q4_0", "q4_0"))
+    )
+    assert abs(exact) < 1e-6 < eight < four
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"kv_type": ("q9_0",)}, "--kv-type q9_0: give one type"),
+        ({"new_tokens": 100_000}, "do not fit the context"),
+        ({"kv_type": ("q8_0",), "runner": "transformers"}, "no GGUF file that runs there"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(small_moe: Path, f32_moe: Path, text, changed, said) -> None:
+    with pytest.raises(EvaluationError, match=said):
+        evaluated(f32_moe, small_moe, **text | changed)

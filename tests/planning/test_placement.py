@@ -1,0 +1,90 @@
+"""Placements: llama.cpp's own buffers of the same file and context, and what goes where when memory is short."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dynquant.errors import PlanError
+from dynquant.families.open import open_model
+from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES
+from dynquant.planning.memory.placement import fit
+from dynquant.planning.options import FitOptions
+from tests.helpers.commands import succeed
+from tests.helpers.tiny_models import write_f32
+
+MIB = 1 << 20
+OPEN = """
+import sys
+from llama_cpp import Llama
+Llama(sys.argv[1], n_ctx=int(sys.argv[2]), n_batch=2048, n_ubatch=512, type_k=int(sys.argv[3]), type_v=int(sys.argv[3]),
+      flash_attn=True, swa_full=False, verbose=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def file(small_moe, tmp_path_factory):
+    pytest.importorskip("llama_cpp")
+    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("fit") / "model.gguf")
+
+
+def placed(file, gpu=None, ram="1GB", **options):
+    return fit(FitOptions(file=file, gpu=gpu, ram=ram, **options))
+
+
+@pytest.fixture
+def no_llama_cpp(monkeypatch):
+    """Formulas alone: a process of llama.cpp takes seconds."""
+    monkeypatch.setattr("dynquant.planning.memory.placement.reserved_bytes", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("context", "kv_type", "ggml_type"), [(1000, "f16", 1), pytest.param(4096, "q8_0", 8, marks=pytest.mark.nightly)]
+)
+def test_buffers_are_those_that_llama_cpp_reports(file, context, kv_type, ggml_type):
+    command = [sys.executable, "-c", OPEN, str(file), str(context), str(ggml_type)]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    def reported(kind):
+        return sum(map(float, re.findall(rf"{kind} buffer size = +([\d.]+) MiB", log))) * MIB
+
+    host = placed(file, context=context, kv_type=kv_type).host
+    assert host.weights == pytest.approx(reported("model"), rel=0.05)
+    assert host.kv_cache == pytest.approx(reported("KV"), rel=0.05)
+    assert host.compute_buffer == pytest.approx(reported("compute"), rel=0.05)
+
+
+def test_experts_leave_the_gpu_before_layers_do(file, no_llama_cpp):
+    whole = placed(file, "1GB")
+    assert (whole.layers_on_gpu, whole.cpu_moe, whole.host.kv_cache) == (6, 0, 0)
+    assert whole.flags(8192, "f16") == "-ngl 7 -c 8192"
+    placements = [placed(file, f"{whole.gpu.total - cut}B") for cut in range(1, 120 * 10**6, 6 * 10**6)]
+    steps = list(dict.fromkeys((each.layers_on_gpu, each.cpu_moe) for each in placements))
+    assert (6, 2) in steps and (6, 1) not in steps  # the first layer is dense
+    assert steps == sorted(steps, key=lambda step: -step[0]) and steps[-1] == (0, 0)
+    assert all(moe == 6 for layers, moe in steps if 0 < layers < 6)
+    for each in placements:
+        assert each.gpu.total <= whole.gpu.total
+        assert each.gpu.weights + each.host.weights == whole.gpu.weights + whole.host.weights
+        assert each.gpu.kv_cache + each.host.kv_cache == whole.gpu.kv_cache
+        assert each.gpu.cuda_context in (0, CUDA_CONTEXT_BYTES)
+    assert placements[0].flags(8192, "q8_0") == "-ngl 7 --n-cpu-moe 2 -c 8192 -ctk q8_0 -ctv q8_0 -fa on"
+
+
+def test_what_does_not_fit_is_refused_with_what_would(file, no_llama_cpp):
+    with pytest.raises(PlanError, match=r"does not fit: weights of .*--ram is 110MB.*--context 2048") as refusal:
+        placed(file, ram="110MB", context=16384)
+    needed = re.search(r"at least ([\d,]+) bytes", str(refusal.value)).group(1).replace(",", "")
+    assert placed(file, ram=f"{needed}B", context=16384).host.total == int(needed)
+    assert placed(file, ram="110MB", context=2048).host.total <= 110 * 10**6
+    with pytest.raises(PlanError, match="is no GGUF file"):
+        placed(file.parent, ram="1GB")
+
+
+def test_the_command_prints_flags_and_bytes(file, no_llama_cpp):
+    said = json.loads(succeed("fit", file, "--gpu", "630MB", "--ram", "1GB", "--context", "2048", "--json"))
+    assert said["flags"].startswith("-ngl 7") and said["gpu"]["cuda_context"] == CUDA_CONTEXT_BYTES
+    bound = placed(file, "630MB", context=2048).gpu
+    assert bound.kv_cache == said["gpu"]["kv_cache"] and bound.compute_buffer >= said["gpu"]["compute_buffer"]

@@ -1,0 +1,159 @@
+"""A family of files from one command: its names, card and numbers, what is made again and what not, and its push."""
+
+import json
+import re
+from unittest.mock import patch
+
+import pytest
+from huggingface_hub import constants
+
+from dynquant.checkpoints.inspect import inspect
+from dynquant.encoding.stream import TensorEncoder
+from dynquant.evaluation.evaluate import evaluate
+from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from tests.helpers.commands import linked_copy, refused, succeed
+from tests.helpers.hub_stand_in import hub_stand_in
+
+OPTIONS = (
+    "--tokens", 4096, "--window", 128, "--hessians", "none", "--encoder", "ggml", "--types", "q2_k,q3_k,q4_k,q6_k",
+    "--max-tokens", 512,
+)  # fmt: skip
+REPO = "somebody/tiny-GGUF"
+
+
+def files_in(folder):
+    """Names of the sizes of a release."""
+    return sorted(file.name for file in folder.glob("*bpw.gguf"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, small_moe):
+    path = tmp_path_factory.mktemp("text") / "held-out.txt"
+    path.write_text((small_moe.parent / "demo_text.txt").read_text()[:4000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def released(tiny_moe, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("release") / "out"
+    succeed("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", folder)
+    return folder
+
+
+@pytest.fixture
+def again(released, tmp_path):
+    """A copy of the release, by hard links."""
+    return linked_copy(released, tmp_path / "out")
+
+
+def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
+    record = json.loads((released / "release.json").read_text())
+    assert {row["name"] for row in record["files"]} == {*files_in(released)} and len(record["files"]) == 2
+    for name in files_in(released):
+        summary = inspect(released / name)
+        stem, dominant, bits = re.fullmatch(r"(.+)-(\w+)-dq-(\d+\.\d\d)bpw\.gguf", name).groups()
+        weights = {}
+        for tensor in summary.tensors:
+            weights[tensor.type] = weights.get(tensor.type, 0) + tensor.num_weights
+        assert dominant == max(weights, key=weights.get) and stem == tiny_moe.name
+        size, count = (released / name).stat().st_size, sum(weights.values())
+        assert float(bits) == pytest.approx(8 * size / count, abs=0.005)
+        assert (released / name).with_suffix(".Modelfile").read_text().startswith(f"FROM ./{name}\n")
+    assert (released / f"{tiny_moe.name}-imatrix.gguf").is_file()
+
+
+def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
+    card = (released / "README.md").read_text()
+    for name in files_in(released):
+        questions = QuestionOptions(text=(text,), max_tokens=512)
+        options = EvalOptions(candidate=str(released / name), reference=str(tiny_moe), questions=questions)
+        measured = evaluate(options).texts[0]
+        row = next(line for line in card.splitlines() if line.startswith(f"| [{name}]"))
+        kl, top1, ratio = measured.kl.mean, measured.kl.top1_agreement, measured.perplexity_ratio
+        assert f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}]" in row
+        assert f"{top1.value:.1%} [{top1.low:.1%}, {top1.high:.1%}]" in row
+        assert f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" in row
+
+
+def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_moe, text, monkeypatch):
+    first, second = files_in(again)
+    kept, content = (again / first).stat().st_mtime_ns, (again / second).read_bytes()
+    (again / second).unlink()
+    record = json.loads((again / "release.json").read_text())
+    whole = record["files"]
+    record["files"] = [row for row in whole if row["name"] != second]  # as if it had been killed before it was entered
+    (again / "release.json").unlink()
+    (again / "release.json").write_text(json.dumps(record))
+    encoded = []
+    plain = TensorEncoder.tensor
+    monkeypatch.setattr(
+        TensorEncoder, "tensor", lambda self, name, stored: encoded.append(stored) or plain(self, name, stored)
+    )
+    succeed("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again)
+    assert (again / first).stat().st_mtime_ns == kept
+    assert (again / second).read_bytes() == content
+    assert json.loads((again / "release.json").read_text())["files"] == whole
+    assert all(stored.is_float for stored in encoded)
+
+
+@pytest.mark.nightly
+def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text, tmp_path):
+    recipe = linked_copy(released, tmp_path / "other") / files_in(released)[0]
+    published = recipe.rename(recipe.with_name("published.gguf"))
+    succeed(
+        "release", tiny_moe, "--bpw", "4", *OPTIONS, "--text", text, "--like", published, "--packed", "-o", again
+    )  # fmt: skip
+    names = files_in(again)
+    assert len(names) == 3 and set(files_in(released)) < set(names)
+    card = (again / "README.md").read_text()
+    rows = [line for line in card.splitlines() if line.startswith(("| [", "| *"))]
+    assert len(rows) == 4
+    like = next(row for row in rows if row.startswith("| *like published.gguf (not here)*"))
+    same = next(row for row in rows if files_in(released)[0] in row)
+    assert like.split("|")[4:] == same.split("|")[4:]  # the same types, so the same numbers
+    assert len(list(again.glob("*bpw/model.safetensors"))) == 1
+
+
+def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, text, tmp_path):
+    call = ("release", tiny_moe, *OPTIONS, "--text", text, "-o", again)
+    assert "holds a release of" in refused(
+        "release", tiny_text("llama"), "--bpw", 3, *OPTIONS, "--text", text, "-o", again
+    )
+    assert "--tokens" in refused(*call, "--bpw", 3, "--tokens", 2048)
+    assert "not --sizes and --bpw" in refused(*call, "--bpw", 3, "--sizes", "2:4")
+    assert "not none" in refused(*call)
+    assert "twice" in refused(*call, "--bpw", "3,3.0")
+    assert "is no range" in refused(*call, "--sizes", "4:2")
+    assert "bpw 1.1: The budget of" in refused(*call, "--bpw", "3.4,1.1")
+    assert "no-such.jsonl" in refused(
+        "release", tiny_moe, "--bpw", 3, "--calibration", "no-such.jsonl", "-o", tmp_path / "n"
+    )
+    assert "is no repository" in refused(*call, "--bpw", 3, "--push", "name")
+    assert "--yes would do nothing" in refused(*call, "--bpw", 3, "--yes")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "README.md").write_text("mine")
+    assert "no release wrote" in refused("release", tiny_moe, "--bpw", 3, "-o", tmp_path / "taken")
+    short = tmp_path / "short.txt"
+    short.write_text("A few words only. " * 20)
+    assert "leaves 0 tokens" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
+
+
+def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny_moe, text):
+    call = ("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again, "--push", REPO)
+    with hub_stand_in() as hub:
+        shown = succeed(*call)
+        assert not hub.repositories and "would go: repeat this with --yes" in shown
+        hub.commits_left = 2
+        assert "Storage quota exceeded" in refused(*call, "--yes")
+        assert len(hub.repositories[REPO].commits) == 2
+        hub.commits_left = 1000
+        succeed(*call, "--yes")
+        repository = hub.repositories[REPO]
+        assert {*files_in(again), "README.md", "release.json"} <= repository.files.keys()
+        assert all((again / name).read_bytes() == content for name, content in repository.files.items())
+        assert len(repository.commits) == len(repository.files) == len(set(repository.commits))
+        assert not any(name.startswith("work") for name in repository.files)
+        assert "0 files" in succeed(*call, "--yes")
+        assert len(repository.commits) == len(repository.files)
+    with hub_stand_in() as hub, patch.object(constants, "HF_HUB_OFFLINE", True):
+        assert f"Reading {REPO} failed" in refused(*call)
