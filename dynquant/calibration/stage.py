@@ -329,8 +329,8 @@ def _tell_result(
         session.note(f"{moments_path}: {result.num_moments} second moments{pooled}, {size}")
     if result.left_out:
         session.note(
-            f"no second moments for {len(result.left_out)} inputs or outputs, because --hessian-memory {options.hessian_memory} "
-            f"is used up; they are encoded without error feedback: {', '.join(result.left_out)}"
+            f"no second moments for {len(result.left_out)} inputs or outputs, because --hessian-memory "
+            f"{options.hessian_memory} is used up; they are encoded without error feedback: {', '.join(result.left_out)}"
         )
 
 

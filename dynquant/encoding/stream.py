@@ -59,10 +59,10 @@ class Guidance:
 
     importance: ImportanceLookup | None = None
     hessian: HessianLookup | None = None
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     output_hessian: HessianLookup | None = None
     with_outputs: Collection[str] = ()
     """Weights that have an output hessian."""
-    protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
 
 
 def guidance_of(
@@ -74,9 +74,10 @@ def guidance_of(
     if stats is None:
         return Guidance(protected=protected or {})
     hessians = None if moments is None else partial(hessian, moments, stats)
+    guidance = Guidance(partial(importance, stats), hessians, protected or {})
     if moments is None or not (outputs := moments.outputs()):
-        return Guidance(partial(importance, stats), hessians, protected=protected or {})
-    return Guidance(partial(importance, stats), hessians, partial(output_hessian, moments), outputs, protected or {})
+        return guidance
+    return replace(guidance, output_hessian=partial(output_hessian, moments), with_outputs=outputs)
 
 
 class QuantizedPart(NamedTuple):
