@@ -330,7 +330,8 @@ def _tell_result(
     if result.left_out:
         session.note(
             f"no second moments for {len(result.left_out)} inputs or outputs, because --hessian-memory "
-            f"{options.hessian_memory} is used up; they are encoded without error feedback: {', '.join(result.left_out)}"
+            f"{options.hessian_memory} is used up; they are encoded without error feedback: "
+            f"{', '.join(result.left_out)}"
         )
 
 
