@@ -50,6 +50,7 @@ class Encoding:
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
     elsewhere: stream.PartStream | None = None  # encodes on other machines
+    asymmetric: int = 0  # tokens on which `elsewhere` runs the model as far as it is encoded
     blocks: Path | None = None  # folder of stores, from which blocks are taken that any other plan has brought there
     errors: WrittenErrors | None = None  # measures blocks as they are encoded
     resume: bool = True  # False starts an interrupted export over
@@ -111,7 +112,7 @@ class Encoding:
             "dynquant_version": __version__,
             "header": header_hash,
             "hessians": self.used_moments.identity if self.used_moments is not None else "none",
-        }
+        } | ({"asymmetric": str(self.asymmetric)} if self.asymmetric else {})
 
     def quantized(
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress

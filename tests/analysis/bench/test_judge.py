@@ -57,12 +57,12 @@ def test_a_judged_model_is_measured_once(small_moe: Path, tmp_path: Path, monkey
     text = small_moe.parent / "demo_text.txt"
     (tmp_path / "report.md").write_text("# What people say\n\n")
     words = ["judge", "--model", small_moe, "-o", output, "--methods", methods, "--report", tmp_path / "report.md"]
-    words += ["--recipes", "llama-iq2_xxs,llama-q2_k", "--tokens", 4096, "--text", text, "--score", 512]
+    words += ["--recipes", "llama-q2_k,llama-q4_k_m", "--tokens", 4096, "--text", text, "--score", 512]
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--side-by-side", "1"])
     judge.main()
     rows = json.loads((output / small_moe.name / "rows.json").read_text())["rows"]
     assert len(rows) == 8 and not any("refused" in measured for measured in rows.values())
-    for recipe in ("llama-iq2_xxs", "llama-q2_k"):
+    for recipe in ("llama-q2_k", "llama-q4_k_m"):
         alike = {rows[f"{recipe} {name}"]["bytes"] for name in ("default", "untuned", "stock")}
         assert max(alike) <= 1.001 * min(alike)
         default, untuned = (rows[f"{recipe} {name}"] for name in ("default", "untuned"))
