@@ -57,7 +57,7 @@ _MEASURING = {"--text", "--max-tokens", "--mmlu-data", "--shots", "--num-shots",
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
 _FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
-_PACKAGES = ("torch", "transformers", "llama-cpp-python")
+_PACKAGES = ("torch", "transformers", "llama-cpp-python", "xllamacpp")
 
 
 @dataclass(frozen=True)
