@@ -31,10 +31,10 @@ def release_card(
     base = options.base_model or (options.model if model.path != Path(options.model) and "/" in options.model else None)
     picture = [f"![{plot.headline}]({plot.png.name})", ""] if plot else []
     name = options.name or model.name
+    original_name = f"[{base}](https://huggingface.co/{base})" if base else model.name
+    count = sum(row.is_released for row in record.files)
     about = (
-        f"[{base}](https://huggingface.co/{base})" if base else f"{model.name}"
-    ) + f" ({model.arch}, {record.num_weights:,} weights) in {sum(row.is_released for row in record.files)} sizes for "
-    about += (
+        f"{original_name} ({model.arch}, {record.num_weights:,} weights) in {count} size{'s' * (count != 1)} for "
         "llama.cpp and programs built on it. Every tensor has the quant type that loses least for its bytes, measured "
         f"by dynquant {record.tool_version}: a file's name says the type of most weights and the bits per weight of "
         "the whole file."
@@ -47,7 +47,7 @@ def release_card(
         "## Files",
         "\n".join(_files(record, reports)),
         *picture[:1],
-        "\n".join(_explained(reports, record)),
+        " ".join(_explained(reports, record, is_own_text=not options.questions.text)),
         "## Memory",
         "\n".join(_memory(record, model, options)),
         "## How to run",
@@ -127,22 +127,29 @@ def _shown(estimate: Estimate, form: str) -> str:
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
-def _explained(reports: Mapping[str, EvalReport], record: Release) -> Iterator[str]:
+def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_text: bool) -> Iterator[str]:
     report = next(iter(reports.values()), None)
     if report is None:
         yield "The files were not measured: no text was given (`--text FILE`)."
-        return
-    for text in report.texts:
+    unseen = ", which calibration did not see" * is_own_text
+    for text in report.texts if report else ():
         yield (
             f"Measured in {report.candidate.runner} against the original on {text.scored_tokens:,} tokens of "
-            f"{text.name} (SHA-256 {text.sha256[:16]}) that calibration did not see. KL is the mean Kullback-Leibler "
-            "divergence of the next token's distribution in nats; perplexity ratio is 1 where nothing is lost. "
-            f"Intervals are 95 %. Details are in [{REPORTS_NAME}/]({REPORTS_NAME}/)."
+            f"{text.name} (SHA-256 {text.sha256[:16]}){unseen}."
         )
-    for result in report.multiple_choice:
+    if report and report.texts:
+        yield (
+            "KL is the mean KL divergence of the next token's distribution in nats; the perplexity ratio is 1 "
+            f"where nothing is lost. Intervals are 95 %. Details are in [{REPORTS_NAME}/]({REPORTS_NAME}/)."
+        )
+    for result in report.multiple_choice if report else ():
         yield f"Accuracies are of {result.questions:,} multiple-choice questions, {result.scoring} scoring."
     if any(not row.is_released for row in record.files):
         yield "A row in italics has a published recipe's types, encoded as these files were; it is for comparison."
+    if any(name.startswith("mmproj-") for row in record.files for name in row.files):
+        yield "Vision tower and projector of each file are in `mmproj-` and its name, and count in its size."
+    for name in record.extra_files:
+        yield f"[{name}]({name}) has the statistics of calibration, as `llama-quantize --imatrix` reads them."
 
 
 def _memory(record: Release, model: Model, options: ReleaseOptions) -> Iterator[str]:
@@ -178,6 +185,8 @@ def _how_to_run(record: Release, model: Model, options: ReleaseOptions, base: st
     context = min(options.context, model.hyper.n_ctx or options.context)
     mmproj = next((name for name in row.files if name.startswith("mmproj-")), None)
     eye = f" --mmproj {mmproj}" if mmproj else ""
+    modelfile = next((name for name in row.files if name.endswith(".Modelfile")), None)
+    create = f"ollama create NAME -f {modelfile}        # with both files here" if modelfile else ""
     packed = _packed_words(row, released)
     return f"""llama.cpp:
 
@@ -186,10 +195,11 @@ llama-cli -hf {repo} -hff {row.name} -c {context}        # or, once it is downlo
 llama-server -m {row.name}{eye} -c {context}
 ```
 
-Ollama, by name, or with a Modelfile beside the file (`FROM ./{row.name}`):
+Ollama, by name or with a file's Modelfile, which has its template, stop texts and parameters:
 
 ```
 ollama run hf.co/{repo}:{row.name}
+{create}
 ```
 
 LM Studio finds the repository by name ({repo}); a file that is there already: `lms import {row.name}`.
@@ -218,7 +228,7 @@ def _how_made(record: Release) -> str:
     hashes = {name: digest for row in record.files if row.is_released for name, digest in row.files.items()}
     hashes |= record.extra_files
     statistics = record.stats_hash or "none"
-    rows = [[f"`{name}`", f"`{digest}`"] for name, digest in hashes.items() if "/" not in name]
+    rows = [[f"`{name}`", f"`{digest}`"] for name, digest in hashes.items() if name.endswith(".gguf")]
     table = "\n".join(_table(["file", "SHA-256"], rows))
     types = "\n".join(
         f"- {row.name}: " + ", ".join(f"{count} {name}" for name, count in row.types.items())
