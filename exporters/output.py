@@ -119,7 +119,7 @@ class Encoding:
     ) -> Generator[stream.QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`; closing it ends what is in work."""
         elsewhere = self.elsewhere
-        if self.blocks is not None:
+        if self.blocks is not None and elsewhere is None:
             belongs = (self.model, self.plan.stats_hash or "", self.encoder, self.used_moments)
             directory = store_directory(self.blocks, *belongs)
             threads = self.session.threads

@@ -280,11 +280,12 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
     if method.name != STOCK:
         seconds = json.loads(options.plan.with_name(_SECONDS).read_text())
     try:
-        file, seconds["encode"] = _untuned(options, session)
-        if options.tune != 0:
+        if not options.asymmetric:  # blocks of that are one export's own
+            file, seconds["encode"] = _untuned(options, session)
+        if options.tune != 0 or options.asymmetric:
             start = time.perf_counter()
             (file, *_) = export(options, session).files
-            seconds["tune"] = time.perf_counter() - start
+            seconds["export"] = time.perf_counter() - start
         report = evaluate(
             EvalOptions(
                 candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
@@ -292,8 +293,8 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
             ),
             session,
         )  # fmt: skip
-    except DynquantError as refusal:
-        return {"refused": str(refusal)}
+    except Exception as error:  # of one method, be it a bug in it: the others are judged all the same
+        return {"refused": f"{type(error).__name__}: {error}"}
     finally:
         options.output.unlink(missing_ok=True)
     measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}

@@ -31,7 +31,7 @@ from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.encoding.parts import TensorPart
 from dynquant.encoding.store import EncodedStore, make_directory
 from dynquant.encoding.stream import guidance_of
-from dynquant.errors import ExportError
+from dynquant.errors import DynquantError, ExportError, WriteError
 from dynquant.exporters.asymmetric.cross_moments import CrossMoments
 from dynquant.exporters.closing_pass import obstacle
 from dynquant.exporters.output import Encoding
@@ -123,7 +123,7 @@ class AsymmetricEncoding:
 @contextmanager
 def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encoding]:
     """Context manager: yields an encoding whose blocks `AsymmetricEncoding` makes in a directory beside the output,
-    which is removed at the end unless something failed. With no tokens it is the given one.
+    which stays only where the same call can go on. With no tokens it is the given one.
 
     Raises:
         ExportError: the original cannot run beside what is encoded.
@@ -151,7 +151,13 @@ def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encodi
     spread = windows[torch.linspace(0, len(windows) - 1, count).long()]
     device = chosen_device(encoding.session.device)
     elsewhere = AsymmetricEncoding(store, encoding.plan, encoding.moments.provenance, spread, device)
-    yield replace(encoding, elsewhere=elsewhere)
+    try:
+        yield replace(encoding, elsewhere=elsewhere)
+    except WriteError:  # the same call can go on
+        raise
+    except DynquantError:
+        shutil.rmtree(directory)
+        raise
     shutil.rmtree(directory)
 
 
