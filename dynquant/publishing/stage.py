@@ -102,14 +102,15 @@ def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
         return record
     if record is not None and (record.fingerprint, record.settings) == (model.fingerprint, settings):
         return record
-    for plan in (options.output / WORK_NAME).glob("*.plan.json"):  # of a run with other options that made no file
-        plan.unlink()
-    taken = next((name for name in (CARD_NAME, "config.json") if (options.output / name).exists()), None)
+    plans = [f"{WORK_NAME}/{plan.name}" for plan in (options.output / WORK_NAME).glob("*.plan.json")]
+    taken = next((name for name in (CARD_NAME, "config.json", *plans) if (options.output / name).exists()), None)
     if record is None and taken is not None:
         raise OptionError(
             f"{options.output} holds a {taken} that no release wrote, and would be mixed with other files. Give a new "
             "folder as -o."
         )
+    for plan in plans:  # of a run with other options that made no file
+        (options.output / plan).unlink()
     about = {"model": model.name, "arch": model.arch, "fingerprint": model.fingerprint, "settings": settings}
     return Release(num_weights=model.num_weights, **about)
 

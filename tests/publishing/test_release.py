@@ -11,11 +11,15 @@ from huggingface_hub import constants
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
+from dynquant.errors import HubError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
+from dynquant.publishing.hub import push
+from dynquant.publishing.record import Release
+from dynquant.session import SILENT
 from tests.helpers.commands import linked_copy, refused, succeed
 from tests.helpers.hub_stand_in import Repository, hub_stand_in
 
@@ -138,9 +142,6 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     )
     assert "is no repository" in refused(*call, "--bpw", 3, "--push", "name")
     assert "--yes would do nothing" in refused(*call, "--bpw", 3, "--yes")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "README.md").write_text("mine")
-    assert "no release wrote" in refused("release", tiny_moe, "--bpw", 3, "-o", tmp_path / "taken")
     short = tmp_path / "short.txt"
     short.write_text("A few words only. " * 20)
     assert "leaves 0 tokens" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
@@ -165,6 +166,21 @@ def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny
         assert len(repository.commits) == len(repository.files)
     with hub_stand_in() as hub, patch.object(constants, "HF_HUB_OFFLINE", True):
         assert f"Reading {REPO} failed" in refused(*call)
+
+
+@pytest.mark.parametrize("name", ["README.md", "work/mine.plan.json"])
+def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(tiny_moe, tmp_path, name):
+    (tmp_path / "work").mkdir()
+    (tmp_path / name).write_text("mine")
+    assert f"{name} that no release wrote" in refused("release", tiny_moe, "--bpw", 3, "-o", tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_lost_connection_is_told_of(tmp_path):
+    about = {"model": "a", "arch": "llama", "fingerprint": "", "num_weights": 1, "settings": {}}
+    told = pytest.raises(HubError, match=f"Reading {REPO} failed")
+    with hub_stand_in(), patch.object(constants, "ENDPOINT", "http://127.0.0.1:9"), told:
+        push(tmp_path, Release(**about), REPO, SILENT, is_real=False)
 
 
 @pytest.mark.nightly
