@@ -61,6 +61,10 @@ class ClusterError(DynquantError):
     """A Ray cluster cannot be used: it is not there, lacks what a task needs, or its nodes see other files."""
 
 
+class LibraryError(DynquantError, ImportError):
+    """The shared library of llama.cpp is not there, or is of a release that is not known."""
+
+
 class WorkerError(DynquantError):
     """A process that worked beside this one was ended from outside."""
 

@@ -90,21 +90,29 @@ def tune_options(options: ClosingPassOptions, **others: int) -> TuneOptions:
     return TuneOptions(**asked, **others)  # type: ignore[arg-type]
 
 
+def obstacle(encoding: Encoding) -> str | None:
+    """Return why the original cannot be run beside what is encoded, on the text of calibration; None when it can."""
+    model = encoding.model
+    if model.has_vision:
+        return "it goes by text alone, and the model sees pictures"
+    if not encoding.encoder.uses_hessians:
+        return "it goes with --encoder dynquant"
+    if encoding.moments is None:
+        return "there are no second moments, whose text it would go by; calibrate with --hessians"
+    if model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
+        return "the model is not of a family that dynquant converts itself"
+    return None
+
+
 def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPassOptions) -> TuneOptions | None:
     """Return what the closing pass should do, or None; by default it runs with the encoder that uses second moments.
     Raises ExportError: `tokens` ask for one that cannot run."""
     model, moments = encoding.model, encoding.moments
     if tokens == 0 or (tokens is None and moments is None):
         return None
-    reason, device = None, chosen_device(encoding.session.device)
-    if model.has_vision:
-        reason = "it trains on text alone, and the model sees pictures"
-    elif not encoding.encoder.uses_hessians:
-        reason = "it goes with --encoder dynquant"
-    elif moments is None:
-        reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
-    elif model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
-        reason = "the model is not of a family that dynquant converts itself"
+    reason, device = obstacle(encoding), chosen_device(encoding.session.device)
+    if reason is not None:
+        pass
     elif tokens is None and model.hf_directory is None:
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
     elif tokens is None and (too_large := too_large_to_tune(model, device, encoding.limits.memory)):

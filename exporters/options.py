@@ -103,6 +103,14 @@ class ExportOptions(Options):
         default_factory=CalibrationOptions
     )
     encoder: EncoderName = "dynquant"
+    asymmetric: Annotated[
+        int,
+        Flag(
+            "Tokens of asymmetric calibration, as 32768: every matrix makes up for what quantized ones before it lost. "
+            "Both models run six times, a layer at a time; 0 for none.",
+            min=0,
+        ),
+    ] = 0
     tune: Annotated[
         int | None,
         Flag(

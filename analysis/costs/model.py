@@ -86,7 +86,7 @@ class _Costs:
 
     def stages(self) -> Iterator[StageCost]:
         machine, options, entries, hyper = self.machine, self.options, self.plan.entries, self.model.hyper
-        backward = options.hessians == "gradients"
+        backward = options.hessians in ("gradients", "two-sided")
         batch = Workload(_BATCH_WINDOWS * options.window, backward)
         work = self._seconds(options.tokens, options.hessians)
         yield self._run_model("calibrate", work, options.tokens, batch, passes=2 if backward else 1)
@@ -144,22 +144,29 @@ class _Costs:
         if hessians == "none":
             return running
         moments = 0.0
-        for entry, share in self._measured(self.plan.entries):
-            *experts, _, channels = entry.shape
-            moments += 2 * tokens * share * prod(experts) * channels**2 / _interpolated(machine.matmul_flops, channels)
-        return (3 if hessians == "gradients" else 1) * running + moments
+        for experts, width, share in self._moments(self.plan.entries):
+            moments += 2 * tokens * share * experts * width**2 / _interpolated(machine.matmul_flops, width)
+        return (3 if hessians in ("gradients", "two-sided") else 1) * running + moments
 
     def _measured(self, entries: Iterable[PlanEntry]) -> Iterator[tuple[PlanEntry, float]]:
         """Yield the `_linears` whose inputs have second moments of their own."""
         return (pair for pair in _linears(self.model, entries) if pair[0].role not in _WITHOUT_MOMENT)
 
+    def _moments(self, entries: Iterable[PlanEntry]) -> Iterator[tuple[int, int, float]]:
+        """Yield experts, width and share of tokens of second moments of inputs, and of outputs where they are taken."""
+        for entry, share in self._measured(entries):
+            yield prod(entry.shape[:-2]), entry.shape[-1], share
+        if self.options.hessians == "two-sided":
+            for entry, share in _linears(self.model, entries):
+                yield prod(entry.shape[:-2]), entry.shape[-2], share
+
     def _moment_bytes(self, entries: Iterable[PlanEntry]) -> int:
-        """Return the size of the second moments of inputs; experts share a matrix when each has no room."""
+        """Return the size of the second moments; experts share a matrix when each has no room."""
         if self.options.hessians == "none":
             return 0
-        shapes, limit = [entry.shape for entry, _ in self._measured(entries)], self.options.hessian_bytes
-        each = sum(_FLOAT_BYTES * prod(shape[:-2]) * shape[-1] ** 2 for shape in shapes)
-        shared = sum(_FLOAT_BYTES * shape[-1] ** 2 for shape in shapes)
+        widths, limit = [(experts, width) for experts, width, _ in self._moments(entries)], self.options.hessian_bytes
+        each = sum(_FLOAT_BYTES * experts * width**2 for experts, width in widths)
+        shared = sum(_FLOAT_BYTES * width**2 for _, width in widths)
         return each if each <= limit else min(shared, limit)
 
     def _sample_bytes(self) -> int:

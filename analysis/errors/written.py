@@ -20,6 +20,7 @@ from dynquant.analysis.errors.measure import ErrorMeter, errors_of
 from dynquant.analysis.errors.sampling import stacked
 from dynquant.analysis.errors.sums import ErrorSums
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.encoding.interface import Sides
 from dynquant.encoding.parts import TensorPart
 from dynquant.errors import ClusterError, DynquantError, PlanError, WriteError
 from dynquant.session import Session
@@ -67,7 +68,7 @@ class WrittenErrors:
         """Measure blocks that were just encoded from these arguments of `Encoder.encode`."""
         if self.types.get(part.name) != part.quant_type.name:
             return
-        sums = self.meter.sums_of_blocks(part, arguments["weights"], packed, arguments["hessian"])
+        sums = self.meter.sums_of_blocks(part, arguments["weights"], packed, Sides.of(arguments["hessian"]).inputs)
         first = part.experts.start * stacked(part.shape)[1] + part.rows.start
         span = first, first + len(part.experts) * len(part.rows)
         with self._lock:

@@ -187,6 +187,8 @@ def _kind_of(label: str) -> str:
 def _measured_headline(series: dict[str, list[Candidate]]) -> str:
     fixed = [point for name, points in series.items() if name != PLANNER for point in points]
     planned = series[PLANNER]
+    if len(planned) == 1 and not fixed:
+        return f"KL to the original: {planned[0].kl.value:.2g} nats"
     if not fixed:
         most, least = planned[0].kl.value, planned[-1].kl.value
         return f"KL to the original falls from {most:.2g} to {least:.2g} nats over {len(planned)} sizes"

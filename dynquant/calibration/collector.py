@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from dynquant.calibration.recorders import InputRecorder, MomentRecorder
+from dynquant.calibration.second_moments import OUTPUT
 from dynquant.calibration.statistics import InputStats
-from dynquant.checkpoints.tensor_roles import role_of
+from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.inputs.model_inputs import Batch
 from dynquant.running.expert_hooks import ExpertCall, expert_layout, expert_stack, record_experts
 from dynquant.running.linear_hooks import LinearHooks, observed_outputs
@@ -120,12 +121,18 @@ class Collector:
     def _await_gradient(self, name: str, x: torch.Tensor, _y: torch.Tensor) -> Callable[[torch.Tensor], None]:
         key = self._linears.aliases.get(name, name)
         x = self._linear_layers[name].channels(x.flatten(0, -2))
-        return lambda gradient: self._add_moments(key, x, gradient.flatten(0, -2))
+
+        def add(gradient: torch.Tensor) -> None:
+            self._add_moments(key, x, gradient.flatten(0, -2))
+            if role_of(name) is not Role.OUTPUT:  # which has as many rows as the vocabulary
+                self._add_output(name, gradient.flatten(0, -2))
+
+        return add
 
     def _observe_expert(self, call: ExpertCall) -> None:
-        inputs = self._experts[call.module]
+        names = self._experts[call.module]
         num_experts = len(expert_stack(call.module, expert_layout(call.module).down))
-        gate, down = inputs.inner[0], inputs.down
+        gate, down = names.inner[0], names.down
         if self._sums:
             x, h = call.x.detach(), call.down_input.detach()
             capacity = self._limits.rows_per_expert(num_experts, x.shape[1] + h.shape[1])
@@ -142,11 +149,21 @@ class Collector:
                 add(None)
             elif self._sees_gradients:
                 output.register_hook(add)  # called with the gradient
+                for name, rows in names.rows.items():
+                    if (name == down) == (key == down):
+                        place = {"num_experts": num_experts, "expert": call.expert}
+                        output.register_hook(partial(self._add_output, name, rows=rows, **place))
 
     def _add_moments(self, key: str, x: torch.Tensor, gradient: torch.Tensor | None, **place: int) -> None:
         assert self.moments is not None
         squares = None if gradient is None else gradient.square().sum(-1)
         self.moments.add(key, x, squares=squares, **place)
+
+    def _add_output(self, name: str, gradient: torch.Tensor, rows: torch.Tensor | None = None, **place: int) -> None:
+        """Add gradients of outputs, of which `rows` are those of a weight."""
+        if self.moments is not None and self.moments.with_outputs:
+            rows = None if rows is None else rows.to(gradient.device)
+            self.moments.add(name + OUTPUT, gradient if rows is None else gradient[:, rows], **place)
 
     def _record(self, key: str, rows: "_Rows", x: torch.Tensor, out: torch.Tensor | None) -> None:
         """Add inputs of a layer to the recorders of their kinds; `out` is the output of a down-projection."""

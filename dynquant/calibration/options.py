@@ -19,8 +19,9 @@ from dynquant.options import (
 )
 from dynquant.storage.file_names import STATS_NAME, files_beside
 
-Hessians = Literal["none", "activations", "gradients"]
-"""Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
+Hessians = Literal["none", "activations", "gradients", "two-sided"]
+"""Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too, and with
+both sides outputs have second moments of their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,15 @@ class CalibrationOptions(Options):
         Hessians,
         Flag(
             "Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
-            "times as long) or none."
+            "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or none."
         ),
     ] = "activations"
     hessian_memory: Annotated[
         str,
         Flag(
-            "Memory for second moments; experts of a layer share one matrix when each has no room.", min=0, is_size=True
+            "Memory for second moments (of each side); experts of a layer share one matrix when each has no room.",
+            min=0,
+            is_size=True,
         ),
     ] = "8GiB"
     max_memory: Annotated[
@@ -78,7 +81,7 @@ class CalibrationOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hessians not in get_args(Hessians):
-            raise StatsError(f"--hessians {self.hessians} is not known; give activations, gradients or none.")
+            raise StatsError(f"--hessians {self.hessians} is not known; give one of {', '.join(get_args(Hessians))}.")
         if self.text is not None and self.data is not None:
             raise StatsError(
                 f"Give either text (--calibration {self.text}) or samples with images (--data {self.data})."

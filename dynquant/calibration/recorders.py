@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dynquant.calibration.second_moments import OUTPUT
 from dynquant.calibration.statistics import InputStats
 from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.load import tf32_products
@@ -92,7 +93,8 @@ def _on_cpu(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class MomentRecorder:
-    """Sums of x xᵀ by key, on the device of the activations, within a limit of memory.
+    """Sums of x xᵀ by key, on the device of the activations, within a limit of memory for inputs, and as much for
+    gradients of outputs (`OUTPUT`) where there are to be any.
 
     Experts get a matrix each when all of them fit in the limit, else one for their layer. An input whose matrix does
     not fit any more has none, and is listed in `left_out`: its weights are encoded without error feedback.
@@ -100,19 +102,24 @@ class MomentRecorder:
 
     limit_bytes: int
     pools_experts: bool
+    with_outputs: bool = False
     left_out: list[str] = field(default_factory=list)
     _sums: dict[str, torch.Tensor] = field(default_factory=dict)
     _weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    used_bytes: int = 0
+    used_bytes: list[int] = field(default_factory=lambda: [0, 0])
+    """Bytes of inputs, and of outputs."""
 
     @classmethod
-    def for_model(cls, hf_model: nn.Module, limit_bytes: int) -> "MomentRecorder":
+    def for_model(cls, hf_model: nn.Module, limit_bytes: int, *, with_outputs: bool = False) -> "MomentRecorder":
         """Pools experts when a matrix for each would take more than the limit."""
         experts = expert_modules(hf_model).values()
         shapes = [expert_stack(module, expert_layout(module).down).shape for module in experts]
         # [E, C, F], or [E, F, C] when transposed: float32 matrices for both inputs of every expert.
         needed = sum(4 * experts * (rows**2 + columns**2) for experts, rows, columns in shapes)
-        return cls(limit_bytes, pools_experts=needed > limit_bytes)
+        if with_outputs:  # those of gate and up are as wide as the input of down
+            narrow = sum(4 * experts * min(rows, columns) ** 2 for experts, rows, columns in shapes)
+            needed += 2 * narrow
+        return cls(limit_bytes, needed > limit_bytes, with_outputs)
 
     def add(
         self, key: str, x: torch.Tensor, *, num_experts: int = 1, expert: int = 0, squares: torch.Tensor | None = None
@@ -163,11 +170,11 @@ class MomentRecorder:
         if key in self.left_out:
             return False
         count = x.shape[1] if x.dim() == 3 else 1 if self.pools_experts else num_experts
-        columns = x.shape[-1]
-        if self.used_bytes + (size := 4 * count * columns**2) > self.limit_bytes:
+        columns, side = x.shape[-1], key.endswith(OUTPUT)
+        if self.used_bytes[side] + (size := 4 * count * columns**2) > self.limit_bytes:
             self.left_out.append(key)
             return False
-        self.used_bytes += size
+        self.used_bytes[side] += size
         self._sums[key] = torch.zeros(count, columns, columns, device=x.device)
         self._weights[key] = torch.zeros(count, dtype=torch.float64, device=x.device)
         return True

@@ -47,8 +47,10 @@ class StatisticsOptions:
 
     def collector(self, hf_model: nn.Module, names: WeightInputs, *, by_kind: bool = False) -> Collector:
         """Return what sees the model's inputs; its `moments` are None when no second moments are taken."""
-        moments = None if self.hessians == "none" else MomentRecorder.for_model(hf_model, self.hessian_bytes)
-        gradients = self.hessians == "gradients"
+        moments, both = None, self.hessians == "two-sided"
+        if self.hessians != "none":
+            moments = MomentRecorder.for_model(hf_model, self.hessian_bytes, with_outputs=both)
+        gradients = both or self.hessians == "gradients"
         return Collector(hf_model, names, moments, limits=self.limits, with_gradients=gradients, by_kind=by_kind)
 
 

@@ -1,8 +1,10 @@
-"""Full second moments of layer inputs, and the hessians that error feedback works with.
+"""Full second moments of layer inputs and of gradients of outputs, and the hessians that error feedback works with.
 
 Calibration sums v_t x_t x_tᵀ over tokens t for every input, in float32: per expert where that fits in memory, pooled
 over the experts of a layer where it does not. v is 1, or 1 + the token's squared gradient over its mean, when
-calibration ran backward: tokens on which the output depends count more. Sums are mergeable. They are kept apart from
+calibration ran backward: tokens on which the output depends count more. Two-sided moments also hold sums of g gᵀ for
+the outputs of every weight but the output matrix, R² numbers for R rows; g is the gradient of the log-likelihood of
+tokens drawn from the model, as in the Fisher information. Sums are mergeable. They are kept apart from
 stats.safetensors, because C² numbers per input are many (7,168 channels: 206 MB for each expert).
 
 `hessian` turns sums into what an encoder may invert. An expert that saw n tokens gets
@@ -33,11 +35,15 @@ from dynquant.storage.atomic import read_tensors, read_tensors_header
 from dynquant.storage.file_names import path_beside
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
+OUTPUT = ".output"  # ends the key of gradients of a weight's outputs
+OUTPUT_SHARE = 0.75
+"""Share of what lies off the diagonal of outputs' moments that counts at most. The two factors are no exact product:
+with all of it their loss falls further, and the KL less far."""
 
 
 @dataclass
 class SecondMoments:
-    """Sums of one model. `sums` and `weights` are keyed as `CalibrationStats.inputs`.
+    """Sums of one model. `sums` and `weights` are keyed as `CalibrationStats.inputs`, or by a weight and OUTPUT.
 
     `sums[key]` float32 [E, C, C], or [1, C, C] when pooled over experts; `weights[key]` float64 [E or 1], what the
     token weights v of its sum add up to. `tokens` int32 [windows, window] is the text that was summed.
@@ -45,7 +51,7 @@ class SecondMoments:
 
     provenance: StatsProvenance
     tokens: torch.Tensor
-    kind: str = "activations"  # `activations` where token weights are 1, `gradients` where they hold squared gradients
+    kind: str = "activations"  # `activations` where token weights are 1, else they hold squared gradients
     aliases: dict[str, str] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -55,6 +61,10 @@ class SecondMoments:
         """The input that a GGUF weight reads, or None when there are no moments of it."""
         key = self.aliases.get(weight, weight)
         return key if key in self.sums else None
+
+    def outputs(self) -> set[str]:
+        """Weights whose outputs have moments."""
+        return {key.removesuffix(OUTPUT) for key in self.sums if key.endswith(OUTPUT)}
 
     def layer_mean(self, key: str) -> torch.Tensor:
         """Weighted mean over all experts of an input, float32 [C, C]; of the last input that was asked for it is kept,
@@ -168,7 +178,7 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
     aliases, tokens = moments.aliases, moments.tokens
     if not isinstance(aliases, dict) or not all(isinstance(key, str) for key in aliases.values()):
         raise ValueError("`aliases` does not map weights to inputs")
-    if moments.kind not in ("activations", "gradients") or tokens.ndim != 2 or tokens.is_floating_point():
+    if moments.kind not in ("activations", "gradients", "two-sided") or tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"the kind {moments.kind!r:.40} of {list(tokens.shape)} tokens")
 
 
@@ -218,17 +228,45 @@ def hessian(
             mean = (mean[0] * scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
             tokens = torch.full((len(mean),), float(counts.sum()))
     else:
-        n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
-        mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
-        share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
-        mean.mul_(share).add_((1 - share) * moments.layer_mean(key))
+        mean, tokens = _leaning(moments, key, counts, experts)
     return _invertible(mean, tokens)
 
 
-def _invertible(mean: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return `mean` itself, changed in place: matrices of wide layers have hundreds of megabytes."""
+def output_hessian(
+    moments: SecondMoments, weight: str, shape: tuple[int, ...], experts: slice | list[int] = slice(None)
+) -> torch.Tensor | None:
+    """E[g gᵀ] of gradients g of a weight's outputs, positive definite, float32 [E or 1, R, R]; None without moments."""
+    num_experts, rows = (shape[0] if len(shape) == 3 else 1), shape[-2]
+    if (whole := weight.replace("attn_v_b", "attn_kv_b") + OUTPUT) in moments.sums and whole != weight + OUTPUT:
+        heads = moments.sums[whole][0].unflatten(1, (num_experts, -1)).unflatten(0, (num_experts, -1))
+        values = heads.diagonal(dim1=0, dim2=2).movedim(-1, 0)[experts, -rows:, -rows:]  # after the head's keys
+        tokens = moments.weights[whole].expand(len(values))
+        return _invertible(values / tokens.clamp_min(1).to(torch.float32)[:, None, None], tokens, OUTPUT_SHARE)
+    key = weight + OUTPUT
+    if key not in moments.sums or moments.sums[key].shape[-1] != rows:
+        return None
+    count = len(moments.sums[key])
+    if count not in (1, num_experts):
+        return None
+    mean, tokens = _leaning(moments, key, moments.weights[key], experts if count > 1 else slice(None))
+    return _invertible(mean, tokens, OUTPUT_SHARE)
+
+
+def _leaning(
+    moments: SecondMoments, key: str, counts: torch.Tensor, experts: slice | list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return means of experts that saw `counts` tokens, leaning on that of all, and the tokens that these stand for."""
+    n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
+    mean = moments.sums[key][experts] / moments.weights[key][experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
+    share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
+    return mean.mul_(share).add_((1 - share) * moments.layer_mean(key)), tokens
+
+
+def _invertible(mean: torch.Tensor, tokens: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    """Return `mean` itself, changed in place: matrices of wide layers have hundreds of megabytes. At most `share` of
+    what lies off the diagonal stays."""
     diagonal = mean.diagonal(dim1=-2, dim2=-1)
-    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
+    trust = (share * tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
     average = diagonal.mean(-1, keepdim=True)
     added = (1 - trust.squeeze(2)) * diagonal + DAMPING * torch.where(average > 0, average, 1.0)
     mean.mul_(trust).diagonal(dim1=-2, dim2=-1).add_(added)  # the diagonal of S stays whole

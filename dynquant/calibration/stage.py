@@ -329,8 +329,9 @@ def _tell_result(
         session.note(f"{moments_path}: {result.num_moments} second moments{pooled}, {size}")
     if result.left_out:
         session.note(
-            f"no second moments for {len(result.left_out)} inputs, because --hessian-memory {options.hessian_memory} "
-            f"is used up; they are encoded without error feedback: {', '.join(result.left_out)}"
+            f"no second moments for {len(result.left_out)} inputs or outputs, because --hessian-memory "
+            f"{options.hessian_memory} is used up; they are encoded without error feedback: "
+            f"{', '.join(result.left_out)}"
         )
 
 
@@ -394,8 +395,8 @@ def _check(model: Model, options: CalibrationOptions, output: Path) -> None:
     for option, value in (("--max-memory", options.max_memory), ("--ray", options.ray)):
         if value is not None:
             raise StatsError(f"{model.name} has a vision tower and is run whole, in one process; leave {option} out.")
-    if options.data is not None and options.hessians == "gradients":
-        raise StatsError("--hessians gradients runs on text; with --data give activations or none.")
+    if options.data is not None and options.hessians in ("gradients", "two-sided"):
+        raise StatsError(f"--hessians {options.hessians} runs on text; with --data give activations or none.")
 
 
 def _batch_size(device: str) -> int:

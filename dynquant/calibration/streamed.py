@@ -73,7 +73,8 @@ def calibrate_streamed(
     if streaming.limit_bytes is not None:
         moments, batch_tokens = collector.moments, inputs.batch_size * split.provenance.window
         pools_experts = moments is None or moments.pools_experts
-        work = Workload(batch_tokens, collector.with_gradients, moments is not None, pools_experts)
+        has_outputs = moments is not None and moments.with_outputs
+        work = Workload(batch_tokens, collector.with_gradients, moments is not None, pools_experts, has_outputs)
         fit_within(stream, streaming.limit_bytes, work)
     output.parent.mkdir(parents=True, exist_ok=True)
     identity = {
@@ -120,7 +121,7 @@ class _StageRecord(BaseModel):
     stage: int
     direction: str
     aliases: dict[str, str]
-    moment_bytes: int
+    moment_bytes: list[int]
     left_out: list[str]
     moments: list[str]
 
@@ -155,7 +156,7 @@ class _Run:
         order = forward + (backward if self._with_gradients else [])
         done = self._journal.records
         if done and self._moments is not None:
-            self._moments.used_bytes, self._moments.left_out = done[-1]["moment_bytes"], list(done[-1]["left_out"])
+            self._moments.used_bytes, self._moments.left_out = (list(done[-1][k]) for k in ("moment_bytes", "left_out"))
         if done:
             self._collector.know_aliases(done[-1]["aliases"])
         self._passes.states.check_space((head + 1 if self._with_gradients else 2) + 2 * self._with_gradients)
@@ -210,7 +211,7 @@ class _Run:
         if direction == "forward":
             CalibrationStats(self._provenance, self._collector.take()).save(name)
         entry: dict[str, Any] = {"stage": stage, "direction": direction, "aliases": self._collector.aliases}
-        entry |= {"moment_bytes": 0, "left_out": [], "moments": []}
+        entry |= {"moment_bytes": [], "left_out": [], "moments": []}
         if self._moments is not None:
             sums, weights = self._moments.take()
             if sums:

@@ -51,12 +51,14 @@ def demo(
         write_atomically(output / "eval.json", report.to_json())
         console.note(f"wrote {output / 'eval.json'}")
         write_plan_report(model, folder, session, measured=evaluation_table(report_tree(report)))
-    import llama_cpp
+    from dynquant.evaluation.llama_cpp import LlamaCppRunner
+    from dynquant.running.load import load_tokenizer
 
-    llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)  # stock llama.cpp runs the file
-    prompt = "The purpose of a statistical test is to"
-    words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
-    console.say(f"\nllama.cpp continues: {prompt}{words}")
+    runner, tokenizer = LlamaCppRunner(file), load_tokenizer(Path(model))  # stock llama.cpp runs the file
+    prompt = tokenizer("The purpose of a statistical test is to")["input_ids"]
+    (words,) = runner.write([prompt], 40, frozenset(), lambda done, total: None)
+    runner.close()
+    console.say(f"\nllama.cpp continues: {tokenizer.decode([*prompt, *words])}")
     console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
 
 

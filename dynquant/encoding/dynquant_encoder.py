@@ -3,7 +3,8 @@
 With a hessian (second moments of the layer's input) each row loses little in e H eᵀ: scales are fitted on the
 diagonal, codewords found with error feedback, super-block scales refitted, and everything visited once more by
 coordinate descent. Without one the diagonal alone counts, and the fit goes on until its error stops falling. Experts
-and rows are independent, so they are processed together in batches that fit in memory.
+and rows are independent, so they are processed together in batches that fit in memory; but with an output hessian rows
+make up for errors of rows before them.
 
 Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 and IQ4_NL, NVFP4) are ggml's.
 """
@@ -23,11 +24,12 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.compiled import tiles
 from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.descent import descend, descend_scales, refit
-from dynquant.encoding.search.feedback import feed_back, upper_factor
+from dynquant.encoding.search.feedback import encode_in_turn, feed_back, upper_factor
 from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
+from dynquant.formats import decode
 from dynquant.formats.quant_types import QuantType
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import share, side_by_side
@@ -88,7 +90,7 @@ class DynquantEncoder(Encoder):
         layout = LAYOUTS.get(request.quant_type.name)
         if layout is None:
             return GgmlEncoder().encode_stack(request)
-        weights, hessian = request.weights, request.hessian
+        weights, hessian, outputs = request.weights, request.hessian, request.output_hessian
         packed = torch.empty((*weights.shape[:2], request.quant_type.row_bytes(weights.shape[-1])), dtype=torch.uint8)
 
         def loss_of(experts: slice, *, protected_column: int | None = None) -> Loss:
@@ -111,7 +113,17 @@ class DynquantEncoder(Encoder):
                 packed[experts, rows] = self._encode(layout, part, loss, request.name)
                 request.progress(part.numel())
 
-            share(encode_rows, list(map(as_slice, ranges(weights.shape[1], at_once))), threads)
+            if hessian is None or outputs is None:
+                share(encode_rows, list(map(as_slice, ranges(weights.shape[1], at_once))), threads)
+                return
+
+            def encode_target(rows: slice, target: Tensor) -> Tensor:
+                blocks = packed[experts, rows] = self._encode(layout, target, loss, request.name)
+                request.progress(target.numel())
+                return decode(layout.name, blocks.to(self.device), tuple(target.shape))
+
+            moments = outputs if len(outputs) == 1 else outputs[experts]
+            encode_in_turn(*(_moved(t, self.device) for t in (weights[experts], moments)), encode_target)
 
         def encode_protected(scalar: ProtectedWeight) -> None:
             expert, row = scalar.expert or 0, scalar.row
@@ -120,7 +132,7 @@ class DynquantEncoder(Encoder):
             packed[place] = self._encode(layout, weights[place], loss, request.name)
 
         threads = request.threads if self.device.type == "cpu" else 1  # a GPU has threads enough
-        share(encode_experts, list(self._expert_batches(weights, hessian)), threads)
+        share(encode_experts, list(self._expert_batches(weights, hessian, in_turn=outputs is not None)), threads)
         for scalar in request.protected:  # one after the other: two may be in one row
             encode_protected(scalar)
         return packed
@@ -149,8 +161,10 @@ class DynquantEncoder(Encoder):
         halves = [self._encode(layout, part, loss, name) for part in (weights[:, :half], weights[:, half:])]
         return torch.cat(halves, dim=1)
 
-    def _expert_batches(self, weights: Tensor, hessian: Tensor | None) -> Iterator[slice]:
+    def _expert_batches(self, weights: Tensor, hessian: Tensor | None, *, in_turn: bool) -> Iterator[slice]:
         count = self._weights_at_once // max(1, weights[:1].numel())
+        if in_turn and self.device.type == "cpu":
+            count = 1  # products of several matrices would round in other ways
         if hessian is not None:
             limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
             count = min(count, limit // hessian[:1].nbytes)

@@ -1,4 +1,4 @@
-"""The reference encoder: ggml's own quantizers, called in the library inside llama-cpp-python.
+"""The reference encoder: ggml's own quantizers, called in the library of llama.cpp.
 
 Bytes equal those of llama-quantize: both call `ggml_quantize_chunk` on float32 rows with the importance of the row's
 expert. ggml treats each row by itself, so tensors are cut into chunks of rows that run on all cores (`share`); ctypes
@@ -8,12 +8,9 @@ Left out: types outside the registry, and llama-quantize's file handling.
 """
 
 import ctypes
-import importlib.util
-import sys
 from collections.abc import Iterable
 from functools import cache
 from itertools import product
-from pathlib import Path
 from threading import Lock
 from typing import ClassVar
 
@@ -25,24 +22,18 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.errors import EncodeError
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.formats.quant_types import QuantType
+from dynquant.llama_library import is_installed, library_path
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import share
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights per task: 10 to 100 ms of a slow quantizer, so that threads stay busy and Python's share stays small."""
 
-# The file that llama.cpp's own libraries link to comes first: one loaded copy, so that ggml's search tables (10 seconds
-# for IQ1_S) are built once per process.
-_LIBRARY_NAMES = {
-    "linux": ("libggml-base.so.0", "libggml-base.so"),
-    "darwin": ("libggml-base.0.dylib", "libggml-base.dylib"),
-    "win32": ("ggml-base.dll", "libggml-base.dll"),
-}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class GgmlEncoder(Encoder):
-    """Encodes with the ggml library of the installed llama-cpp-python."""
+    """Encodes with the ggml library of the installed llama.cpp."""
 
     name: ClassVar[str] = "ggml"
     uses_hessians: ClassVar[bool] = False
@@ -116,13 +107,11 @@ def _cast(quant_type: QuantType, weights: torch.Tensor, *, name: str) -> torch.T
 class _Library:
     """The ggml functions used here, bound once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise EncodeError(
-                f"The ggml library {path} cannot be loaded ({error}). Reinstall llama-cpp-python."
-            ) from error
+            library = ctypes.CDLL(str(library_path("ggml-base")))
+        except (ImportError, OSError) as error:
+            raise EncodeError(f"The `ggml` encoder needs the library of llama.cpp. {error}") from error
         self._lock = Lock()
         self._prepared: set[int] = set()
         self._quantize_init = library.ggml_quantize_init
@@ -150,8 +139,8 @@ class _Library:
         """
         if not self.has(quant_type):
             raise EncodeError(
-                f"The installed llama-cpp-python (ggml {self.version}) does not know {quant_type.name}, so that it can "
-                "neither encode nor run it. Install release 0.3.36 or a later one, or choose other types."
+                f"The installed llama.cpp (ggml {self.version}) does not know {quant_type.name}, so that it can "
+                "neither encode nor run it. Install llama-cpp-python 0.3.36 or a later release, or choose other types."
             )
         with self._lock:
             if quant_type.ggml_id not in self._prepared:
@@ -161,38 +150,15 @@ class _Library:
 
 @cache
 def _library() -> _Library:
-    return _Library(library_path())
+    return _Library()
 
 
 @cache  # asked for every type of every tensor
 def is_known(quant_type: QuantType) -> bool:
     """Tell whether the installed llama.cpp runs a type; without one, all types pass."""
-    return importlib.util.find_spec("llama_cpp") is None or _library().has(quant_type)
+    return not is_installed() or _library().has(quant_type)
 
 
 def ggml_version() -> str:
     """The version of the ggml library that encodes, for provenance records."""
     return _library().version
-
-
-def library_path() -> Path:
-    """Return the path of `ggml-base` inside the installed llama_cpp package; found without importing that package.
-
-    Raises:
-        EncodeError: llama-cpp-python is not installed or has no such library.
-    """
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise EncodeError(
-            "The `ggml` encoder needs the library inside llama-cpp-python, which is not installed: pip "
-            "install 'dynquant-toolchain[llama]'."
-        )
-    folder = Path(spec.origin).parent / "lib"
-    names = _LIBRARY_NAMES.get(sys.platform, _LIBRARY_NAMES["linux"])
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise EncodeError(
-            f"llama-cpp-python is installed, but {folder} holds no {' or '.join(names)}. Reinstall a release that "
-            "ships its libraries (0.3.36 does)."
-        )
-    return path

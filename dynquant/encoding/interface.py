@@ -8,7 +8,7 @@ tensor larger than the cache is not walked twice.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -29,6 +29,18 @@ class ProtectedWeight:
     expert: int | None = None
 
 
+class Sides(NamedTuple):
+    """E[x xᵀ] of the input of a weight and E[g gᵀ] of gradients of its outputs, [E or 1, R, R], as far as known."""
+
+    inputs: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, hessian: "torch.Tensor | Sides | None") -> "Sides":
+        """Return both sides of an encoder's argument, which is that of the input alone where there is no other."""
+        return hessian if isinstance(hessian, Sides) else cls(hessian)
+
+
 @dataclass(frozen=True)
 class Request:
     """Checked arguments of `Encoder.encode`; a matrix is a stack of one expert."""
@@ -37,6 +49,7 @@ class Request:
     weights: torch.Tensor  # [experts, rows, row_length], of any floating dtype
     importance: torch.Tensor | None  # float32 [experts, row_length], on the CPU
     hessian: torch.Tensor | None
+    output_hessian: torch.Tensor | None
     protected: Sequence[ProtectedWeight]
     name: str
     threads: int | None
@@ -60,7 +73,7 @@ class Encoder(ABC):
         threads: int | None = None,
         *,
         name: str = "tensor",
-        hessian: torch.Tensor | None = None,
+        hessian: torch.Tensor | Sides | None = None,
         protected: Sequence[ProtectedWeight] = (),
         progress: RowsDone | None = None,
     ) -> torch.Tensor:
@@ -75,7 +88,7 @@ class Encoder(ABC):
             threads: How many threads to use on a CPU; None for one per core.
             name: The tensor's name, for error messages.
             hessian: E[x xᵀ] of the input, positive definite, [1, row_length, row_length] for all experts or one for
-                each; what error feedback works with.
+                each; what error feedback works with. With `Sides`, errors are made up for across rows too.
             protected: Scalars that must keep their values as well as the type can store them.
             progress: Told how many weights are done, by whichever thread did them.
 
@@ -87,19 +100,19 @@ class Encoder(ABC):
                 needs an importance matrix without one, an importance of the wrong shape or with NaN, Inf or negative
                 values, or a hessian of the wrong shape; NaN, Inf or weights too large for the type.
         """
-        if not self.uses_hessians:
-            hessian = None
-        _check_shapes(quant_type, weights, hessian, name=name)
+        inputs, outputs = Sides.of(hessian) if self.uses_hessians else Sides()
+        _check_shapes(quant_type, weights, inputs, name=name)
+        _check_moments("output hessian", outputs, weights, weights.shape[-2], name)
         if importance is not None:
             importance = _checked_importance(weights, importance, name=name)
-        elif quant_type.needs_imatrix and hessian is None:
+        elif quant_type.needs_imatrix and inputs is None:
             raise EncodeError(
                 f"`{name}` cannot be encoded as {quant_type.name} without an importance matrix. Calibrate the model "
                 "first, or choose a type that does not need one."
             )
         stack = weights.detach() if weights.dim() == 3 else weights.detach()[None]
         progress = progress or (lambda count: None)
-        request = Request(quant_type, stack, importance, hessian, protected, name, threads, progress)
+        request = Request(quant_type, stack, importance, inputs, outputs, protected, name, threads, progress)
         packed = self.encode_stack(request)
         return packed.view(*weights.shape[:-1], packed.shape[-1])
 
@@ -123,11 +136,15 @@ def _check_shapes(quant_type: QuantType, weights: torch.Tensor, hessian: torch.T
             f"`{name}` has rows of {row_length}, which blocks of {quant_type.block_size} ({quant_type.name}) do not "
             f"divide. Use a type with smaller blocks, such as {quant_type.fallback or 'F16'}."
         )
+    _check_moments("hessian", hessian, weights, row_length, name)
+
+
+def _check_moments(what: str, moments: torch.Tensor | None, weights: torch.Tensor, width: int, name: str) -> None:
     counts = dict.fromkeys((1, weights.shape[0] if weights.dim() == 3 else 1))
-    shapes = [(count, row_length, row_length) for count in counts]
-    if hessian is not None and tuple(hessian.shape) not in shapes:
+    shapes = [(count, width, width) for count in counts]
+    if moments is not None and tuple(moments.shape) not in shapes:
         raise EncodeError(
-            f"The hessian of `{name}` has shape {tuple(hessian.shape)}, but the weights {tuple(weights.shape)} need "
+            f"The {what} of `{name}` has shape {tuple(moments.shape)}, but the weights {tuple(weights.shape)} need "
             f"{' or '.join(map(str, shapes))}. It is of another model; calibrate this one."
         )
 

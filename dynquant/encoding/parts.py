@@ -76,10 +76,10 @@ class TensorPart:
         num_rows = _stacked(self.shape)[1]
         return (self.experts.start * num_rows + self.rows.start) * self.quant_type.row_bytes(self.shape[-1])
 
-    def needed_bytes(self, *, hessians: bool) -> int:
+    def needed_bytes(self, *, hessians: bool, output_hessians: bool = False) -> int:
         """Memory that encoding the part takes."""
-        columns = self.shape[-1]
-        return _BYTES_PER_WEIGHT * self.num_weights + hessians * len(self.experts) * BYTES_PER_MOMENT * columns**2
+        moments = hessians * self.shape[-1] ** 2 + output_hessians * len(self.rows) ** 2
+        return _BYTES_PER_WEIGHT * self.num_weights + len(self.experts) * BYTES_PER_MOMENT * moments
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,14 @@ class PartLimits:
     memory: int | None = None
 
     def parts(
-        self, name: str, shape: tuple[int, ...], quant_type: QuantType, *, hessians: bool = False, at_once: int = 1
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        quant_type: QuantType,
+        *,
+        hessians: bool = False,
+        output_hessians: bool = False,
+        at_once: int = 1,
     ) -> list[TensorPart]:
         """Return a tensor's parts in the order of their bytes.
 
@@ -99,19 +106,21 @@ class PartLimits:
             shape: Its shape.
             quant_type: The type of its blocks.
             hessians: Whether each expert is encoded under one.
+            output_hessians: Whether under one of its outputs, too.
             at_once: So many parts are to fit in `memory` together; fewer when that leaves no part FEWEST_ROWS rows.
 
         Raises:
             ExportError: the smallest part takes more than `memory`.
         """
         if at_once > 1 and self.memory is not None:
+            under = {"hessians": hessians, "output_hessians": output_hessians}
             with suppress(ExportError):
-                return PartLimits(self.memory // at_once).parts(name, shape, quant_type, hessians=hessians)
-            return self.parts(name, shape, quant_type, hessians=hessians, at_once=at_once // 2)
+                return PartLimits(self.memory // at_once).parts(name, shape, quant_type, **under)
+            return self.parts(name, shape, quant_type, **under, at_once=at_once // 2)
         if len(shape) > 3:
             return [TensorPart.whole(name, shape, quant_type)]
         num_experts, num_rows, columns = _stacked(shape)
-        hessian = BYTES_PER_MOMENT * columns**2 if hessians else 0
+        hessian = BYTES_PER_MOMENT * (hessians * columns**2 + output_hessians * num_rows**2)
         row = _BYTES_PER_WEIGHT * columns
         experts = max(1, PART_WEIGHTS // (num_rows * columns))
         rows = num_rows if len(shape) == 3 else min(num_rows, max(1, PART_WEIGHTS // columns))

@@ -66,7 +66,7 @@ class EncodedStore:
         stored = QUANT_TYPES[type_name]
         shape = tuple(self.model.source.info(name).shape)
         file = self._file(name, stored)
-        if self._is_there(name, stored):
+        if self.is_there(name, stored):
             content = np.memmap(file, dtype=np.uint8, mode="c")  # copy on write: torch wants writable memory
             count_mapped(content.size)
             return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
@@ -80,7 +80,7 @@ class EncodedStore:
         side."""
         tensors = {name: list(of_tensor) for name, of_tensor in groupby(parts, key=attrgetter("name"))}
         types = {name: of_tensor[0].quant_type for name, of_tensor in tensors.items()}
-        self.encoder.prepare(dict.fromkeys(each for name, each in types.items() if not self._is_there(name, each)))
+        self.encoder.prepare(dict.fromkeys(each for name, each in types.items() if not self.is_there(name, each)))
 
         def num_bytes(name: str) -> int:
             return types[name].tensor_bytes(tuple(self.model.source.info(name).shape))
@@ -96,7 +96,8 @@ class EncodedStore:
         ending = f"-{hashlib.sha256(repr(protected).encode()).hexdigest()[:8]}" if protected else ""
         return self.directory / f"{name}.{stored.name}{ending}"
 
-    def _is_there(self, name: str, stored: QuantType) -> bool:
+    def is_there(self, name: str, stored: QuantType) -> bool:
+        """Return whether a tensor's blocks are on disk."""
         file, size = self._file(name, stored), stored.tensor_bytes(tuple(self.model.source.info(name).shape))
         return file.is_file() and file.stat().st_size == size
 
@@ -134,8 +135,13 @@ def store_directory(
     if isinstance(model.source, GGUFSource):
         content.append("copies")  # stores of versions before encoded what such a file holds in the wanted type
     directory = parent / f"{encoder.name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+    make_directory(directory)
+    return directory
+
+
+def make_directory(directory: Path) -> None:
+    """Make the directory of a store; raise WriteError when it cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(f"{directory} cannot be made: {error.strerror or os.strerror(error.errno or 0)}.") from error
-    return directory

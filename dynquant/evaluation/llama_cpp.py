@@ -19,7 +19,6 @@ from copy import copy
 from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -27,9 +26,11 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, DynquantError, EvaluationError
 from dynquant.families.complete_gguf import check_complete, check_loads
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.branches import Branches, neighbours_that
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
+from dynquant.llama_library import llama_cpp
 from dynquant.resources import count_mapped_files, free_memory, usable_cores
 from dynquant.workers import run_module, side_by_side
 
@@ -53,22 +54,14 @@ Entry = tuple[int, int, Sequence[int], bool]
 """A token, its position, the sequences that it belongs to, and True where its logits are wanted."""
 
 
-@cache
-def _api() -> ModuleType:
-    """Import the low-level API when it is first used; `load_llama_model` says what to do where it is missing."""
-    import llama_cpp
-
-    return llama_cpp
-
-
 class _LlamaLog:
     """The tail of llama.cpp's warnings and errors, kept instead of printed."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=8)
         # An attribute, because llama.cpp keeps only the raw pointer of the callback.
-        self.callback = _api().llama_log_callback(self._keep)
-        _api().llama_backend_init()
+        self.callback = llama_cpp().llama_log_callback(self._keep)
+        llama_cpp().llama_backend_init()
         self.clear()
 
     def _keep(self, level: int, text: bytes, _user_data: object) -> None:
@@ -79,7 +72,7 @@ class _LlamaLog:
     def clear(self) -> None:
         """Forget earlier lines, and listen again: the callback is the process's, others may have replaced it."""
         self._lines.clear()
-        _api().llama_log_set(self.callback, ctypes.c_void_p(0))
+        llama_cpp().llama_log_set(self.callback, ctypes.c_void_p(0))
 
     def last(self) -> str:
         """The latest line alone."""
@@ -97,12 +90,9 @@ def llama_log() -> _LlamaLog:
 
 def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
     try:
-        api = _api()
+        api = llama_cpp()
     except ImportError as error:
-        raise EvaluationError(
-            f"{path.name} is a GGUF file, and running it needs llama-cpp-python ({error}): pip install "
-            "'dynquant-toolchain[llama]'."
-        ) from error
+        raise EvaluationError(f"{path.name} is a GGUF file, and running it needs llama.cpp. {error}") from error
 
     # llama.cpp aborts the process on some files, and takes others for whole.
     (check_loads if vocab_only else check_complete)(_source(path, path.is_file() and path.stat().st_mtime_ns))
@@ -129,16 +119,16 @@ def llama_vocabulary(path: Path) -> Iterator[tuple[ctypes.c_void_p, ctypes.c_voi
     """A model loaded without weights, and its vocabulary."""
     model = load_llama_model(path, vocab_only=True)
     try:
-        yield model, _api().llama_model_get_vocab(model)
+        yield model, llama_cpp().llama_model_get_vocab(model)
     finally:
-        _api().llama_model_free(model)
+        llama_cpp().llama_model_free(model)
 
 
 def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True) -> list[int]:
     data = text.encode("utf-8")
     capacity = len(data) + 8  # a byte a token at most, and special ones
-    tokens = (_api().llama_token * capacity)()
-    count = _api().llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
+    tokens = (llama_cpp().llama_token * capacity)()
+    count = llama_cpp().llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
     if count < 0:
         raise EvaluationError(f"llama.cpp's tokenizer failed on a text of {len(data)} bytes.")
     return list(tokens[:count])
@@ -146,8 +136,8 @@ def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True)
 
 def llama_tokens(vocab: ctypes.c_void_p) -> tuple[dict[str, int | None], dict[int, str]]:
     """Return the ids of EOS and BOS, None where there is none, and all tokens by id."""
-    special = {"EOS": _api().llama_vocab_eos(vocab), "BOS": _api().llama_vocab_bos(vocab)}
-    texts = (_api().llama_vocab_get_text(vocab, i) for i in range(_api().llama_vocab_n_tokens(vocab)))
+    special = {"EOS": llama_cpp().llama_vocab_eos(vocab), "BOS": llama_cpp().llama_vocab_bos(vocab)}
+    texts = (llama_cpp().llama_vocab_get_text(vocab, i) for i in range(llama_cpp().llama_vocab_n_tokens(vocab)))
     tokens = {i: (text or b"").decode("utf-8", "replace") for i, text in enumerate(texts)}
     return {name: None if token_id < 0 else token_id for name, token_id in special.items()}, tokens
 
@@ -157,9 +147,9 @@ def llama_facts(path: Path) -> tuple[int, int, int]:
     with llama_vocabulary(path) as (model, vocab):
 
         def text_of(token: int) -> str:
-            return (_api().llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
+            return (llama_cpp().llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
 
-        vocab_size = _api().llama_vocab_n_tokens(vocab)
+        vocab_size = llama_cpp().llama_vocab_n_tokens(vocab)
         architecture = llama_metadata(model, "general.architecture")
         context_length = int(llama_metadata(model, f"{architecture}.context_length") or 2**31)
         return vocab_size, context_length, without_padding(vocab_size, text_of)
@@ -174,7 +164,7 @@ def without_padding(num_tokens: int, text_of: Callable[[int], str]) -> int:
 
 def llama_metadata(model: ctypes.c_void_p, key: str) -> str:
     buffer = ctypes.create_string_buffer(256)
-    length = _api().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    length = llama_cpp().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode() if length >= 0 else ""
 
 
@@ -183,15 +173,17 @@ class LlamaCppRunner:
 
     def __init__(self, path: Path, *, threads: int | None = None, kv_types: tuple[str, ...] = ()) -> None:
         """Load a file. `kv_types` are the types of keys and of values in the cache, by default float32."""
-        self._api = _api()
+        self._api = llama_cpp()
         self._path = path
         self._threads = threads or usable_cores()
-        self._kv_types = [getattr(self._api, f"GGML_TYPE_{name.upper()}") for name in kv_types or ("f32", "f32")]
+        self._kv_types = [QUANT_TYPES[name.upper()].ggml_id for name in kv_types or ("f32", "f32")]
         self._model = load_llama_model(path, vocab_only=False)
-        self._has_state = _api().llama_model_is_recurrent(self._model) or _api().llama_model_is_hybrid(self._model)
+        self._has_state = llama_cpp().llama_model_is_recurrent(self._model) or llama_cpp().llama_model_is_hybrid(
+            self._model
+        )
         self._context = None
         self._prefix_length = 0
-        self.vocab_size: int = _api().llama_vocab_n_tokens(_api().llama_model_get_vocab(self._model))
+        self.vocab_size: int = llama_cpp().llama_vocab_n_tokens(llama_cpp().llama_model_get_vocab(self._model))
 
     def reserve(self, num_tokens: int) -> None:
         self._free_context()
@@ -202,7 +194,7 @@ class LlamaCppRunner:
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k, params.type_v = self._kv_types  # F16 by default, see above
-        is_exact = set(self._kv_types) == {self._api.GGML_TYPE_F32}
+        is_exact = set(self._kv_types) == {QUANT_TYPES["F32"].ggml_id}
         # Only flash attention takes quantized values.
         flash = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED if is_exact else self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.flash_attn_type = flash

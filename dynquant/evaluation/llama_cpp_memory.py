@@ -11,7 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dynquant.errors import DynquantError
+from dynquant.evaluation.llama_cpp import load_llama_model
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.llama_library import llama_cpp
 from dynquant.workers import run_module
 
 _MIB = 1 << 20
@@ -39,11 +41,8 @@ def reserved_bytes(file: Path, context: int, kv_type: str) -> tuple[int, int] | 
 
 def _main() -> None:
     """Write what llama.cpp says of one file, context and type of the cache."""
-    from dynquant.evaluation.llama_cpp import load_llama_model
-
     try:
-        import llama_cpp as api
-
+        api = llama_cpp()
         lines: list[str] = []
         log = api.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
         params = api.llama_model_default_params()

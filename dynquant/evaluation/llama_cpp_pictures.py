@@ -36,20 +36,18 @@ class MtmdRunner(LlamaCppRunner):
         self, path: Path, mmproj: Path, *, image_tokens: tuple[int, int] | None = None, stop: Collection[int] = ()
     ) -> None:
         super().__init__(path)
-        from llama_cpp import mtmd_cpp
-
-        self._mtmd, self._stop = mtmd_cpp, stop
+        self._mtmd, self._stop = self._api, stop
         log = llama_log()
         log.clear()
-        mtmd_cpp.mtmd_log_set(log.callback, ctypes.c_void_p(0))
-        mtmd_cpp.mtmd_helper_log_set(log.callback, ctypes.c_void_p(0))
-        params = mtmd_cpp.mtmd_context_params_default()
+        self._mtmd.mtmd_log_set(log.callback, ctypes.c_void_p(0))
+        self._mtmd.mtmd_helper_log_set(log.callback, ctypes.c_void_p(0))
+        params = self._mtmd.mtmd_context_params_default()
         params.use_gpu = params.print_timings = params.warmup = False
         params.n_threads = self._threads
         params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if image_tokens is not None:
             params.image_min_tokens, params.image_max_tokens = image_tokens
-        self._vision = mtmd_cpp.mtmd_init_from_file(os.fsencode(mmproj), self._model, params)
+        self._vision = self._mtmd.mtmd_init_from_file(os.fsencode(mmproj), self._model, params)
         if not self._vision:
             self.close()
             raise CheckpointError(f"{mmproj.name}: llama.cpp cannot load the file beside {path.name}: {log.last()}")

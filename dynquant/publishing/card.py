@@ -31,10 +31,10 @@ def release_card(
     base = options.base_model or (options.model if model.path != Path(options.model) and "/" in options.model else None)
     picture = [f"![{plot.headline}]({plot.png.name})", ""] if plot else []
     name = options.name or model.name
+    original_name = f"[{base}](https://huggingface.co/{base})" if base else model.name
+    count = sum(row.is_released for row in record.files)
     about = (
-        f"[{base}](https://huggingface.co/{base})" if base else f"{model.name}"
-    ) + f" ({model.arch}, {record.num_weights:,} weights) in {sum(row.is_released for row in record.files)} sizes for "
-    about += (
+        f"{original_name} ({model.arch}, {record.num_weights:,} weights) in {count} size{'s' * (count != 1)} for "
         "llama.cpp and programs built on it. Every tensor has the quant type that loses least for its bytes, measured "
         f"by dynquant {record.tool_version}: a file's name says the type of most weights and the bits per weight of "
         "the whole file."
@@ -47,7 +47,7 @@ def release_card(
         "## Files",
         "\n".join(_files(record, reports)),
         *picture[:1],
-        " ".join(_explained(reports, record)),
+        " ".join(_explained(reports, record, is_own_text=not options.questions.text)),
         "## Memory",
         "\n".join(_memory(record, model, options)),
         "## How to run",
@@ -127,16 +127,20 @@ def _shown(estimate: Estimate, form: str) -> str:
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
-def _explained(reports: Mapping[str, EvalReport], record: Release) -> Iterator[str]:
+def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_text: bool) -> Iterator[str]:
     report = next(iter(reports.values()), None)
     if report is None:
         yield "The files were not measured: no text was given (`--text FILE`)."
+    unseen = ", which calibration did not see" * is_own_text
     for text in report.texts if report else ():
         yield (
             f"Measured in {report.candidate.runner} against the original on {text.scored_tokens:,} tokens of "
-            f"{text.name} (SHA-256 {text.sha256[:16]}) that calibration did not see. KL is the mean Kullback-Leibler "
-            "divergence of the next token's distribution in nats; perplexity ratio is 1 where nothing is lost. "
-            f"Intervals are 95 %. Details are in [{REPORTS_NAME}/]({REPORTS_NAME}/)."
+            f"{text.name} (SHA-256 {text.sha256[:16]}){unseen}."
+        )
+    if report and report.texts:
+        yield (
+            "KL is the mean KL divergence of the next token's distribution in nats; the perplexity ratio is 1 "
+            f"where nothing is lost. Intervals are 95 %. Details are in [{REPORTS_NAME}/]({REPORTS_NAME}/)."
         )
     for result in report.multiple_choice if report else ():
         yield f"Accuracies are of {result.questions:,} multiple-choice questions, {result.scoring} scoring."

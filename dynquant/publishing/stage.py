@@ -55,9 +55,9 @@ from dynquant.storage.file_names import STATS_NAME
 _SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
 _MEASURING = {"--text", "--max-tokens", "--mmlu-data", "--shots", "--num-shots", "--limit", "--scoring"}
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
-_FREE = {"--model", "--output", "--name", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
+_FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
-_PACKAGES = ("torch", "transformers", "llama-cpp-python")
+_PACKAGES = ("torch", "transformers", "llama-cpp-python", "xllamacpp")
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,15 @@ def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
     """Return the record of the folder, or a new one; refuse a folder that holds something else."""
     settings = json.loads(json.dumps(recorded_settings(options, _FREE) | {"--seed": session.seed}))
     record = Release.load(options.output)
-    if record is not None:
+    if record is not None and record.files:
         record.check_same(options.output, model, settings)
         return record
-    if taken := next((name for name in (CARD_NAME, "config.json") if (options.output / name).exists()), None):
+    if record is not None and (record.fingerprint, record.settings) == (model.fingerprint, settings):
+        return record
+    for plan in (options.output / WORK_NAME).glob("*.plan.json"):  # of a run with other options that made no file
+        plan.unlink()
+    taken = next((name for name in (CARD_NAME, "config.json") if (options.output / name).exists()), None)
+    if record is None and taken is not None:
         raise OptionError(
             f"{options.output} holds a {taken} that no release wrote, and would be mixed with other files. Give a new "
             "folder as -o."

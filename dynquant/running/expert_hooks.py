@@ -159,10 +159,12 @@ def _recording_forward(observer: ExpertObserver, module: Any, *args: Any, **kwar
     hidden, expert_ids, weights = (*args, *kwargs.values())
     if getattr(module, "_is_expert_parallel", False):
         raise StatsError("Calibration cannot see experts under expert parallelism; load the model without it.")
-    result, layout = torch.zeros_like(hidden).flatten(0, -2), expert_layout(module)
+    result = torch.zeros_like(hidden).flatten(0, -2)
     rows = hidden.flatten(0, -2)  # DBRX's come as [B, T, C]
     for expert, slot, tokens in _routed(expert_ids):
-        out = _run_expert(observer, module, layout, (expert, rows[tokens], tokens))
+        call = call_expert(module, expert, rows[tokens], tokens)
+        observer(call)
+        out = call.down_output
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
         out = out * weights[tokens, slot, None]
@@ -172,30 +174,27 @@ def _recording_forward(observer: ExpertObserver, module: Any, *args: Any, **kwar
 
 def _recording_all_tokens(observer: ExpertObserver, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Compute [E T, C] from inputs [E T, C] that are zero for tokens which are not routed to an expert."""
-    layout = expert_layout(module)
     by_expert = hidden_states.view(module.down_proj.shape[0], -1, hidden_states.shape[-1])
     results = []
     for expert, x in enumerate(by_expert):
         tokens = x.detach().any(-1).nonzero().squeeze(-1)
         result = torch.zeros_like(x)
         if len(tokens):
-            out = _run_expert(observer, module, layout, (expert, x[tokens], tokens))
-            result = result.index_copy(0, tokens, out.to(result.dtype))
+            call = call_expert(module, expert, x[tokens], tokens)
+            observer(call)
+            result = result.index_copy(0, tokens, call.down_output.to(result.dtype))
         results.append(result)
     return torch.cat(results)
 
 
-def _run_expert(
-    observer: ExpertObserver, module: Any, layout: ExpertLayout, routed: tuple[int, torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """Return what an expert makes of its tokens; `routed` is its number, their inputs and their places."""
-    expert, x, tokens = routed
+def call_expert(module: Any, expert: int, x: torch.Tensor, tokens: torch.Tensor) -> ExpertCall:
+    """Run one expert on `x` [T, C], wherever a router would send it."""
+    layout = expert_layout(module)
     products = [_linear(module, layout, name, x, expert) for name in layout.inner]
     gate_up_output = products[0] if len(products) == 1 else torch.cat(products, -1)
     down_input = _activated(module, gate_up_output)
     out = _linear(module, layout, layout.down, down_input, expert)
-    observer(ExpertCall(module, expert, x, gate_up_output, down_input, out, tokens))
-    return out
+    return ExpertCall(module, expert, x, gate_up_output, down_input, out, tokens)
 
 
 def _activated(module: Any, gate_up: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Traced maps say all of that. gguf-py's map of names is asked for weights that GG
 and for GGUF files, whose columns are then compared with those of the running model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -61,10 +61,14 @@ class LinearInput:
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """GGUF stacks of a module's routed experts: those that read the common input, then the down-projections."""
+    """GGUF stacks of a module's routed experts: those that read the common input, then the down-projections.
+
+    `rows` are the outputs of an expert's layer that the rows of a stack make, where that is known.
+    """
 
     inner: tuple[str, ...]
     down: str
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,29 +172,31 @@ def _expert_inputs(model: Model, hf_model: nn.Module, held: dict[str, StridedMap
                 stacks.setdefault(parameter, []).append((entries.pieces[0].offset, name))
     experts = {}
     for module_name, module in expert_modules(hf_model).items():
-        layout, inner, downs = expert_layout(module), [], []
+        layout, inner, downs, rows, before = expert_layout(module), [], [], {}, 0
         for part in (*layout.inner, layout.down):
             names = [name for _, name in sorted(stacks.get(f"{module_name}.{part}", []))]
             for name in names:
-                _check_expert_columns(name, held[name], module, part)
+                rows[name] = _expert_rows(name, held[name], module, part) + (0 if part == layout.down else before)
+            before += expert_stack(module, part).shape[2 if part in layout.transposed else 1]
             (downs if part == layout.down else inner).extend(names)
         if not downs:
             parts = [gguf_name_of(f"{module_name}.{part}", model.arch, model.hyper.n_layer) for part in _EXPERT_PARTS]
             inner, downs = [name for name in parts[:-1] if name is not None], parts[-1:]
-        experts[module] = _experts_of(module_name, inner, downs[0])
+        experts[module] = _experts_of(module_name, inner, downs[0], rows)
     return experts
 
 
-def _experts_of(module_name: str, inner: list[str], down: str | None) -> ExpertInputs:
+def _experts_of(module_name: str, inner: list[str], down: str | None, rows: dict[str, Tensor]) -> ExpertInputs:
     if not inner or down is None:
         raise StatsError(
             f"The GGUF weights of the experts {module_name} are not found, so their inputs cannot be measured; "
             "calibrate with llama-imatrix and import the file instead (`dynquant calibrate MODEL --imatrix FILE`)."
         )
-    return ExpertInputs(tuple(inner), down)
+    return ExpertInputs(tuple(inner), down, rows)
 
 
-def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module, part: str) -> None:
+def _expert_rows(name: str, entries: StridedMap, module: nn.Module, part: str) -> Tensor:
+    """Return which outputs its rows are, in the first expert; raise StatsError for columns in another order."""
     shape, is_transposed = tuple(expert_stack(module, part).shape), part in expert_layout(module).transposed
     blocks = row_blocks(entries, lambda _, positions: _row_and_column(positions, shape, is_transposed))
     if blocks is None or unless_sorted(blocks[0].columns, shape[1 if is_transposed else 2]) is not None:
@@ -198,6 +204,7 @@ def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module, par
             f"The columns of `{name}` are not the channels of its input in their order, which is not supported for "
             "experts; calibrate with llama-imatrix and import the file instead (`dynquant calibrate --imatrix FILE`)."
         )
+    return blocks[0].stored_rows[: entries.shape[1]]
 
 
 def _entries_in_file(model: Model, search: EqualEntries, name: str, named: dict[str, LinearInput]) -> StridedMap | None:

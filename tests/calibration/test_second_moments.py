@@ -9,7 +9,7 @@ import torch
 from dynquant.calibration.importance import importance
 from dynquant.calibration.recorders import MomentRecorder
 from dynquant.calibration.run import StatisticsOptions, collect_statistics
-from dynquant.calibration.second_moments import DAMPING, SecondMoments, hessian
+from dynquant.calibration.second_moments import DAMPING, OUTPUT, SecondMoments, hessian, output_hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.errors import StatsError
 from dynquant.families.open import open_model
@@ -86,6 +86,35 @@ def test_gradients_weigh_tokens_and_leave_logits_and_statistics_alone(moe, token
     assert all(parameter.requires_grad for parameter in moe.parameters())
     again = collect(moe, tokens, hessians="gradients")
     assert torch.equal(again.moments.sums[GATE], found.moments.sums[GATE])
+
+
+def test_two_sides_are_those_of_gradients_and_moments_of_output_gradients(moe, tokens, whole):
+    seen = []
+    layer = moe.model.layers[0].mlp.gate_proj
+
+    def watch(_layer, _inputs, out):
+        if out.requires_grad:
+            out.register_hook(seen.append)
+
+    hook = layer.register_forward_hook(watch)
+    found = collect(moe, tokens, hessians="two-sided")
+    hook.remove()
+    gradients = torch.cat([gradient.flatten(0, -2) for gradient in seen])
+    expected = gradients.T @ gradients
+    torch.testing.assert_close(found.moments.sums[DENSE + OUTPUT][0], expected, rtol=1e-3, atol=1e-5)
+    for name in (GATE, DOWN):
+        assert torch.equal(found.moments.weights[name + OUTPUT], whole.moments.weights[name])
+    shape = (8, 256, 256)
+    assert torch.linalg.eigvalsh(output_hessian(found.moments, GATE, shape).double()).amin() > 0
+    assert torch.equal(found.moments.sums[GATE], collect(moe, tokens, hessians="gradients").moments.sums[GATE])
+    assert output_hessian(whole.moments, GATE, shape) is None
+    key = "blk.2.attn_kv_b.weight" + OUTPUT
+    head = found.moments.sums[key][0, 96 + 32 : 192, 96 + 32 : 192] / found.moments.weights[key].float()
+    values = output_hessian(found.moments, "blk.2.attn_v_b.weight", (4, 64, 256))[1]
+    off = ~torch.eye(64, dtype=torch.bool)
+    ratio = (values[off] / head[off]).double()
+    assert ratio.std() < 1e-3 * ratio.mean(), "of the second head: shrunk off the diagonal"
+    assert not {"output.weight" + OUTPUT} & set(found.moments.sums)
 
 
 def test_experts_are_pooled_when_they_do_not_all_fit(moe, tokens, whole):

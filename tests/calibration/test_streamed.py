@@ -45,7 +45,7 @@ def moe(small_moe: Path) -> Model:
 @pytest.fixture(scope="module")
 def whole(moe: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of a calibration that loaded the model whole."""
-    return calibrated_whole(moe, tmp_path_factory.mktemp("whole"), "gradients")
+    return calibrated_whole(moe, tmp_path_factory.mktemp("whole"), "two-sided")
 
 
 def calibrated_whole(model: Model, directory: Path, hessians: str, **options) -> Path:
@@ -83,16 +83,16 @@ def stopping_after(stages: int) -> Callable[..., None]:
 def test_files_are_byte_equal_to_those_of_a_whole_model(name, tmp_path, tiny_text):
     model = open_model(tiny_text(name))
     (tmp_path / "whole").mkdir()
-    streamed(model, tmp_path, "gradients")
-    assert same_files(calibrated_whole(model, tmp_path / "whole", "gradients"), tmp_path)
+    streamed(model, tmp_path, "two-sided")
+    assert same_files(calibrated_whole(model, tmp_path / "whole", "two-sided"), tmp_path)
 
 
 def test_a_trained_moe_gives_the_same_files_within_the_least_memory(moe, whole, tmp_path):
     with pytest.raises(StatsError, match="is too small") as refused:
-        streamed(moe, tmp_path, "gradients", limit_bytes=10**8)
+        streamed(moe, tmp_path, "two-sided", limit_bytes=10**8)
     assert not any(tmp_path.iterdir())
     least = float(str(refused.value).split("--max-memory ")[1].split("GB")[0])
-    streamed(moe, tmp_path, "gradients", limit_bytes=int(1e9 * (least + 0.1)))
+    streamed(moe, tmp_path, "two-sided", limit_bytes=int(1e9 * (least + 0.1)))
     assert same_files(whole, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hessians.safetensors", "stats.safetensors"]
 
@@ -117,18 +117,18 @@ def test_a_gpu_streams_the_same_files_too(moe, cuda, tmp_path, monkeypatch):
 )  # in the middle of the layers, and before the last one runs backward
 def test_a_killed_run_goes_on(stages, moe, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        streamed(moe, tmp_path, "gradients", progress=stopping_after(stages))
-    assert streamed(moe, tmp_path, "gradients").first_stage == stages
+        streamed(moe, tmp_path, "two-sided", progress=stopping_after(stages))
+    assert streamed(moe, tmp_path, "two-sided").first_stage == stages
     assert same_files(whole, tmp_path)
 
 
 def test_a_line_of_something_else_is_run_again(moe, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        streamed(moe, tmp_path, "gradients", spill=tmp_path / "spill", progress=stopping_after(4))
+        streamed(moe, tmp_path, "two-sided", spill=tmp_path / "spill", progress=stopping_after(4))
     (journal,) = (tmp_path / "spill").rglob("progress.jsonl")
     *lines, _ = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines, b'{"stage": 3, "aliases": 5, "moment_bytes": []}\n']))
-    assert streamed(moe, tmp_path, "gradients", spill=tmp_path / "spill").first_stage == 3
+    assert streamed(moe, tmp_path, "two-sided", spill=tmp_path / "spill").first_stage == 3
     assert same_files(whole, tmp_path)
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from dynquant.encoding import ggml as ggml_encoder
-from dynquant.encoding.ggml import GgmlEncoder, encode, library_path
+from dynquant.encoding.ggml import GgmlEncoder, encode
 from dynquant.encoding.interface import Encoder
 from dynquant.errors import EncodeError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.llama_library import library_path
 from dynquant.recipes.llama_mixtures import LLAMA_FTYPES
 from tests.helpers.llama_quantize import deepseek_model, llama_model, llama_quantize
 from tests.helpers.representatives import SLOW_GGML_TABLES, represented_by
@@ -43,7 +44,7 @@ def lognormal(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def ggml() -> ctypes.CDLL:
-    return ctypes.CDLL(str(library_path()))
+    return ctypes.CDLL(str(library_path("ggml-base")))
 
 
 @pytest.mark.parametrize("case", represented_by(CASES.keys() - {"slow tables"}, CASES))

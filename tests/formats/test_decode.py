@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dynquant.encoding.ggml import library_path
 from dynquant.errors import PlanError
 from dynquant.formats import decode, tables
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from dynquant.llama_library import library_path
 from tests.helpers.representatives import SLOW_GGML_TABLES, represented_by
 
 ALL_TYPES = sorted(QUANT_TYPES)
@@ -144,7 +144,7 @@ def test_real_rows_encoded_by_gguf(name: str, real_rows: np.ndarray) -> None:
 def ggml() -> ctypes.CDLL:
     """The ggml library with which the encoder has built its search tables; its file is there more than once."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    library = ctypes.CDLL(str(library_path()))
+    library = ctypes.CDLL(str(library_path("ggml-base")))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = (
         [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]

@@ -58,7 +58,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
+        owner, name, *path = self.path.strip("/").split("/")
+        if path[:1] == ["resolve"]:
+            content = self.hub.repositories[f"{owner}/{name}"].files["/".join(path[2:])]
+            self.send_response(200)
+            about = {"X-Repo-Commit": "0" * 40, "ETag": f'"{git_hash(content)}"', "Content-Length": str(len(content))}
+            for header, value in about.items():
+                self.send_header(header, value)
+            self.end_headers()
+            self.wfile.write(content if self.command == "GET" else b"")
+            return
         match = re.match(r"/api/models/([^/?]+/[^/?]+)", self.path)
         if match and match.group(1) in self.hub.repositories:
             self._answer(_info(match.group(1), self.hub.repositories[match.group(1)]))
@@ -123,7 +136,9 @@ def hub_stand_in() -> Iterator[StandIn]:
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    settings = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+    settings |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     try:
         with patch.multiple(constants, **settings):
             yield hub

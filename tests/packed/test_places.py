@@ -200,6 +200,6 @@ def test_a_closing_pass_is_refused(qwen, tmp_path):
     model, plan, _ = qwen
     plan.save(tmp_path / "plan.json")
     files = {"model": str(model.path), "output": tmp_path / "out", "plan": tmp_path / "plan.json"}
-    with pytest.raises(ExportError, match="it trains on text alone"):
+    with pytest.raises(ExportError, match="it goes by text alone"):
         export(ExportOptions(format="safetensors", tune=500, **files))
     assert not (tmp_path / "out").exists()

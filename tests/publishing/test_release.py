@@ -2,17 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 from huggingface_hub import constants
 
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.planning.options import PlanOptions, SearchOptions
+from dynquant.planning.stage import make_plan, make_plans
+from dynquant.planning.target import Target
 from tests.helpers.commands import linked_copy, refused, succeed
-from tests.helpers.hub_stand_in import hub_stand_in
+from tests.helpers.hub_stand_in import Repository, hub_stand_in
 
 OPTIONS = (
     "--tokens", 4096, "--window", 128, "--hessians", "none", "--encoder", "ggml", "--types", "q2_k,q3_k,q4_k,q6_k",
@@ -98,11 +103,12 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
 
 @pytest.mark.nightly
 def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text, tmp_path):
-    recipe = linked_copy(released, tmp_path / "other") / files_in(released)[0]
-    published = recipe.rename(recipe.with_name("published.gguf"))
-    succeed(
-        "release", tiny_moe, "--bpw", "4", *OPTIONS, "--text", text, "--like", published, "--packed", "-o", again
-    )  # fmt: skip
+    published = Repository(files={"low/published.gguf": (released / files_in(released)[0]).read_bytes()})
+    with hub_stand_in() as hub, patch.object(constants, "HF_HUB_CACHE", str(tmp_path / "cache")):
+        hub.repositories["some/body"] = published
+        call = ("release", tiny_moe, "--bpw", "4", *OPTIONS, "--text", text, "-o", again)
+        succeed(*call, "--like", "some/body/low/published.gguf", "--packed")
+        assert "no file here" in refused(*call, "--like", "some/body")
     names = files_in(again)
     assert len(names) == 3 and set(files_in(released)) < set(names)
     card = (again / "README.md").read_text()
@@ -125,6 +131,8 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     assert "twice" in refused(*call, "--bpw", "3,3.0")
     assert "is no range" in refused(*call, "--sizes", "4:2")
     assert "bpw 1.1: The budget of" in refused(*call, "--bpw", "3.4,1.1")
+    first = ("release", tiny_moe, *OPTIONS, "--text", text, "-o", tmp_path / "first", "--bpw", 1.1)
+    assert all("The budget of" in refused(*first, "--tokens", tokens) for tokens in (4096, 2048))  # no file was made
     assert "no-such.jsonl" in refused(
         "release", tiny_moe, "--bpw", 3, "--calibration", "no-such.jsonl", "-o", tmp_path / "n"
     )
@@ -157,3 +165,15 @@ def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny
         assert len(repository.commits) == len(repository.files)
     with hub_stand_in() as hub, patch.object(constants, "HF_HUB_OFFLINE", True):
         assert f"Reading {REPO} failed" in refused(*call)
+
+
+@pytest.mark.nightly
+def test_sizes_that_are_planned_together_have_the_plans_that_they_have_alone(tiny_moe, tmp_path):
+    search = SearchOptions(select=True, probes=2, selection_tokens=512)
+    calibration = CalibrationOptions(tokens=4096, window=128, hessians="none")
+    asked = PlanOptions(model=str(tiny_moe), output=tmp_path, calibration=calibration, encoder="ggml", search=search)
+    targets = [Target(bpw=bits, types=("q2_k", "q4_k", "q6_k")) for bits in (3.6, 5.0)]
+    alone = [make_plan(replace(asked, target=target)) for target in targets]
+    together = make_plans(asked, targets)
+    assert [plan.entries for plan in together] == [plan.entries for plan in alone]
+    assert [plan.selected_kl for plan in together] == pytest.approx([plan.selected_kl for plan in alone], rel=1e-5)

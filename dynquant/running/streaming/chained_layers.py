@@ -61,7 +61,7 @@ def gives_tuples(hf_model: Any, layers: nn.ModuleList, dtype: torch.dtype, devic
         faults.append(fault)
     raise StatsError(
         f"{type(hf_model).__name__} cannot be calibrated layer by layer: {faults[0]}. Load the model whole: leave out "
-        "--max-memory, on a machine that has the memory for it."
+        "--max-memory, on a machine that has the memory for it; export without --asymmetric."
     )
 
 

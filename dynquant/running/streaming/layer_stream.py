@@ -136,6 +136,18 @@ class LayerStream:
         finally:
             self._remove(stage)
 
+    def own_tensors(self, number: int) -> dict[str, torch.Tensor]:
+        """Return copies of the weights of a loaded stage by their full names, experts as plain stacks, that stand in
+        the model from now on and may be changed."""
+        stage, tensors = self._stages[number], {}
+        for name, (owner, attribute) in stage.stacks.items():
+            experts = owner.__dict__[attribute]
+            tensors[name] = owner.__dict__[attribute] = torch.stack([experts[e] for e in range(len(experts))])
+        for name, (owner, attribute) in stage.dense.items():
+            put(owner, attribute, getattr(owner, attribute).clone())
+            tensors[name] = getattr(owner, attribute)
+        return tensors
+
     @contextmanager
     def not_loading(self) -> Iterator[None]:
         """Context manager: forward passes use what `stage` has loaded and load nothing themselves."""

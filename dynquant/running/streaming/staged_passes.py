@@ -117,17 +117,20 @@ class StagedPasses:
     def forward(self, stage: int, before_batch: BeforeBatch = lambda _: None) -> None:
         """Run one stage on all batches and keep what enters the next; the head computes each window's last logits."""
         with torch.no_grad(), self._loaded(stage, stage + 1 if stage < self.head else None):
-            for index, batch in enumerate(self.batches):
+            for index in range(len(self.batches)):
                 before_batch(index)
-                if stage == self.ahead:
-                    self._logits_ahead(index)
-                elif stage == self.head:
-                    with last_logits(self.stream.hf_model):
-                        self._logits(self._entering(stage, index))
-                elif stage == 0:
-                    self.states.write(1, index, self._embedded(batch))
-                else:
-                    self.states.write(stage + 1, index, self._layer(stage, self._entering(stage, index)))
+                out = self.output(stage, index)
+                if stage < self.head:
+                    self.states.write(stage + 1, index, out)
+
+    def output(self, stage: int, index: int) -> Tensor:
+        """Run a loaded stage on one batch: return what enters the next, or the last logits of each window."""
+        if stage == self.ahead:
+            return self._logits_ahead(index)
+        if stage == self.head:
+            with last_logits(self.stream.hf_model):
+                return self._logits(self._entering(stage, index))
+        return self._layer(stage, self._entering(stage, index)) if stage else self._embedded(self.batches[index])
 
     def backward(
         self,

@@ -40,6 +40,7 @@ class Workload:
     is_backward: bool = False
     moments: bool = False
     pools_experts: bool = True
+    has_outputs: bool = False
 
 
 def free_memory_of(device: torch.device | str) -> int:
@@ -127,12 +128,11 @@ def _layer_channels(layer: nn.Module, work: Workload) -> int:
 
 
 def _moment_bytes(layer: nn.Module, work: Workload) -> int:
-    total = sum(
-        4 * module.in_features**2
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith(_SHARES_INPUT)
-    )
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    total = sum(4 * module.in_features**2 for name, module in linears.items() if not name.endswith(_SHARES_INPUT))
+    if work.has_outputs:
+        total += sum(4 * module.out_features**2 for module in linears.values())
     for experts in expert_modules(layer).values():
         shape = expert_stack(experts, expert_layout(experts).down).shape
-        total += 4 * (1 if work.pools_experts else shape[0]) * (shape[1] ** 2 + shape[2] ** 2)
+        total += 4 * (1 if work.pools_experts else shape[0]) * (shape[1] ** 2 + shape[2] ** 2) * (1 + work.has_outputs)
     return total

@@ -32,7 +32,7 @@ def test_the_methods_that_are_shipped_have_flags_of_today() -> None:
 def row(scale: float, right: list[bool]) -> dict:
     metrics = {"KL a.txt": {"value": scale, "low": scale, "high": scale}}
     metrics["letter (4 questions) accuracy"] = {"value": sum(right) / 4, "reference": 1.0}
-    seconds, blocks = {"plan": 1.0, "tune": scale}, {"a.txt": [64 * scale, 64 * scale * 1.1]}
+    seconds, blocks = {"plan": 1.0, "export": scale}, {"a.txt": [64 * scale, 64 * scale * 1.1]}
     return {"bytes": 1000, "seconds": seconds, "metrics": metrics, "kl_blocks": blocks, "is_right": right}
 
 
@@ -57,12 +57,13 @@ def test_a_judged_model_is_measured_once(small_moe: Path, tmp_path: Path, monkey
     text = small_moe.parent / "demo_text.txt"
     (tmp_path / "report.md").write_text("# What people say\n\n")
     words = ["judge", "--model", small_moe, "-o", output, "--methods", methods, "--report", tmp_path / "report.md"]
-    words += ["--recipes", "llama-iq2_xxs,llama-q2_k", "--tokens", 4096, "--text", text, "--score", 512]
+    words += ["--recipes", "llama-q2_k,llama-q4_k_m", "--tokens", 4096, "--text", text, "--score", 512]
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--side-by-side", "1"])
     judge.main()
     rows = json.loads((output / small_moe.name / "rows.json").read_text())["rows"]
-    assert len(rows) == 8 and not any("refused" in measured for measured in rows.values())
-    for recipe in ("llama-iq2_xxs", "llama-q2_k"):
+    refused = {name: measured["refused"] for name, measured in rows.items() if "refused" in measured}
+    assert len(rows) == 8 and [*refused] == ["llama-q4_k_m coarse"] and "largest possible" in refused.popitem()[1]
+    for recipe in ("llama-q2_k", "llama-q4_k_m"):
         alike = {rows[f"{recipe} {name}"]["bytes"] for name in ("default", "untuned", "stock")}
         assert max(alike) <= 1.001 * min(alike)
         default, untuned = (rows[f"{recipe} {name}"] for name in ("default", "untuned"))
@@ -73,6 +74,6 @@ def test_a_judged_model_is_measured_once(small_moe: Path, tmp_path: Path, monkey
     assert len([*output.glob("*/calibration-*/stats.safetensors")]) == 1
     capsys.readouterr()
     judge.main()
-    assert "bytes" not in capsys.readouterr().out, "a row was made again"
+    assert "KL demo_text" not in capsys.readouterr().out, "a row was made again"
     said = (tmp_path / "report.md").read_text()
     assert said.startswith("# What people say") and said.count("## textbook-moe-16m") == 1

@@ -1,0 +1,1 @@
+"""Encoding under the inputs that the quantized model itself has."""
