@@ -58,11 +58,19 @@ class CrossMoments:
         experts, channels = self._sums[key].shape[:2]
         h = hessian(moments, stats, key, (experts, 1, channels) if experts > 1 else (1, channels))
         assert h is not None
-        tokens = self._counts[key].to(self._sums[key].device)
-        differences = _SHARE * self._differences[key].double() / (tokens + channels)[:, None, None]
-        if not (h.isfinite().all() and differences.isfinite().all()):
-            raise StatsError(
-                f"{key}: the inputs that the quantized model gives it are not finite, so there is nothing to correct "
-                "by. Export without --asymmetric, or with more bits for the layers before it."
-            )
-        return torch.linalg.solve(h.to(differences), differences.mT).mT.float().cpu()
+        corrections = torch.empty(experts, channels, channels)
+        for expert in range(experts):  # one at a time: many in float64 would not fit on a GPU
+            tokens = int(self._counts[key][expert])
+            differences = _SHARE * self._differences[key][expert].double() / (tokens + channels)
+            corrections[expert] = _solved(key, h[min(expert, len(h) - 1)].to(differences), differences)
+        return corrections
+
+
+def _solved(key: str, h: Tensor, differences: Tensor) -> Tensor:
+    """Return D H⁻¹ [C, C] of one matrix."""
+    if not (h.isfinite().all() and differences.isfinite().all()):
+        raise StatsError(
+            f"{key}: the inputs that the quantized model gives it are not finite, so there is nothing to correct by. "
+            "Export without --asymmetric, or with more bits for the layers before it."
+        )
+    return torch.linalg.solve(h, differences.mT).mT.float()
