@@ -112,7 +112,14 @@ class Encoding:
             "dynquant_version": __version__,
             "header": header_hash,
             "hessians": self.used_moments.identity if self.used_moments is not None else "none",
-        } | ({"asymmetric": str(self.asymmetric)} if self.asymmetric else {})
+        } | self._seldom()
+
+    def _seldom(self) -> dict[str, str]:
+        """Return what decides the bytes of some exports alone."""
+        seldom = {"asymmetric": str(self.asymmetric)} if self.asymmetric else {}
+        if self.guidance.output_hessian is not None and self.limits.memory is not None:
+            seldom["memory"] = str(self.limits.memory)  # rows of two parts do not make up for each other
+        return seldom
 
     def quantized(
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress

@@ -132,7 +132,7 @@ class DynquantEncoder(Encoder):
             packed[place] = self._encode(layout, weights[place], loss, request.name)
 
         threads = request.threads if self.device.type == "cpu" else 1  # a GPU has threads enough
-        share(encode_experts, list(self._expert_batches(weights, hessian, in_turn=outputs is not None)), threads)
+        share(encode_experts, list(self._expert_batches(weights, hessian, outputs)), threads)
         for scalar in request.protected:  # one after the other: two may be in one row
             encode_protected(scalar)
         return packed
@@ -161,13 +161,13 @@ class DynquantEncoder(Encoder):
         halves = [self._encode(layout, part, loss, name) for part in (weights[:, :half], weights[:, half:])]
         return torch.cat(halves, dim=1)
 
-    def _expert_batches(self, weights: Tensor, hessian: Tensor | None, *, in_turn: bool) -> Iterator[slice]:
+    def _expert_batches(self, weights: Tensor, hessian: Tensor | None, outputs: Tensor | None) -> Iterator[slice]:
         count = self._weights_at_once // max(1, weights[:1].numel())
-        if in_turn and self.device.type == "cpu":
+        if outputs is not None and self.device.type == "cpu":
             count = 1  # products of several matrices would round in other ways
-        if hessian is not None:
+        if moments := sum(sides[:1].nbytes for sides in (hessian, outputs) if sides is not None):
             limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
-            count = min(count, limit // hessian[:1].nbytes)
+            count = min(count, limit // moments)
         return map(as_slice, ranges(weights.shape[0], max(1, count)))
 
     @property

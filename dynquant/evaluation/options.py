@@ -23,7 +23,13 @@ class QuestionOptions(Options):
     ] = ()
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu, generate; with --data kl and vqa.")] = ("kl", "ppl")
     max_tokens: Annotated[int, Flag("Tokens of each text.", ("--tokens",), min=2), Former("--max-tokens")] = 8192
-    prompts: Annotated[int, Flag("For generate: starts of each text that both models go on from.", min=1)] = 64
+    prompts: Annotated[
+        int,
+        Flag(
+            "For generate: starts of each text that both models go on from; at most what --tokens gives, one in 64.",
+            min=1,
+        ),
+    ] = 64
     new_tokens: Annotated[int, Flag("For generate: tokens that both models write after each.", min=1)] = 128
     mmlu_data: Annotated[
         str | None, Flag("Questions, .jsonl, .json, .parquet or a datasets id. Default: cais/mmlu.")

@@ -57,6 +57,7 @@ _GREEDY = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
+    "min_new_tokens": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "bad_words_ids": None,

@@ -140,8 +140,8 @@ def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_tex
         )
     if report and report.texts:
         yield (
-            "KL is the mean KL divergence of the next token's distribution in nats; the perplexity ratio is 1 "
-            f"where nothing is lost. Intervals are 95 %. Details are in [{REPORTS_NAME}/]({REPORTS_NAME}/)."
+            "KL is the mean Kullback-Leibler divergence of the next token's distribution in nats; the perplexity "
+            f"ratio is 1 where nothing is lost. Intervals are 95 %. Details are in [{REPORTS_NAME}/]({REPORTS_NAME}/)."
         )
     for result in report.multiple_choice if report else ():
         yield f"Accuracies are of {result.questions:,} multiple-choice questions, {result.scoring} scoring."

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynquant.calibration.second_moments import SecondMoments, hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
+from dynquant.errors import StatsError
 
 _SHARE = 0.5  # of the way to the nearest matrix
 
@@ -46,13 +47,30 @@ class CrossMoments:
         return stats, SecondMoments(provenance, torch.empty(0, 0), aliases=aliases, sums=sums, weights=weights)
 
     def corrections(self, stats: CalibrationStats, moments: SecondMoments) -> dict[str, Tensor]:
-        """Return what to add to a matrix, in units of itself, for every key: float32 [E, C, C] on the CPU."""
+        """Return what to add to a matrix, in units of itself, for every key: float32 [E, C, C] on the CPU.
+
+        Raises:
+            StatsError: the quantized model gives NaN or Inf.
+        """
         return {key: self._correction(key, stats, moments) for key in self._sums}
 
     def _correction(self, key: str, stats: CalibrationStats, moments: SecondMoments) -> Tensor:
         experts, channels = self._sums[key].shape[:2]
         h = hessian(moments, stats, key, (experts, 1, channels) if experts > 1 else (1, channels))
         assert h is not None
-        tokens = self._counts[key].to(self._sums[key].device)
-        differences = _SHARE * self._differences[key].double() / (tokens + channels)[:, None, None]
-        return torch.linalg.solve(h.to(differences), differences.mT).mT.float().cpu()
+        corrections = torch.empty(experts, channels, channels)
+        for expert in range(experts):  # one at a time: many in float64 would not fit on a GPU
+            tokens = int(self._counts[key][expert])
+            differences = _SHARE * self._differences[key][expert].double() / (tokens + channels)
+            corrections[expert] = _solved(key, h[min(expert, len(h) - 1)].to(differences), differences)
+        return corrections
+
+
+def _solved(key: str, h: Tensor, differences: Tensor) -> Tensor:
+    """Return D H⁻¹ [C, C] of one matrix."""
+    if not (h.isfinite().all() and differences.isfinite().all()):
+        raise StatsError(
+            f"{key}: the inputs that the quantized model gives it are not finite, so there is nothing to correct by. "
+            "Export without --asymmetric, or with more bits for the layers before it."
+        )
+    return torch.linalg.solve(h, differences.mT).mT.float()

@@ -10,6 +10,7 @@ once, each would make up for the same loss (textbook-moe-16m as IQ2_XXS, all of 
 again, but encodes nothing twice.
 """
 
+import glob
 import hashlib
 import json
 import shutil
@@ -142,8 +143,9 @@ def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encodi
     count = min(len(windows), -(-tokens // windows.shape[1]))
     digest = hashlib.sha256(json.dumps(encoding.identity("any")).encode()).hexdigest()[:12]
     directory = output.with_name(f".{output.name}.asymmetric-{digest}")
-    if not encoding.resume:
-        shutil.rmtree(directory, ignore_errors=True)
+    for other in output.parent.glob(f".{glob.escape(output.name)}.asymmetric-*"):  # of a call with other options
+        if other != directory or not encoding.resume:
+            shutil.rmtree(other, ignore_errors=True)
     make_directory(directory)
     how = {"threads": encoding.session.threads, "checks": encoding.checks, "limits": encoding.limits}
     store = EncodedStore(encoding.model, encoding.guidance, encoding.encoder, directory, **how)

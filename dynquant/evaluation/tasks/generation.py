@@ -27,7 +27,7 @@ _FEWEST_REPEATS, _FEWEST_REPEATED = 3, 24
 
 
 class Prompts(NamedTuple):
-    """Starts of texts, all of `PROMPT_TOKENS` tokens."""
+    """Starts of pieces of a text, each of `PROMPT_TOKENS` tokens."""
 
     name: str
     sha256: str
@@ -93,16 +93,21 @@ class GenerationResult(FrozenRecord):
 
 
 def read_prompts(path: Path, encode: TextEncoder, *, count: int, max_tokens: int) -> Prompts:
-    """Return the starts of up to `count` pieces of a text, spread evenly over its first `max_tokens` tokens.
+    """Return the starts of at most `count` pieces of a text, spread evenly over its first `max_tokens` tokens.
 
     Raises:
-        EvaluationError: the text cannot be read or is shorter than one prompt.
+        EvaluationError: the text cannot be read, or is shorter than one prompt.
     """
     text: ModelInputs = evaluation_windows(
         path, encode, window=PROMPT_TOKENS, max_tokens=max(max_tokens, PROMPT_TOKENS)
     )
     starts = [batch.ids[0].tolist() for batch in text]
-    whole = [ids for ids in starts if len(ids) == PROMPT_TOKENS] or starts[:1]
+    whole = [ids for ids in starts if len(ids) == PROMPT_TOKENS]
+    if not whole:
+        raise EvaluationError(
+            f"{text.name} is shorter than one prompt of {PROMPT_TOKENS} tokens. Give more text, or --tasks without "
+            "generate."
+        )
     return Prompts(text.name, text.sha256, take_evenly(whole, count))
 
 

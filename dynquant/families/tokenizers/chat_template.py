@@ -97,7 +97,7 @@ class ChatFormat:
         Raises:
             ChatTemplateError: the template is none, refuses or fails on the conversation, or takes seconds.
         """
-        from jinja2 import TemplateError, TemplateSyntaxError
+        from jinja2 import TemplateSyntaxError
 
         clock = {"strftime_now": lambda form: datetime.now().strftime(form)} if has_clock else {}
         special = {"bos_token": self.bos, "eos_token": self.ends[0] if self.ends else ""}
@@ -106,13 +106,13 @@ class ChatFormat:
             with _deadline():
                 compiled = _compiled(self.template or "")
                 return compiled.render(messages=messages, raise_exception=_refuse, **options, **special, **clock)
+        except ChatTemplateError:
+            raise
         except TemplateSyntaxError as error:
             raise ChatTemplateError(f"is no valid Jinja template: line {error.lineno}, {error.message}") from error
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # a template is a program, which Jinja compiles to Python: anything may come of it
             what = "refuses it" if (is_refusal := isinstance(error, _RefusalError)) else "fails"
-            raise ChatTemplateError(f"{what}: {error}", is_refusal=is_refusal) from error
-        except (RecursionError, MemoryError) as error:
-            raise ChatTemplateError(f"fails: {type(error).__name__}") from error
+            raise ChatTemplateError(f"{what}: {str(error) or type(error).__name__}", is_refusal=is_refusal) from error
 
     def surroundings(self, *, has_clock: bool = True) -> Surroundings:
         """Return what surrounds questions and answers. Raises ChatTemplateError: as `render`, or a message is left out
@@ -208,18 +208,21 @@ def lint(form: ChatFormat) -> list[Finding]:
         parts = form.surroundings()
     except ChatTemplateError as error:
         return [Finding(f"the chat template {error} (a question, its answer and another question)")]
-    text = form.render(chat(QUESTION, ANSWER, QUESTION_2, ANSWER_2, QUESTION_3))
-    findings = _turns(form, parts, text) + _begin_of_text(form, text)
-    texts = [text]
+    findings = _begin_of_text(form, parts.start)
+    texts = [parts.start, parts.answer, parts.next, parts.generation]
+    with _noted(findings, "three questions and two answers"):
+        texts.append(form.render(chat(QUESTION, ANSWER, QUESTION_2, ANSWER_2, QUESTION_3)))
+        findings += _turns(parts, texts[-1])
+    with _noted(findings, "a question without a generation prompt"):
+        findings += _prompt(form, parts)
+    findings += _ends(form, parts)
     for what, messages, tools in _CONVERSATIONS:
-        try:
+        with _noted(findings, what):
             texts.append(form.render(messages, tools=tools))
-        except ChatTemplateError as error:
-            findings.append(Finding(f"the chat template {error} ({what})", is_fault=not error.is_refusal))
-            continue
-        shown = [mark for mark in (SYSTEM, _CALL, _RESULT) if mark in json.dumps([messages, tools], ensure_ascii=False)]
-        if any(mark not in texts[-1] for mark in shown):
-            findings.append(Finding(f"the chat template leaves out part of {what}", is_fault=what == _SYSTEM_MESSAGE))
+            written = json.dumps([messages, tools], ensure_ascii=False)
+            if any(mark in written and mark not in texts[-1] for mark in (SYSTEM, _CALL, _RESULT)):
+                lack = f"the chat template leaves out part of {what}"
+                findings.append(Finding(lack, is_fault=what == _SYSTEM_MESSAGE))
     unknown = dict.fromkeys(token for text in texts for token in markup(text) if token not in form.tokens)
     if unknown and form.tokens:
         findings.append(
@@ -253,24 +256,37 @@ _CONVERSATIONS: list[tuple[str, list[Message], list[object] | None]] = [
 ]
 
 
-def _turns(form: ChatFormat, parts: Surroundings, text: str) -> list[Finding]:
+@contextmanager
+def _noted(findings: list[Finding], what: str) -> Iterator[None]:
+    """Context manager: a template that cannot render a conversation is a finding, and the lint goes on."""
+    try:
+        yield
+    except ChatTemplateError as error:
+        findings.append(Finding(f"the chat template {error} ({what})", is_fault=not error.is_refusal))
+
+
+def _turns(parts: Surroundings, text: str) -> list[Finding]:
     """Return what is wrong with the borders of questions and answers in a conversation of three questions."""
-    findings = []
     inside = between(text, QUESTION, ANSWER, QUESTION_2, ANSWER_2, QUESTION_3)[1:-1]
     if inside != [parts.answer, parts.next] * 2:
-        findings.append(Finding("the chat template writes something else around later turns than around the first"))
+        return [Finding("the chat template writes something else around later turns than around the first")]
+    return []
+
+
+def _prompt(form: ChatFormat, parts: Surroundings) -> list[Finding]:
     if form.render(chat(QUESTION), generation=False) == parts.start + QUESTION + parts.generation:
         rest = parts.answer.removeprefix(parts.generation)
         if len(rest) < len(parts.answer) and markup(rest):
-            findings.append(
-                Finding(f"add_generation_prompt adds nothing, but {rest!r} stands before the answers of a conversation")
-            )
-    if not any(end in parts.next for end in form.ends):
-        ends = ", ".join(form.ends) or "none"
-        findings.append(
-            Finding(f"behind an answer stands {parts.next!r}, and none of the tokens that end generation ({ends})")
-        )
-    return findings
+            text = f"add_generation_prompt adds nothing, but {rest!r} stands before the answers of a conversation"
+            return [Finding(text)]
+    return []
+
+
+def _ends(form: ChatFormat, parts: Surroundings) -> list[Finding]:
+    if any(end in parts.next for end in form.ends):
+        return []
+    ends = ", ".join(form.ends) or "none"
+    return [Finding(f"behind an answer stands {parts.next!r}, and none of the tokens that end generation ({ends})")]
 
 
 def _begin_of_text(form: ChatFormat, text: str) -> list[Finding]:
@@ -312,8 +328,10 @@ def _compiled(template: str) -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    # Unlike Jinja's own filter, that of transformers escapes nothing for HTML.
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
+    # Unlike Jinja's own filter, that of transformers escapes nothing for HTML, and has its options in this order.
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
     return environment.from_string(template)
 
 

@@ -56,6 +56,10 @@ def test_templates_of_known_families_have_no_faults_and_say_where_messages_stand
         (("{%- if", "{{ bos_token * 2 }}{%- if"), {"bos": "<s>"}, "writes BOS (<s>) twice"),
         (("{{ m.role }}", "{{ m.role if loop.index < 3 else 'x' }}"), {}, "something else around later turns"),
         (("{% for m in messages", "{% for m in messages if m.role != 'system'"), {}, "leaves out part of a system"),
+        (("in messages", "in messages[-3:]"), {}, "0 times, or out of its order (three questions and two answers)"),
+        (("{% for m", "{% for i in [1] %}" * 25 + "{% endfor %}" * 25 + "{% for m"), {}, "fails: too many statically"),
+        (("{% for m", "{% for i in [1] %}" * 120 + "{% endfor %}" * 120 + "{% for m"), {}, "fails: too many"),
+        (("{% for m", "{{ cycler() }}{% for m"), {}, "the chat template fails: at least one item"),
         (
             ("{% for m", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% for m"),
             {},
@@ -70,11 +74,22 @@ def test_faults_are_told(edit, options, words, monkeypatch):
     assert any(words in fault for fault in faults(template, **options)), faults(template, **options)
 
 
+@pytest.mark.parametrize(
+    ("condition", "what"),
+    [("messages | length > 4", "three questions and two answers"), ("not add_generation_prompt", "a question without")],
+)
+def test_a_refusal_is_no_fault_and_ends_no_lint(condition, what):
+    template = "{% if " + condition + " %}{{ raise_exception('not I') }}{% endif %}" + CHATML
+    assert faults(template, tokens=CHATML_TOKENS) == []
+    assert any(f"refuses it: not I ({what}" in finding.text for finding in lint(form(template)))
+
+
 def test_a_template_renders_as_in_transformers():
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = chat("a <b> & \u2581", "c", "d", system="s")
-    generation = "{% generation %}{{ messages | tojson(indent=2) }}\n{% endgeneration %}{{ bos_token }}"
+    dumped = "{{ messages | tojson(indent=2) }}{{ messages | tojson(1, 2) }}"
+    generation = "{% generation %}" + dumped + "\n{% endgeneration %}{{ bos_token }}"
     for template in (CHATML, PHI, DEEPSEEK, LLAMA_3, generation):
         (expected,), _ = render_jinja_template(
             [messages], chat_template=template, add_generation_prompt=True, bos_token="<b>", eos_token="<e>"
