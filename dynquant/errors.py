@@ -73,6 +73,14 @@ class HubError(DynquantError):
     """Hugging Face's Hub refuses, or does not answer."""
 
 
+def hub_failures() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises where the Hub refuses, or does not answer."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # The first base is HTTPError of the HTTP library that it has, of which lost connections are as well.
+    return (*HfHubHTTPError.__bases__, OSError, HFValidationError)
+
+
 def reason(error: OSError) -> str:
     """Return what the system says, and of which path."""
     if isinstance(error, FileExistsError | NotADirectoryError):

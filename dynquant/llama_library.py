@@ -244,7 +244,10 @@ def is_installed() -> bool:
 
 
 def _package(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ImportError:  # said by a finder
+        return None
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 

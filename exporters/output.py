@@ -129,8 +129,8 @@ class Encoding:
         if self.blocks is not None and elsewhere is None:
             belongs = (self.model, self.plan.stats_hash or "", self.encoder, self.used_moments)
             directory = store_directory(self.blocks, *belongs)
-            threads = self.session.threads
-            elsewhere = EncodedStore(self.model, self.guidance, self.encoder, directory, threads, self.checks).parts
+            how = {"threads": self.session.threads, "checks": self.checks, "limits": self.limits}
+            elsewhere = EncodedStore(self.model, self.guidance, self.encoder, directory, **how).parts
         return self.tensors.quantize(self.plan, parts, elsewhere=elsewhere, progress=progress, skip=skip)
 
     @contextmanager

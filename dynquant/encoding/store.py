@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
@@ -25,7 +25,7 @@ from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
-from dynquant.encoding.parts import TensorPart, WeightChecks
+from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks
 from dynquant.encoding.stream import Guidance, TensorEncoder, encoder_version, guidance_of
 from dynquant.errors import WriteError
 from dynquant.formats import decode
@@ -49,10 +49,11 @@ class EncodedStore:
     threads: int | None = None
     checks: WeightChecks | None = None
     """Are told of the weights of tensors that are encoded, not of those whose blocks are there."""
+    limits: PartLimits = field(default_factory=PartLimits)
 
     @cached_property
     def _tensors(self) -> TensorEncoder:
-        return TensorEncoder(self.model, self.guidance, self.encoder, self.threads, self.checks)
+        return TensorEncoder(self.model, self.guidance, self.encoder, self.threads, self.checks, self.limits)
 
     def packed(self, name: str, type_name: str) -> torch.Tensor:
         """Blocks of a tensor, uint8 [..., rows, row_bytes], from disk where they were encoded before.
@@ -82,11 +83,15 @@ class EncodedStore:
         types = {name: of_tensor[0].quant_type for name, of_tensor in tensors.items()}
         self.encoder.prepare(dict.fromkeys(each for name, each in types.items() if not self.is_there(name, each)))
 
-        def num_bytes(name: str) -> int:
-            return types[name].tensor_bytes(tuple(self.model.source.info(name).shape))
+        def cost(name: str) -> int:
+            stored, packed = types[name], types[name].tensor_bytes(tuple(self.model.source.info(name).shape))
+            if self.is_there(name, stored):
+                return packed
+            return packed + max(map(encoder.needed_bytes, encoder.parts_of(name, stored)))
 
-        packing = {"cost": num_bytes, "budget": free_memory() // 2}
-        blocks = side_by_side(lambda name: self.packed(name, types[name].name), types, self.threads, **packing)
+        encoder, budget = self._tensors, free_memory() // 2 if self.limits.memory is None else self.limits.memory
+        packing = {"cost": cost, "budget": budget}
+        blocks = side_by_side(lambda name: self.packed(name, types[name].name), types, encoder.workers, **packing)
         for name, packed in zip(tensors, blocks, strict=True):
             for part in tensors[name]:
                 yield part, packed.reshape(-1)[part.offset : part.offset + part.num_bytes]

@@ -141,7 +141,7 @@ class TensorEncoder:
         Raises:
             ExportError: the limits are too tight for a tensor.
         """
-        at_once = at_once or min(self._workers, _PARTS_IN_MEMORY)
+        at_once = at_once or min(self.workers, _PARTS_IN_MEMORY)
         return {
             entry.name: [TensorPart.whole(entry.name, entry.shape, entry.quant_type)]
             if entry.name in whole
@@ -196,7 +196,7 @@ class TensorEncoder:
         encoded = (part.quant_type for part in missing if not self.is_stored(part))
         self.encoder.prepare(dict.fromkeys(encoded), progress)
         budget = free_memory() // 2 if self.limits.memory is None else self.limits.memory
-        packed_parts = side_by_side(encode, missing, self._workers, cost=self._needed_bytes, budget=budget)
+        packed_parts = side_by_side(encode, missing, self.workers, cost=self.needed_bytes, budget=budget)
         yield from map(QuantizedPart, missing, packed_parts)
 
     def part(self, part: TensorPart, on_weights: Callable[[int], None] = lambda count: None) -> torch.Tensor:
@@ -232,7 +232,7 @@ class TensorEncoder:
             EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
         """
         shape = tuple(self.model.source.info(name).shape)
-        parts = self._parts_of(name, shape, stored, PartLimits())
+        parts = self.parts_of(name, stored)
         encoded = map(self.part, parts)
         if len(parts) == 1:
             return next(encoded)
@@ -240,6 +240,10 @@ class TensorEncoder:
         for part, blocks in zip(parts, encoded, strict=True):
             packed[part.offset : part.offset + part.num_bytes] = blocks.reshape(-1)
         return packed.view(*shape[:-1], -1)
+
+    def parts_of(self, name: str, stored: QuantType) -> list[TensorPart]:
+        """Return the parts of one tensor. Raises ExportError: the limits are too tight for it."""
+        return self._parts_of(name, tuple(self.model.source.info(name).shape), stored, self.limits)
 
     def is_stored(self, part: TensorPart) -> bool:
         """Return whether the source holds the wanted blocks."""
@@ -274,12 +278,13 @@ class TensorEncoder:
         }  # fmt: skip
 
     @property
-    def _workers(self) -> int:
+    def workers(self) -> int:
         """Parts that are in work at a time, one to a thread."""
         workers = self.threads or usable_cores()
         return workers if self.encoder.device.type == "cpu" else min(_LOADED_AHEAD, workers)
 
-    def _needed_bytes(self, part: TensorPart) -> int:
+    def needed_bytes(self, part: TensorPart) -> int:
+        """Return the memory that encoding a part takes."""
         return part.needed_bytes(**self._moments_of(part.name, part.quant_type))
 
     def _parts_of(

@@ -18,7 +18,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField, split_fi
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource, refuse_quantized
 from dynquant.checkpoints.tensor_source import TensorSource
-from dynquant.errors import CheckpointError, ExportError
+from dynquant.errors import CheckpointError, ExportError, hub_failures
 from dynquant.families.common.config import Config, quantization_of, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import ConversionBook
@@ -267,11 +267,10 @@ def _settings(metadata: Iterable[MetadataField], config: Config) -> Settings:
 
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=CHECKPOINT_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except hub_failures() as error:
         raise CheckpointError(
             f"There is no directory {repo_id} and the hub did not give a model of that name ({error}). Check the "
             "spelling, log in for gated models, or download it and give the directory."

@@ -10,6 +10,7 @@ from typing import Any
 
 from dynquant.analysis.plots.style import PlotFiles
 from dynquant.checkpoints.model import Model
+from dynquant.errors import hub_failures
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.statistics import Estimate
 from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes
@@ -61,7 +62,7 @@ def release_card(
 def _original_card(model: Model, options: ReleaseOptions) -> dict[str, Any]:
     """Return the metadata of the original's own card; empty without one."""
     from huggingface_hub import ModelCard
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from yaml import YAMLError
 
     card = model.path / "README.md" if model.path.is_dir() else model.path.with_name("README.md")
     is_here = Path(options.model).exists()
@@ -69,7 +70,7 @@ def _original_card(model: Model, options: ReleaseOptions) -> dict[str, Any]:
         return {}
     try:
         return ModelCard.load(card if is_here else options.model, ignore_metadata_errors=True).data.to_dict()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
+    except (*hub_failures(), YAMLError, ValueError):
         return {}
 
 

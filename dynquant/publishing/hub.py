@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from dynquant.errors import HubError
+from dynquant.errors import HubError, hub_failures
 from dynquant.publishing.options import CARD_NAME, PLOT_NAME, RECORD_NAME, REPORTS_NAME
 from dynquant.publishing.record import Release
 from dynquant.session import Session
@@ -23,11 +23,9 @@ class Upload(NamedTuple):
 @contextmanager
 def _asking(what: str) -> Iterator[None]:
     """Context manager: refusals of the Hub, and its absence, become one paragraph."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except hub_failures() as error:
         words = " ".join(str(error).split()) or "no words"
         raise HubError(
             f"{what} failed ({type(error).__name__}: {words:.400}). Check the name and the connection, log in with "
@@ -84,7 +82,7 @@ def push(folder: Path, record: Release, repo: str, session: Session, *, is_real:
     for name in released_names(folder, record):
         path = folder / name
         large, small = present.get(name, (None, None))
-        is_there = large == file_hash(path) if large else small == git_hash(path.read_bytes())
+        is_there = name in present and (large == file_hash(path) if large else small == git_hash(path.read_bytes()))
         uploads.append(Upload(name, path.stat().st_size, is_there))
     if not is_real:
         return uploads

@@ -8,6 +8,7 @@ OUT/release.json                  what is done: a run that was stopped goes on a
 OUT/work/                         statistics, error table, encoded blocks; for more sizes, not to be published
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -33,7 +34,9 @@ from dynquant.evaluation.report import EvalReport
 from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
+from dynquant.formats.storage_format import Choice
 from dynquant.inputs.text import pack_windows, read_text
+from dynquant.llama_library import llama_cpp
 from dynquant.options import command_words
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.selection import Candidate, Selection
@@ -80,6 +83,7 @@ def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
     record = _begun(options, model, session)
     record.save(options.output / RECORD_NAME)  # before plans, which are of these settings
     making = _Making(options, model, session, _texts(options, model, session))
+    making.check(record)
     for request, path in (making.plans(record) | making.followed(record)).items():
         row = making.row(request, Plan.load(path), record)
         if row is not None:
@@ -102,14 +106,15 @@ def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
         return record
     if record is not None and (record.fingerprint, record.settings) == (model.fingerprint, settings):
         return record
-    for plan in (options.output / WORK_NAME).glob("*.plan.json"):  # of a run with other options that made no file
-        plan.unlink()
-    taken = next((name for name in (CARD_NAME, "config.json") if (options.output / name).exists()), None)
+    plans = [f"{WORK_NAME}/{plan.name}" for plan in (options.output / WORK_NAME).glob("*.plan.json")]
+    taken = next((name for name in (CARD_NAME, "config.json", *plans) if (options.output / name).exists()), None)
     if record is None and taken is not None:
         raise OptionError(
             f"{options.output} holds a {taken} that no release wrote, and would be mixed with other files. Give a new "
             "folder as -o."
         )
+    for plan in plans:  # of a run with other options that made no file
+        (options.output / plan).unlink()
     about = {"model": model.name, "arch": model.arch, "fingerprint": model.fingerprint, "settings": settings}
     return Release(num_weights=model.num_weights, **about)
 
@@ -186,23 +191,41 @@ class _Making:
                 plan.save(paths[target.recipe])
         return {request: path for request, path in paths.items() if request in missing}
 
+    @cached_property
+    def likes(self) -> dict[str, dict[str, Choice]]:
+        """Types of every published recipe to compare with; their hash tells files of one name apart."""
+        likes = {}
+        for recipe in map(fetch_recipe, self.options.like):
+            types = like_types(recipe, self.model)
+            digest = hashlib.sha256(repr(sorted((name, each.type) for name, each in types.items())).encode())
+            likes[f"{Target(like=recipe).recipe}, types {digest.hexdigest()[:6]}"] = types
+        if likes and not self.questions.tasks:
+            self.session.note("--like: nothing is measured without --text or --mmlu-data, so there is no comparison")
+            return {}
+        return likes
+
+    def check(self, record: Release) -> None:
+        """Refuse, before hours of planning, recipes that cannot be followed, and to measure without llama.cpp."""
+        rows = map(record.row, [*(target.recipe for target in self.options.targets), *self.likes])
+        if self.questions.tasks and any(row is None or row.measured_with != self.settings for row in rows):
+            llama_cpp()
+
     def followed(self, record: Release) -> dict[str, Path]:
         """Return a plan with the types of every published recipe that was not measured."""
         paths = {}
-        for recipe in map(fetch_recipe, self.options.like):
-            target = Target(like=recipe)
-            row = record.row(target.recipe)
+        for request, types in self.likes.items():
+            row = record.row(request)
             if row is not None and row.measured_with == self.settings:
                 continue
-            path = paths[target.recipe] = self._plan_path(target.recipe)
+            path = paths[request] = self._plan_path(request)
             if not path.is_file():
                 stats = StatsFile(self.work / STATS_NAME).of(self.model)
-                made = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
-                plan_from_types(self.model, like_types(recipe, self.model), **made).save(path)
+                made = {"recipe": request, "stats": stats.stats, "stats_hash": stats.hash}
+                plan_from_types(self.model, types, **made).save(path)
         return paths
 
     def _plan_path(self, request: str) -> Path:
-        return self.work / f"{re.sub(r'[^A-Za-z0-9.]+', '-', request)}.plan.json"
+        return self.work / f"{_in_file_name(request)}.plan.json"
 
     def _has_files(self, record: Release, request: str) -> bool:
         row = record.row(request)
@@ -223,7 +246,7 @@ class _Making:
             request=request,
             name=_file_name(self.options.name or self.model.name, plan, record)
             if is_released
-            else f"{Path(request).stem.replace(' ', '-')}.gguf",
+            else f"{_in_file_name(request)}.gguf",
             bytes=plan.predicted_bytes,
             bits_per_weight=plan.bits_per_weight,
             types=plan.histogram(),
@@ -272,17 +295,22 @@ class _Making:
         options, stats_path = self.options, self.work / STATS_NAME
         imatrix = f"{options.name or self.model.name}-imatrix.gguf"
         update: dict[str, Any] = {"command": _command(options), "versions": _versions()}
-        if stats_path.is_file() and not (self.folder / imatrix).is_file():
+        is_recorded = imatrix in record.extra_files and (self.folder / imatrix).is_file()
+        if stats_path.is_file() and not is_recorded:
             stats = StatsFile(stats_path)
             export_imatrix(stats.stats, self.folder / imatrix, model=self.model)
             update |= {"stats_hash": stats.hash, "extra_files": {imatrix: file_hash(self.folder / imatrix)}}
         rows = tuple(row for row in record.files if row.is_released or row.measured_with == self.settings)
         record = record.model_copy(update=update | {"files": rows})
+        record.save(self.folder / RECORD_NAME)
         reports = {row.name: report for row in record.files if (report := record.report(self.folder, row.name))}
         plot = _draw(record, reports, self.folder)
         write_atomically(self.folder / CARD_NAME, release_card(record, reports, self.model, options, plot))
-        record.save(self.folder / RECORD_NAME)
         return record
+
+
+def _in_file_name(request: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", request)
 
 
 def _command(options: ReleaseOptions) -> tuple[str, ...]:

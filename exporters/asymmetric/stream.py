@@ -147,9 +147,8 @@ def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encodi
         if other != directory or not encoding.resume:
             shutil.rmtree(other, ignore_errors=True)
     make_directory(directory)
-    store = EncodedStore(
-        encoding.model, encoding.guidance, encoding.encoder, directory, encoding.session.threads, encoding.checks
-    )
+    how = {"threads": encoding.session.threads, "checks": encoding.checks, "limits": encoding.limits}
+    store = EncodedStore(encoding.model, encoding.guidance, encoding.encoder, directory, **how)
     spread = windows[torch.linspace(0, len(windows) - 1, count).long()]
     device = chosen_device(encoding.session.device)
     elsewhere = AsymmetricEncoding(store, encoding.plan, encoding.moments.provenance, spread, device)

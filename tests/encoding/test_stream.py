@@ -90,7 +90,8 @@ def whole_tensors(stream) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("memory", [24_000 * 12, 3 * 32 * 256 * 12, None], ids=["rows", "experts", "whole"])
-def test_parts_equal_one_encode(monkeypatch, memory):
+@pytest.mark.parametrize("is_kept", [False, True], ids=["streamed", "kept"])
+def test_parts_equal_one_encode(monkeypatch, tmp_path, memory, is_kept):
     model, encoder = tiny_model(token=torch.randn(400, 256)), load_encoder("ggml")
     shapes = SHAPES | {"token": (400, 256)}
     types = TYPES | {"token": ("Q4_K", "asked")}
@@ -100,9 +101,11 @@ def test_parts_equal_one_encode(monkeypatch, memory):
         model.source, "load", lambda name, index=None: (loaded.append((name, index)), load(name, index))[1]
     )
     plan = plan_of(model, types)
-    tensors = TensorEncoder(model, Guidance(importance), encoder, threads=2, limits=PartLimits(memory))
+    how = {"threads": 2, "limits": PartLimits(memory)}
+    tensors = TensorEncoder(model, Guidance(importance), encoder, **how)
     parts = tensors.parts(plan)
-    stored = whole_tensors(tensors.quantize(plan, parts))
+    elsewhere = EncodedStore(model, Guidance(importance), encoder, tmp_path, **how).parts if is_kept else None
+    stored = whole_tensors(tensors.quantize(plan, parts, elsewhere=elsewhere))
     assert list(stored) == list(shapes)
     assert ("blk.0.ffn_down_exps.weight", None) not in loaded
     assert (("token", None) in loaded) == (memory is None)

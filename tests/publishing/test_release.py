@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import replace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from huggingface_hub import constants
@@ -11,11 +11,16 @@ from huggingface_hub import constants
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
+from dynquant.errors import HubError, LibraryError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
+from dynquant.publishing import stage
+from dynquant.publishing.hub import push
+from dynquant.publishing.record import Release
+from dynquant.session import SILENT
 from tests.helpers.commands import linked_copy, refused, succeed
 from tests.helpers.hub_stand_in import Repository, hub_stand_in
 
@@ -103,20 +108,22 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
 
 @pytest.mark.nightly
 def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text, tmp_path):
-    published = Repository(files={"low/published.gguf": (released / files_in(released)[0]).read_bytes()})
+    small, large = ((released / name).read_bytes() for name in files_in(released))
     with hub_stand_in() as hub, patch.object(constants, "HF_HUB_CACHE", str(tmp_path / "cache")):
-        hub.repositories["some/body"] = published
+        hub.repositories["some/body"] = Repository(files={"low/published.gguf": small})
+        hub.repositories["some/other"] = Repository(files={"published.gguf": large})
         call = ("release", tiny_moe, "--bpw", "4", *OPTIONS, "--text", text, "-o", again)
-        succeed(*call, "--like", "some/body/low/published.gguf", "--packed")
+        likes = ("--like", "some/body/low/published.gguf", "--like", "some/other/published.gguf")
+        succeed(*call, *likes, "--packed")
         assert "no file here" in refused(*call, "--like", "some/body")
     names = files_in(again)
     assert len(names) == 3 and set(files_in(released)) < set(names)
     card = (again / "README.md").read_text()
     rows = [line for line in card.splitlines() if line.startswith(("| [", "| *"))]
-    assert len(rows) == 4
-    like = next(row for row in rows if row.startswith("| *like published.gguf (not here)*"))
-    same = next(row for row in rows if files_in(released)[0] in row)
-    assert like.split("|")[4:] == same.split("|")[4:]  # the same types, so the same numbers
+    assert len(rows) == 5
+    likes = [row.split("|")[4:] for row in rows if row.startswith("| *like published.gguf, types ")]
+    same = [row.split("|")[4:] for name in files_in(released) for row in rows if name in row]
+    assert sorted(likes) == sorted(same)  # the same types, so the same numbers
     assert len(list(again.glob("*bpw/model.safetensors"))) == 1
 
 
@@ -138,9 +145,6 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     )
     assert "is no repository" in refused(*call, "--bpw", 3, "--push", "name")
     assert "--yes would do nothing" in refused(*call, "--bpw", 3, "--yes")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "README.md").write_text("mine")
-    assert "no release wrote" in refused("release", tiny_moe, "--bpw", 3, "-o", tmp_path / "taken")
     short = tmp_path / "short.txt"
     short.write_text("A few words only. " * 20)
     assert "leaves 0 tokens" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
@@ -165,6 +169,27 @@ def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny
         assert len(repository.commits) == len(repository.files)
     with hub_stand_in() as hub, patch.object(constants, "HF_HUB_OFFLINE", True):
         assert f"Reading {REPO} failed" in refused(*call)
+
+
+@pytest.mark.parametrize("name", ["README.md", "work/mine.plan.json"])
+def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(tiny_moe, tmp_path, name):
+    (tmp_path / "work").mkdir()
+    (tmp_path / name).write_text("mine")
+    assert f"{name} that no release wrote" in refused("release", tiny_moe, "--bpw", 3, "-o", tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_that_llama_cpp_is_missing_is_said_before_anything_is_planned(tiny_moe, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "llama_cpp", Mock(side_effect=LibraryError("Neither is installed.")))
+    assert "Neither is installed." in refused("release", tiny_moe, "--bpw", 3, "--text", text, "-o", tmp_path / "out")
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_lost_connection_is_told_of(tmp_path):
+    about = {"model": "a", "arch": "llama", "fingerprint": "", "num_weights": 1, "settings": {}}
+    told = pytest.raises(HubError, match=f"Reading {REPO} failed")
+    with hub_stand_in(), patch.object(constants, "ENDPOINT", "http://127.0.0.1:9"), told:
+        push(tmp_path, Release(**about), REPO, SILENT, is_real=False)
 
 
 @pytest.mark.nightly
