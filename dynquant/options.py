@@ -137,7 +137,7 @@ def command_words(options: Options, leave_out: Collection[str]) -> list[str]:
         if option in leave_out or not is_changed or value is None:
             continue
         if isinstance(value, bool):
-            words.append(option if value else option.replace("--", "--no-", 1))
+            words.append(option if value else f"{option[:2]}no-{option[2:]}")
             continue
         is_paths = isinstance(value, tuple) and any(isinstance(each, Path) for each in value)
         texts = list(map(str, value)) if is_paths else [",".join(value) if isinstance(value, tuple) else str(value)]

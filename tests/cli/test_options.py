@@ -66,8 +66,8 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
         line = [option, value, *(["--text", str(tmp_path / "text")] if command in NEED_TEXT else [])]
         line += ["--bpw", "3"] if command == "release" else []
         for other, (required, of_other) in shown(command).items():
-            if required.default is Parameter.empty or other == "output":
-                place = str(tmp_path / other)
+            if other != name and (required.default is Parameter.empty or other == "output"):
+                place = "8GB" if of_other and of_other.is_size else str(tmp_path / other)
                 line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
         with pytest.raises(Exception) as refusal:
             COMMANDS[command].main(line, standalone_mode=False)
