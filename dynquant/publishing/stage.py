@@ -194,14 +194,14 @@ class _Making:
     @cached_property
     def likes(self) -> dict[str, dict[str, Choice]]:
         """Types of every published recipe to compare with; their hash tells files of one name apart."""
+        if self.options.like and not self.questions.tasks:
+            self.session.note("--like: nothing is measured without --text or --mmlu-data, so there is no comparison")
+            return {}
         likes = {}
         for recipe in map(fetch_recipe, self.options.like):
             types = like_types(recipe, self.model)
             digest = hashlib.sha256(repr(sorted((name, each.type) for name, each in types.items())).encode())
             likes[f"{Target(like=recipe).recipe}, types {digest.hexdigest()[:6]}"] = types
-        if likes and not self.questions.tasks:
-            self.session.note("--like: nothing is measured without --text or --mmlu-data, so there is no comparison")
-            return {}
         return likes
 
     def check(self, record: Release) -> None:
