@@ -215,9 +215,9 @@ def library_path(name: str) -> Path:
     """
     if chosen := os.environ.get(VARIABLE):
         place = Path(chosen)
-        file = _in_folder(place if place.is_dir() else place.parent, name)
-        if file is None and place.is_file():
-            file = place
+        file = place if place.is_file() else _in_folder(place, name)
+        if name != "llama" and place.is_file():  # a build of several libraries has them in one folder
+            file = _in_folder(place.parent, name) or place
         if file is None:
             raise LibraryError(
                 f"{VARIABLE} is {chosen}, which is no library of llama.cpp and no folder with one. Correct it."
@@ -240,7 +240,7 @@ def library_path(name: str) -> Path:
 
 def is_installed() -> bool:
     """Tell whether there is a library of llama.cpp."""
-    return VARIABLE in os.environ or any(map(_package, ("llama_cpp", "xllamacpp")))
+    return bool(os.environ.get(VARIABLE)) or any(map(_package, ("llama_cpp", "xllamacpp")))
 
 
 def _package(name: str) -> Path | None:

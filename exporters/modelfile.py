@@ -32,6 +32,7 @@ from dynquant.families.tokenizers.chat_template import (
     markup,
 )
 from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 _PARAMETERS = {
     "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repeat_penalty": "penalty_repeat",
@@ -83,6 +84,7 @@ def write_modelfile(files: Sequence[Path], session: Session) -> Path:
 
     Raises:
         ExportError: the model is split over several files, which Ollama does not read.
+        WriteError: no space, or no permission.
     """
     source = GGUFSource(files[0])
     if len(source.files) > 1:
@@ -91,7 +93,7 @@ def write_modelfile(files: Sequence[Path], session: Session) -> Path:
     for note in notes:
         session.note(note)
     path = modelfile_path(files[0])
-    path.write_text(text, "utf-8")
+    write_atomically(path, text)
     return path
 
 
@@ -171,8 +173,8 @@ def _parameters(values: Mapping[str, object]) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Return text as a Go template writes it."""
-    return re.sub(r"\{\{|\}\}", lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
+    """Return text as a Go template writes it; a brace before an action would be taken for a part of its own."""
+    return re.sub(r"\{\{|\}\}|\{(?=\}\}|\Z)", lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
 
 
 def _is_plain(text: str, quotes: str) -> bool:

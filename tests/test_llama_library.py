@@ -58,10 +58,16 @@ def test_the_variable_goes_before_llama_cpp_python_and_that_before_xllamacpp(fre
         library_path.cache_clear()
         assert library_path("llama") == own / "libllama.so"
     assert library_path("ggml-base") == own / "libllama.so"  # one file may hold all
+    for file in (own / "another.so", own / "libggml-base.so.0", own / "libmtmd.so"):
+        file.touch()
+    fresh.setenv(llama_library.VARIABLE, str(own / "another.so"))
+    library_path.cache_clear()
+    assert library_path("llama") == own / "another.so" and library_path("mtmd") == own / "libmtmd.so"
     fresh.setenv(llama_library.VARIABLE, str(tmp_path / "nothing"))
+    library_path.cache_clear()
     with pytest.raises(LibraryError, match="which is no library"):
         library_path("mtmd")
-    fresh.delenv(llama_library.VARIABLE)
+    fresh.setenv(llama_library.VARIABLE, "")
     for library in libraries[1:]:
         library_path.cache_clear()
         assert library_path("llama") == library

@@ -103,6 +103,8 @@ class StreamedBackward:
 
         for parameter in parameters:
             parameter.requires_grad_(True)
-        yield collect
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        try:
+            yield collect
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)

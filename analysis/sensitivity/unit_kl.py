@@ -56,7 +56,7 @@ def unit_worth(
     text: ScoredInputs, table: ErrorTable, types: Mapping[str, str], progress: Progress = ignore_progress
 ) -> tuple[float, dict[str, float]]:
     """Install a plan (stored type of every tensor in the table); return its KL in nats per token, and every tensor's
-    r."""
+    r: none where the usual one is not positive, so that the gradient is noise."""
     rendered = text.rendered
     rendered.install(types)
     divergences, _ = text.score()
@@ -72,6 +72,8 @@ def unit_worth(
     sums = {name: float(products.sum()) / text.num_tokens for name, products in backward.products.items()}
     worth = {name: change / (2 * costs[name]) for name, change in sums.items()}
     usual = median(worth.values()) if worth else 1.0
+    if not usual > 0:
+        return float(divergences.mean()), {}
     limited = {name: min(max(r, usual / _FURTHEST), usual * _FURTHEST) for name, r in worth.items()}
     return float(divergences.mean()), limited
 
@@ -83,7 +85,7 @@ def _prices(
     usual = median(worth.values()) if worth else 1.0
     tensors = table.tensors()
     total = sum(worth.get(name, usual) * table.cost(rows[types[name]]) for name, rows in tensors.items())
-    scale = kl / total if total > 0 else 1.0
+    scale = kl / total if total > 0 and kl > 0 else 1.0  # the unbiased KL may be below 0
     return {
         name: {row.type: Price(kl=factor * table.cost(row), se=factor * table.cost_se(row)) for row in rows.values()}
         for name, rows in tensors.items()

@@ -34,7 +34,7 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.chooser import Chooser
 from dynquant.planning.frontier import fixed_recipes
-from dynquant.planning.options import CLOSED_FORM, FISHER, METHODS, UNIT_KL, SearchOptions
+from dynquant.planning.options import CLOSED_FORM, FISHER, UNIT_KL, SearchOptions
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
@@ -198,16 +198,17 @@ def _evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
 def _selected(search: Search, table: ErrorTable, scorer: _Scorer, unit_text: ScoredInputs | None) -> SearchResult:
     """Propose plans at the budget of one search, and take one of them."""
     options = search.options
-    table, candidates = _proposed(search, table, unit_text, scorer.progress)
+    table, candidates, chosen = _proposed(search, table, unit_text, scorer.progress)
     if options.select:
         candidates = scorer.scored(candidates, "selecting by KL")
-    chosen = _lowest(candidates) if options.select else _last_method(candidates, options)
+        chosen = _lowest(candidates)
     checked = scorer.scored(_drawn(search, table), "checking predictions")
     frontier = scorer.scored(_frontier(search, table, unit_text), "measuring the frontier")
-    pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked or candidates if plan.kl])
+    pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked or candidates if plan.kl]).reshape(-1, 2)
     agreement = {"rank_correlation": rank_correlation(pairs)} if checked else {}
-    if len(pairs):
-        agreement["fit"] = Fit.of(*pairs.T, slope=None if checked else _USUAL_SLOPE)
+    positive = pairs[(pairs > 0).all(1)]  # near the original, the unbiased KL may be below 0
+    if len(positive):
+        agreement["fit"] = Fit.of(*positive.T, slope=None if checked and len(positive) > 1 else _USUAL_SLOPE)
     plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
     about = {"text": scorer.inputs.name, "num_tokens": scorer.inputs.num_tokens}
     selection = Selection(**about, chosen=chosen, **plans, **agreement)
@@ -244,31 +245,30 @@ def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, 
 
 def _proposed(
     search: Search, table: ErrorTable, unit_text: ScoredInputs | None, progress: Progress
-) -> tuple[ErrorTable, list[Candidate]]:
-    """Return the table priced by the last method, and the candidates in its prices, no two of them alike."""
+) -> tuple[ErrorTable, list[Candidate], int]:
+    """Return the table priced by the last method, and the candidates in its prices, no two of them alike; and which of
+    them is taken where nothing is selected: the last one with floors by the last method that was asked for."""
     labels: dict[tuple[tuple[str, str], ...], str] = {}
+    last: tuple[tuple[str, str], ...] = ()
 
-    def propose(label: str, priced: ErrorTable) -> None:
+    def propose(label: str, priced: ErrorTable, *, is_asked: bool) -> None:
+        nonlocal last
         for floors, suffix in ((True, ""), (False, ", no floors")):
-            types = search.chooser(priced, floors=floors)
-            labels.setdefault(tuple(sorted(types.items())), label + suffix)
+            types = tuple(sorted(search.chooser(priced, floors=floors).items()))
+            labels.setdefault(types, label + suffix)
+            if floors and is_asked:
+                last = types
 
     for method in (CLOSED_FORM, FISHER):
         if method == CLOSED_FORM or table.is_priced_by(method):
             table = table.priced(method)
-            propose(method, table)
+            propose(method, table, is_asked=method in search.options.methods)
     if unit_text is not None:
         rounds = refine(unit_text, table, search.chooser, search.options.rounds, progress)
         for number, table in enumerate(rounds, start=1):
-            propose(f"{UNIT_KL}, round {number}", table)
-    return table, [search.candidate(label, dict(types), table) for types, label in labels.items()]
-
-
-def _last_method(candidates: Sequence[Candidate], options: SearchOptions) -> int:
-    """Return the last plan of the last method that was asked for, with floors, where nothing is selected."""
-    method = [method for method in METHODS if method in options.methods][-1]
-    floored = [i for i, plan in enumerate(candidates) if plan.method == method and not plan.label.endswith("no floors")]
-    return floored[-1] if floored else len(candidates) - 1
+            propose(f"{UNIT_KL}, round {number}", table, is_asked=True)
+    candidates = [search.candidate(label, dict(types), table) for types, label in labels.items()]
+    return table, candidates, list(labels).index(last)
 
 
 def _drawn(search: Search, table: ErrorTable) -> list[Candidate]:

@@ -35,13 +35,15 @@ class Fit(FrozenRecord):
 
     def predicted(self, total: float) -> tuple[float, float]:
         """KL in nats per token for a plan whose prices add up to `total`, and its standard error."""
+        if total <= 0:  # only types without an error
+            return 0.0, 0.0
         value = exp(self.intercept + self.slope * log(total))
         return value, value * self.residual
 
     @classmethod
     def of(cls, totals: np.ndarray, measured: np.ndarray, slope: float | None = None) -> "Fit":
-        """Least squares in logarithms; the residual has the degrees of freedom of two fitted numbers, or of one where
-        the slope is given."""
+        """Least squares in logarithms of positive numbers; the residual has the degrees of freedom of two fitted
+        numbers, or of one where the slope is given."""
         x, y = np.log(totals), np.log(measured)
         free = len(x) - (2 if slope is None else 1)
         slope = float(np.polyfit(x, y, 1)[0]) if slope is None else slope

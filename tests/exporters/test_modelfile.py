@@ -143,9 +143,10 @@ def test_what_cannot_be_translated_is_left_to_ollama(tmp_path):
             ("PARAMETER", "top_k 20"),
             ("PARAMETER", "repeat_penalty 1.05"),
         ]
-    braces = CHATML.replace("Be kind.", "{{ '{{ {x} }}' }}")
+    braces = CHATML.replace("Be kind.", "{{ '{{ {x} }} {}}' }}").replace("{{ m.content }}", "{{ '{' ~ m.content }}")
     text, _ = modelfile(source(tmp_path / "m.gguf", braces, "", "<|im_end|>"), ["m.gguf"])
-    assert 'system\n{{ "{{" }} {x} {{ "}}" }}<|im_end|>' in text
+    assert 'system\n{{ "{{" }} {x} {{ "}}" }} {{ "{" }}{{ "}}" }}<|im_end|>' in text
+    assert 'user\n{{ "{" }}{{ end }}' in text and "{{{" not in text
 
 
 def test_export_writes_a_modelfile_and_says_the_faults_of_a_chat_template(small_moe, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import Rules, plan_types
-from dynquant.planning.search import encoded_store
+from dynquant.planning.search import _proposed, encoded_store
 from dynquant.planning.selection import Fit
 from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
@@ -34,7 +35,7 @@ from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.running.streaming.layer_replay import LayerReplay
-from dynquant.session import SILENT
+from dynquant.session import SILENT, ignore_progress
 from dynquant.storage.file_names import ERRORS_NAME
 from tests.helpers.evaluating import evaluated
 
@@ -226,6 +227,37 @@ def test_a_fit_gives_back_the_line_that_made_the_points():
     assert value == pytest.approx(3 * 0.3**1.5)
     assert error == pytest.approx(0, abs=1e-9)
     assert Fit.of(totals[:1], 3 * totals[:1] ** 1.5, slope=1.5).predicted(0.3)[0] == pytest.approx(value)
+    assert fit.predicted(0.0) == (0, 0)
+
+
+def test_gradients_and_kl_that_are_noise_leave_the_costs_in_proportion(table, monkeypatch):
+    types = types_of(table, "Q4_K")
+
+    def run(backward, *_):
+        backward.products.update({name: torch.tensor([[-1.0]], dtype=torch.float64) for name in types})
+
+    monkeypatch.setattr("dynquant.analysis.sensitivity.unit_kl.StreamedBackward.run", run)
+    rendered = SimpleNamespace(install=lambda _: None, types=types, hf_model=None, live=None, error=None)
+    text = SimpleNamespace(rendered=rendered, replay=(), num_tokens=1, loss=lambda: None)
+    for kl in (0.01, -1e-6):
+        text.score = lambda kl=kl: (torch.tensor([kl]), None)
+        (priced,) = refine(text, table, lambda _: types, rounds=1)
+        ratios = [priced.cost(row) / table.cost(row) for row in table.rows if table.cost(row) > 0]
+        assert min(ratios) == pytest.approx(max(ratios)) and min(ratios) > 0
+
+
+def test_without_selection_the_last_plan_with_floors_is_taken_though_an_earlier_method_made_it(table):
+    prices = {
+        name: {row.type: Price(kl=1.0, se=0.0) for row in rows.values()} for name, rows in table.tensors().items()
+    }
+    table = table.with_prices("fisher-probe", prices)
+    search = SimpleNamespace(
+        options=SearchOptions(methods=("closed-form", "fisher-probe")),
+        chooser=lambda priced, floors: {"a": "with floors" if floors else priced.priced_by},
+        candidate=lambda label, types, _: (label, types),
+    )
+    _, candidates, chosen = _proposed(search, table, None, ignore_progress)
+    assert len(candidates) == 3 and candidates[chosen] == ("closed-form", {"a": "with floors"})
 
 
 @pytest.fixture(scope="module")

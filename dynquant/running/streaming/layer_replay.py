@@ -70,7 +70,8 @@ class LayerReplay:
 
     def head(self, index: int, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] of the final norm and head on `hidden`, the last layer's output."""
-        with self._skipping(len(self.layers), hidden):
+        out = (hidden,) if self._gives_tuples else hidden
+        with standing_in(self.layers, lambda _hidden, _others: out):
             return self._forward(self.batches[index])
 
     def embedded(self, index: int) -> Tensor:
@@ -89,11 +90,6 @@ class LayerReplay:
 
     def _note_kind(self, _module: nn.Module, _inputs: tuple, out: Any) -> None:
         self._gives_tuples = isinstance(out, tuple)  # stand-ins must give what the layers of this model give
-
-    def _skipping(self, first_layer: int, states: Tensor) -> AbstractContextManager[None]:
-        """Context manager: layers below `first_layer` compute nothing and return `states`."""
-        out = (states,) if self._gives_tuples else states
-        return standing_in(self.layers[:first_layer], lambda _hidden, _others: out)
 
 
 def _note(calls: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
