@@ -56,6 +56,19 @@ def again(released, tmp_path):
     return linked_copy(released, tmp_path / "out")
 
 
+def test_a_size_has_its_file_its_card_and_its_way_to_the_hub(tiny_moe, text, tmp_path):
+    few = ("--tokens", 512, "--types", "q4_k,q6_k", "--max-tokens", 256)
+    call = ("release", tiny_moe, "--bpw", "5", *OPTIONS, *few, "--text", text, "-o", tmp_path)
+    with hub_stand_in() as hub:
+        succeed(*call, "--push", REPO, "--yes")
+        sent = hub.repositories[REPO].files
+    (name,) = files_in(tmp_path)
+    assert {name, "README.md", "release.json", f"{tiny_moe.name}-imatrix.gguf"} <= sent.keys()
+    kl = json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())["texts"][0]["kl"]["mean"]
+    assert f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.nightly
 def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
     record = json.loads((released / "release.json").read_text())
     assert {row["name"] for row in record["files"]} == {*files_in(released)} and len(record["files"]) == 2
@@ -72,6 +85,7 @@ def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
     assert (released / f"{tiny_moe.name}-imatrix.gguf").is_file()
 
 
+@pytest.mark.nightly
 def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
     card = (released / "README.md").read_text()
     for name in files_in(released):
@@ -85,6 +99,7 @@ def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
         assert f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" in row
 
 
+@pytest.mark.nightly
 def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_moe, text, monkeypatch):
     first, second = files_in(again)
     kept, content = (again / first).stat().st_mtime_ns, (again / second).read_bytes()
@@ -127,6 +142,7 @@ def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text
     assert len(list(again.glob("*bpw/model.safetensors"))) == 1
 
 
+@pytest.mark.nightly
 def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, text, tmp_path):
     call = ("release", tiny_moe, *OPTIONS, "--text", text, "-o", again)
     assert "holds a release of" in refused(
@@ -150,6 +166,7 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     assert "leaves 0 tokens" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
 
 
+@pytest.mark.nightly
 def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny_moe, text):
     call = ("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again, "--push", REPO)
     with hub_stand_in() as hub:
