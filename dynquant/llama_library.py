@@ -262,4 +262,5 @@ def _opened(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise LibraryError(f"{path} cannot be loaded ({error}). {_WAY_OUT}") from error
+        way_out = f"It is what {VARIABLE} names: correct that." if os.environ.get(VARIABLE) else _WAY_OUT
+        raise LibraryError(f"{path} cannot be loaded ({error}). {way_out}") from error

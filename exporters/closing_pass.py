@@ -98,7 +98,7 @@ def obstacle(encoding: Encoding) -> str | None:
     if not encoding.encoder.uses_hessians:
         return "it goes with --encoder dynquant"
     if encoding.moments is None:
-        return "there are no second moments, whose text it would go by; calibrate with --hessians"
+        return "there are no second moments, whose text it goes by (`dynquant calibrate --hessians activations`)"
     if model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
         return "the model is not of a family that dynquant converts itself"
     return None

@@ -107,7 +107,8 @@ class ExportOptions(Options):
         int,
         Flag(
             "Tokens of asymmetric calibration, as 32768: every matrix makes up for what quantized ones before it lost. "
-            "Both models run six times, a layer at a time; 0 for none.",
+            "Both models run six times, a layer at a time, on the text of the second moments, which it needs; the "
+            "dynquant encoder alone does it. 0 for none.",
             min=0,
         ),
     ] = 0

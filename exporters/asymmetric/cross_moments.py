@@ -73,4 +73,4 @@ def _solved(key: str, h: Tensor, differences: Tensor) -> Tensor:
             f"{key}: the inputs that the quantized model gives it are not finite, so there is nothing to correct by. "
             "Export without --asymmetric, or with more bits for the layers before it."
         )
-    return torch.linalg.solve(h, differences.mT).mT.float()
+    return torch.cholesky_solve(differences.mT, torch.linalg.cholesky(h)).mT.float()  # h is positive definite

@@ -59,6 +59,7 @@ def test_an_unquantized_file_writes_what_its_original_does(small_moe: Path, f32_
     assert cached.generated == report.generated
 
 
+@pytest.mark.nightly
 def test_a_quantized_file_parts_in_both_programs(small_moe: Path, packed_moe, text) -> None:
     results = [evaluated(packed_moe.gguf, small_moe, runner=name, **text) for name in ("llama.cpp", "transformers")]
     for result in (report.generated[0] for report in results):
@@ -67,6 +68,7 @@ def test_a_quantized_file_parts_in_both_programs(small_moe: Path, packed_moe, te
     assert "never part" in [row[0].strip() for row in results[0].rows()]
 
 
+@pytest.mark.nightly
 def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Path, f32_moe: Path, text) -> None:
     options = text | {"tasks": {"kl"}, "max_tokens": 256, "window": 128}
     exact, eight, four = (
