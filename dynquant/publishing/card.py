@@ -36,9 +36,9 @@ def release_card(
     count = sum(row.is_released for row in record.files)
     about = (
         f"{original_name} ({model.arch}, {record.num_weights:,} weights) in {count} size{'s' * (count != 1)} for "
-        "llama.cpp and programs built on it. Every tensor has the quant type that loses least for its bytes, measured "
-        f"by dynquant {record.tool_version}: a file's name says the type of most weights and the bits per weight of "
-        "the whole file."
+        "llama.cpp and programs built on it. The quant types of all tensors are chosen together, by measured errors, "
+        f"so that a file of its size loses least (dynquant {record.tool_version}). A file's name says the type of most "
+        "weights and the bits per weight of the whole file."
     )
     licence = f"The licence is that of the original: {original['license']}." if original.get("license") else ""
     parts = [
@@ -196,7 +196,7 @@ llama-cli -hf {repo} -hff {row.name} -c {context}        # or, once it is downlo
 llama-server -m {row.name}{eye} -c {context}
 ```
 
-Ollama, by name or with a file's Modelfile, which has its template, stop texts and parameters:
+Ollama, by name or with a file's Modelfile, which has stop texts, parameters and, if the model has one, the template:
 
 ```
 ollama run hf.co/{repo}:{row.name}

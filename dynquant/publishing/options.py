@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import OptionError
 from dynquant.evaluation.options import QuestionOptions
-from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes
+from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes, typed_fields
 from dynquant.planning.target import Target
 from dynquant.storage.file_names import files_of_plan
 
@@ -105,6 +105,10 @@ class ReleaseOptions(Options):
             self.questions.refuse_unused(
                 "it is for questions, given with --mmlu-data.", "shots", "num_shots", "limit", "scoring"
             )
+        if self.changed("kv_type"):
+            from dynquant.planning.memory.budget import check_cache  # here, since `--help` imports this module
+
+            check_cache(self.kv_type)
         recipes = [target.recipe for target in self.targets]
         if twice := [recipe for recipe in recipes if recipes.count(recipe) > 1]:
             raise OptionError(f"The size `{twice[0]}` is asked for twice; leave one out.")
@@ -116,7 +120,8 @@ class ReleaseOptions(Options):
             memory = {"context": self.context, "kv_type": self.kv_type, "types": self.types}
             return [Target(fits=size, **memory) for size in self.fits]
         bits = _evenly(self.sizes) if self.sizes else [_number(size, "--bpw") for size in self.bpw]
-        return [Target(bpw=size, types=self.types) for size in bits]
+        with typed_fields(()):  # what was typed is the release's: its card tells of --context
+            return [Target(bpw=size, types=self.types) for size in bits]
 
 
 def _evenly(sizes: str) -> list[float]:

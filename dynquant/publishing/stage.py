@@ -35,6 +35,7 @@ from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
+from dynquant.inputs.questions import load_questions
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.llama_library import llama_cpp
 from dynquant.options import command_words
@@ -205,10 +206,15 @@ class _Making:
         return likes
 
     def check(self, record: Release) -> None:
-        """Refuse, before hours of planning, recipes that cannot be followed, and to measure without llama.cpp."""
+        """Refuse, before hours of planning, recipes that cannot be followed, and to measure without llama.cpp, texts
+        or questions."""
         rows = map(record.row, [*(target.recipe for target in self.options.targets), *self.likes])
         if self.questions.tasks and any(row is None or row.measured_with != self.settings for row in rows):
             llama_cpp()
+            for text in self.questions.text:
+                read_text(text, max_tokens=1)
+            for questions in filter(None, (self.questions.mmlu_data, self.questions.shots)):
+                load_questions(questions)
 
     def followed(self, record: Release) -> dict[str, Path]:
         """Return a plan with the types of every published recipe that was not measured."""

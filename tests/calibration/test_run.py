@@ -62,6 +62,7 @@ def test_statistics_of_their_own_are_not_taken_for_those_of_one_kind_of_token(sm
     assert own.read_bytes() == content and "text tokens" in str(refusal.value)
 
 
+@pytest.mark.nightly
 def test_second_moments_that_cannot_be_written_beside_other_work_are_told_at_the_end(small_moe, tmp_path, monkeypatch):
     options, path = CalibrationOptions(tokens=256, window=64), tmp_path / "stats.safetensors"
     file = run_calibration(open_model(small_moe), options, path, in_background=True)

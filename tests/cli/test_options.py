@@ -179,6 +179,7 @@ def test_statistics_of_a_folder_are_used_for_the_same_options_alone(
     assert words in notes[0] and ("calibrating anew" in notes[0]) == (words != "reusing")
 
 
+@pytest.mark.nightly
 def test_statistics_of_a_text_shorter_than_a_window_are_used_again(small_moe, tmp_path):
     path, notes, model = tmp_path / "stats.safetensors", [], open_model(small_moe)
     (tmp_path / "t.txt").write_text("A text of some words, which is shorter than one window of tokens. " * 9)

@@ -130,6 +130,7 @@ def test_generate_continues_text_as_the_whole_forward_pass_does(tiny, model):
     assert torch.equal(ids[0, start:], greedy)
 
 
+@pytest.mark.nightly
 def test_compiles_without_a_graph_break(model, logits):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():

@@ -296,6 +296,7 @@ def test_the_frontier_falls_and_holds_the_recipes_in_its_range(selected):
     assert recipes["uniform-q2_k"]["kl"]["value"] > 0
 
 
+@pytest.mark.nightly
 def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrated, selected, tmp_path):
     made, _ = selected
     _, directory = calibrated

@@ -153,6 +153,7 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     assert "not none" in refused(*call)
     assert "twice" in refused(*call, "--bpw", "3,3.0")
     assert "is no range" in refused(*call, "--sizes", "4:2")
+    assert "--kv-type q5 is not known" in refused(*call, "--bpw", 3, "--context", 4096, "--kv-type", "q5")
     assert "bpw 1.1: The budget of" in refused(*call, "--bpw", "3.4,1.1")
     first = ("release", tiny_moe, *OPTIONS, "--text", text, "-o", tmp_path / "first", "--bpw", 1.1)
     assert all("The budget of" in refused(*first, "--tokens", tokens) for tokens in (4096, 2048))  # no file was made

@@ -115,6 +115,7 @@ def test_the_report_is_of_the_adapter_that_was_saved(crushed, lists, tuned):
     assert float(torch.stack(losses).mean()) == pytest.approx(report.changes[0].after.value, rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, lists, short, tmp_path):
     def interrupt(stage, done, total, **_):
         if stage == "train" and done == 3:

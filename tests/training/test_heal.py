@@ -83,6 +83,7 @@ def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
     assert bare.texts[0].kl.mean.value == pytest.approx(report.changes[0].before.value, rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, tmp_path, monkeypatch):
     """Without any training it is nearer to the original, which is not loaded: all that it said is cached."""
 
@@ -176,6 +177,7 @@ def test_training_stops_when_the_held_out_kl_stops_falling(crushed, cache, tmp_p
     assert losses[report.best_step] == min(losses[1:])
 
 
+@pytest.mark.nightly
 def test_text_that_is_measured_on_is_not_trained_on_and_the_original_writes_more(crushed, cache, tmp_path):
     repeated = tmp_path / "repeated.txt"
     repeated.write_text(read_text(crushed.text, seed=0).documents[0])

@@ -133,6 +133,7 @@ def test_the_plans_own_recipe_is_not_its_rival(moe):
         assert draw_frontier(moe.plan, moe.table, [itself]) is None
 
 
+@pytest.mark.nightly
 def test_dense_model_has_no_expert_plot(tmp_path):
     made = synthetic_model(dataclasses.replace(DENSE, layers=8), spikes={"blk.3.ffn_down.weight": 3.0})
     files = write(tmp_path, made)
