@@ -188,8 +188,15 @@ def format_of_directory(directory: Path) -> ChatFormat:
 
 
 def chat_format(path: Path) -> ChatFormat:
-    """Return the chat format of a GGUF file or a Hugging Face directory."""
-    return format_of_directory(path) if path.is_dir() else format_of_metadata(GGUFSource(path).metadata)
+    """Return the chat format of a GGUF file or a directory. Raises CheckpointError: it has no tokenizer."""
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+            raise CheckpointError(f"{path} has no config.json and no tokenizer. Give a model's directory or GGUF file.")
+        return format_of_directory(path)
+    source = GGUFSource(path)
+    if not any(field.key == "tokenizer.ggml.tokens" for field in source.metadata):
+        raise CheckpointError(f"{path} has no tokenizer. Give the GGUF file of a language model.")
+    return format_of_metadata(source.metadata)
 
 
 @dataclass(frozen=True)

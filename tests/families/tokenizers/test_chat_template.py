@@ -124,3 +124,8 @@ def test_templates_of_many_models_are_rendered(llama_cpp_tree):
     texts = [path.read_text("utf-8") for path in folder.glob("*.jinja")]
     broken = [text for text in texts if any("something else" in fault for fault in faults(text, "<b>"))]
     assert len(texts) > 40 and not broken
+
+
+def test_a_folder_without_a_model_has_nothing_to_lint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json and no tokenizer"):
+        chat_format(tmp_path)
