@@ -19,7 +19,7 @@ def test_the_notebook_runs_and_says_what_it_shows(tmp_path: Path, monkeypatch) -
     ).execute()
     for before, after in zip(shown.cells, run.cells, strict=True):
         assert kinds(before) == kinds(after)
-    assert "bits per weight" in text_of(run) and "tokens until they part" in text_of(run)
+    assert "bits per weight" in text_of(run) and "never part" in text_of(run)
 
 
 def kinds(cell: dict) -> set[str]:
