@@ -299,6 +299,7 @@ def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path,
 
 
 @pytest.mark.parametrize("put", [os.symlink, pytest.param(shutil.copytree, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
 def test_a_linked_or_renamed_model_exports_its_plan(small_moe, planned, tmp_path, put):
     put(small_moe, tmp_path / "another name")
     command_line = ("export", tmp_path / "another name", "--plan", planned / "plan.json", "--encoder", "ggml")

@@ -158,6 +158,7 @@ def test_parts_of_an_earlier_export_are_written_again_even_when_one_is_lost(smal
         max(before).unlink()
 
 
+@pytest.mark.nightly
 def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):
     alone, both = tmp_path / "alone" / "model.gguf", tmp_path / "both" / "model.gguf"
     arguments = ("export", small_moe, "--preset", "uniform-q8_0", "--encoder", "ggml", "-o")

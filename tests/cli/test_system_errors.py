@@ -99,6 +99,7 @@ def shell(line, *arguments):
         ),
     ),
 )
+@pytest.mark.nightly
 def test_an_export_outlives_who_listens(line, small_moe, exported, tmp_path):
     status, _, said = shell(line, "export", small_moe, "--preset", "f16", "-o", tmp_path / "model.gguf")
     assert status == 0 and "Traceback" not in said and "Exception ignored" not in said

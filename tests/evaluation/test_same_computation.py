@@ -150,6 +150,7 @@ def test_commands_refuse_before_they_measure(tiny_moe: Path, base: Path, tmp_pat
     assert not output.exists() and not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.nightly
 def test_a_process_of_its_own_gives_logits_and_reasons(base: Path, tmp_path: Path) -> None:
     assert torch.equal(separate_window_logits(base, [5, 6, 7], 1), llama_logits(base, [5, 6, 7]))
     with pytest.raises(EvaluationError, match=r"^llama\.cpp cannot run it: .*none\.gguf"):

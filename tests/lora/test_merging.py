@@ -34,6 +34,7 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
     assert "merged_adapter" in again.config.quantization_config.provenance
 
 
+@pytest.mark.nightly
 def test_merging_encodes_under_the_statistics_of_the_export(tiny_text, tmp_path):
     from transformers import AutoModelForCausalLM
 

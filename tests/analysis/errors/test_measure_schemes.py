@@ -91,6 +91,7 @@ def test_processes_side_by_side_measure_the_same(measure):
 
 
 @pytest.mark.parametrize("experts_at_once", represented_by((1,), (1, 8)))
+@pytest.mark.nightly
 def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monkeypatch, experts_at_once):
     monkeypatch.setattr(SchemeMeter, "weights_in_memory", experts_at_once * 256 * 64)
     path, undisturbed = tmp_path / "serving_errors.json", NotedEncoding(monkeypatch)
