@@ -35,13 +35,14 @@ import torch
 import typer
 
 from dynquant.calibration.stage import statistics_at
-from dynquant.cli.compare import markdown, metrics_of
+from dynquant.cli.compare import metrics_of
 from dynquant.cli.terminal.parameters import command_class, from_options
 from dynquant.encoding.store import ENCODED_NAME
 from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import model_fingerprint
+from dynquant.evaluation.report import markdown
 from dynquant.evaluation.runners import LLAMA_CPP, TRANSFORMERS
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired
 from dynquant.exporters.options import ClosingPassOptions, ExportOptions

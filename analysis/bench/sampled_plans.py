@@ -17,7 +17,7 @@ from dynquant.calibration.stage import StatsFile
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
-from dynquant.evaluation.statistics import Estimate, bootstrap_mean
+from dynquant.evaluation.statistics import bootstrap_mean
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
@@ -70,7 +70,7 @@ def main() -> None:
             scores.append(inputs.score()[0].numpy())
         kls = [bootstrap_mean(values, inputs.lengths) for values in (*scores, scores[1] - scores[0])]
         changed = sum(one.type != other.type for one, other in zip(exact.entries, drawn.entries, strict=True))
-        table.add(f"{bits:g}", f"{changed} of {len(exact.entries)}", *map(_interval, kls))
+        table.add(f"{bits:g}", f"{changed} of {len(exact.entries)}", *(estimate.shown(".4f") for estimate in kls))
 
 
 def print_tables(drawn: Path, exact: Path) -> None:
@@ -89,10 +89,6 @@ def print_tables(drawn: Path, exact: Path) -> None:
         rms = standardized.square().mean().sqrt()
         table.add(name, len(rows), f"{deviation:.2%}", f"{median:.2%}", f"{rms:.2f}")
     print()
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
 
 
 if __name__ == "__main__":

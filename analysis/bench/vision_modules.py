@@ -100,8 +100,7 @@ def main() -> None:
     table = MarkdownTable("module", "type", "bytes of both", "KL, nats per text token", "same top token", "error ratio")
     for score in measure_modules(plan, store, samples, asked.types.split(","), table=errors, device=asked.device):
         kl, ratio = score.kl, "" if score.ratio is None else f"{score.ratio:.2f}"
-        interval = f"{kl.value:.3g} [{kl.low:.3g}, {kl.high:.3g}]"
-        table.add(score.module, score.type, f"{score.bytes:,}", interval, f"{score.top1.value:.2%}", ratio)
+        table.add(score.module, score.type, f"{score.bytes:,}", kl.shown(".3g"), f"{score.top1.value:.2%}", ratio)
 
 
 def _ratio(table: ErrorTable, parts: tuple[str, ...], type_name: str) -> float | None:

@@ -298,6 +298,8 @@ def metrics_of(report: "EvalReport") -> dict[str, dict]:
 
 def recipe_table(rows: dict[str, dict]) -> str:
     """Return one line a recipe, smallest file first, with 95 % intervals."""
+    from dynquant.evaluation.report import markdown  # here, since `--help` imports this module
+
     columns = list(dict.fromkeys(column for row in rows.values() for column in row["metrics"]))
     lines = []
     for name, row in sorted(rows.items(), key=lambda item: (item[1]["bytes"] // 20_000, item[0])):
@@ -316,6 +318,8 @@ def _cell(metric: dict | None) -> str:
 
 def encoder_table(rows: dict[str, dict]) -> str:
     """Return one line a file; changes of KL are against ggml's file of the same recipe, with paired 95 % intervals."""
+    from dynquant.evaluation.report import markdown  # here, since `--help` imports this module
+
     texts = list(dict.fromkeys(name for row in rows.values() for name in row["kl_blocks"]))
     names = dict.fromkeys(name for row in rows.values() for name in row["metrics"])
     others = [name for name in names if name.endswith(("accuracy", "P(right)"))]
@@ -341,9 +345,3 @@ def _change(row: dict, base: dict | None, text: str) -> str:
     ratio = bootstrap_ratio(np.array(row["kl_blocks"][text]), np.array(base["kl_blocks"][text]))
     shown = (f"{100 * (value - 1):+.1f}" for value in (ratio.value, ratio.low, ratio.high))
     return "{} % [{}, {}]".format(*shown)
-
-
-def markdown(columns: list[str], lines: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n{rows}"

@@ -12,7 +12,6 @@ from dynquant.session import Session
 from dynquant.training.options import FinetuneOptions, HealOptions
 
 if TYPE_CHECKING:
-    from dynquant.evaluation.statistics import Estimate
     from dynquant.training.run import TrainingReport
 
 SeedAndDevice = Only(("seed", "device"))
@@ -53,8 +52,8 @@ def _without_notices() -> Iterator[None]:
 
 
 def _print(report: "TrainingReport", output: Path) -> None:
-    rows = [(change.name, _interval(change.before), _interval(change.after)) for change in report.changes]
-    rows += [(f"share of the KL closed, {name}", "", _interval(share)) for name, share in report.gap_closed.items()]
+    rows = [(change.name, change.before.shown(".4g"), change.after.shown(".4g")) for change in report.changes]
+    rows += [(f"share of the KL closed, {name}", "", share.shown(".4g")) for name, share in report.gap_closed.items()]
     steps = f"step {report.best_step} of {report.steps}"
     console.print_table(f"{report.base}: adapter of {steps}", ("held out", "without adapter", "with adapter"), rows)
     for line in report.notes:
@@ -62,7 +61,3 @@ def _print(report: "TrainingReport", output: Path) -> None:
     if not report.has_helped:
         console.note("Training did not lower the held-out loss below that of the adapter's start.")
     console.say(f"adapter: {output}\nlosses:  {output / 'loss.png'}")
-
-
-def _interval(estimate: "Estimate") -> str:
-    return f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"

@@ -296,7 +296,12 @@ class _Run:
 
             def run() -> dict[str, Tensor]:
                 ends = runner().stop_tokens if reference is None else reference.stop
-                return Continuations(runner().write(prompts.tokens, num_tokens, ends, report), ends).tensors()
+                written: list[list[int]] = []
+                report(0, len(prompts.tokens))
+                for batch in runner().write(prompts.tokens, num_tokens, ends):
+                    written += batch
+                    report(len(written), len(prompts.tokens))
+                return Continuations(written, ends).tensors()
 
             tokens, key = [token for ids in prompts.tokens for token in ids], {"new_tokens": num_tokens}
             return Continuations.from_tensors(**(self._cached(tokens, key, run) if side == "reference" else run()))

@@ -274,19 +274,11 @@ class LlamaCppRunner:
         return frozenset(i for i in range(self.vocab_size) if self._api.llama_vocab_is_eog(vocab, i))
 
     def write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_tokens: int,
-        stop: frozenset[int],
-        report: Callable[[int, int], None],
-    ) -> list[list[int]]:
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]
+    ) -> Iterator[list[list[int]]]:
         at_once = 1 if self._has_state else max(1, _WRITTEN_TOKENS // len(prompts[0]))
-        written: list[list[int]] = []
-        report(0, len(prompts))
         for start in range(0, len(prompts), at_once):
-            written += self._written(prompts[start : start + at_once], num_tokens, stop)
-            report(len(written), len(prompts))
-        return written
+            yield self._written(prompts[start : start + at_once], num_tokens, stop)
 
     def _written(self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]) -> list[list[int]]:
         length = len(prompts[0])

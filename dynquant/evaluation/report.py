@@ -196,12 +196,12 @@ class PictureReport(FrozenRecord):
         share = f"{self.candidate_bytes / self.reference_bytes:.1%}"
         rows = [("bytes", f"{self.reference_bytes:,}", f"{self.candidate_bytes:,}", share)]
         if self.kl is not None and self.top1_agreement is not None:
-            rows.append(("mean KL (nats per token)", "0", _shown(self.kl, ".4f"), ""))
-            rows.append(("same top token", "100 %", _shown(self.top1_agreement, ".2%"), ""))
+            rows.append(("mean KL (nats per token)", "0", self.kl.shown(".4f"), ""))
+            rows.append(("same top token", "100 %", self.top1_agreement.shown(".2%"), ""))
         if self.questions is not None:
             asked = self.questions
             flips = f"{asked.only_reference_right} lost, {asked.only_candidate_right} won, p = {asked.mcnemar_p:.2g}"
-            rows.append(("exact answers", _shown(asked.reference, ".1%"), _shown(asked.candidate, ".1%"), flips))
+            rows.append(("exact answers", asked.reference.shown(".1%"), asked.candidate.shown(".1%"), flips))
         return rows
 
 
@@ -297,13 +297,13 @@ def _by_subject(
 
 def _text_section(text: TextResult) -> tuple[str, list[Row]]:
     perplexities = (f"{estimate.value:.3f}" for estimate in (text.reference_perplexity, text.candidate_perplexity))
-    rows = [("perplexity", *perplexities, f"ratio {_shown(text.perplexity_ratio, '.4g')}")]
+    rows = [("perplexity", *perplexities, f"ratio {text.perplexity_ratio.shown('.4g')}")]
     if text.kl:
         rows += [
-            ("mean KL (nats)", "", "", _shown(text.kl.mean, ".4g")),
+            ("mean KL (nats)", "", "", text.kl.mean.shown(".4g")),
             ("median KL", "", "", f"{text.kl.median:.4g}"),
             ("99.9th percentile KL", "", "", f"{text.kl.p99_9:.4g}"),
-            ("top-1 agreement", "", "", _shown(text.kl.top1_agreement, ".1%")),
+            ("top-1 agreement", "", "", text.kl.top1_agreement.shown(".1%")),
         ]
     return f"{text.name} ({text.scored_tokens:,} tokens)", rows
 
@@ -317,11 +317,11 @@ def _generation_section(result: GenerationResult) -> tuple[str, list[Row]]:
     low, middle, high = result.quartiles
     quartiles = f"median {middle:.0f}, quartiles {low:.0f} and {high:.0f}"
     return f"{result.name}, {result.prompts:,} prompts, {result.new_tokens:,} tokens written greedily after each", [
-        ("tokens until they part", "", "", f"{_shown(result.shared_tokens, '.1f')}; {quartiles}"),
-        ("never part", "", "", _shown(result.never_part, ".1%")),
-        ("end in a loop", _shown(before.loops, ".1%"), _shown(after.loops, ".1%"), loops),
-        ("come to an end", _shown(before.ends, ".1%"), _shown(after.ends, ".1%"), ""),
-        ("tokens written", _shown(before.length, ".1f"), _shown(after.length, ".1f"), ""),
+        ("tokens until they part", "", "", f"{result.shared_tokens.shown('.1f')}; {quartiles}"),
+        ("never part", "", "", result.never_part.shown(".1%")),
+        ("end in a loop", before.loops.shown(".1%"), after.loops.shown(".1%"), loops),
+        ("come to an end", before.ends.shown(".1%"), after.ends.shown(".1%"), ""),
+        ("tokens written", before.length.shown(".1f"), after.length.shown(".1f"), ""),
     ]
 
 
@@ -338,10 +338,10 @@ def _choice_section(result: MultipleChoiceResult) -> tuple[str, list[Row]]:
         measures.append(("accuracy, not per byte", "summed_accuracy", ""))
     measures.append(("P(right) among choices", "right_probability_among_choices", ""))
     sides = result.reference, result.candidate
-    return section, [
-        (name, *(_shown(getattr(side, key), ".1%") for side in sides), note) for name, key, note in measures
-    ]
+    return section, [(name, *(getattr(side, key).shown(".1%") for side in sides), note) for name, key, note in measures]
 
 
-def _shown(estimate: Estimate, form: str) -> str:
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n{rows}"

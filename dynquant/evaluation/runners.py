@@ -11,7 +11,7 @@ Sampling and chat templates are left out.
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -108,13 +108,10 @@ class LogitRunner(Protocol):
         """Tokens that end a text."""
 
     def write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_tokens: int,
-        stop: frozenset[int],
-        report: Callable[[int, int], None],
-    ) -> list[list[int]]:
-        """Return what the model writes after each prompt, greedily, up to a token of `stop` or `num_tokens` of them.
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]
+    ) -> Iterator[list[list[int]]]:
+        """Yield what the model writes after each of the next few prompts, greedily, up to a token of `stop` or
+        `num_tokens` of them.
 
         Prompts are of one length. Drops the held prefix.
         """
@@ -300,17 +297,11 @@ class HuggingFaceRunner:
 
     @torch.inference_mode()
     def write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_tokens: int,
-        stop: frozenset[int],
-        report: Callable[[int, int], None],
-    ) -> list[list[int]]:
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]
+    ) -> Iterator[list[list[int]]]:
         self._prefix_cache = None
         at_once = max(1, ROW_TOKENS.get(self.device.type, ROW_TOKENS["cpu"]) // len(prompts[0]))
         ends = sorted(stop) or None
-        written: list[list[int]] = []
-        report(0, len(prompts))
         for start in range(0, len(prompts), at_once):
             ids = torch.tensor(prompts[start : start + at_once], device=self.device)
             rows = self.hf_model.generate(
@@ -321,9 +312,7 @@ class HuggingFaceRunner:
                 pad_token_id=ends[0] if ends else 0,
                 **_GREEDY,
             )
-            written += [until_end(row, stop) for row in rows[:, ids.shape[1] :].tolist()]
-            report(len(written), len(prompts))
-        return written
+            yield [until_end(row, stop) for row in rows[:, ids.shape[1] :].tolist()]
 
     def reserve(self, num_tokens: int) -> None:
         del num_tokens  # transformers' cache grows by itself

@@ -24,6 +24,10 @@ class Estimate(FrozenRecord):
     low: float
     high: float
 
+    def shown(self, form: str) -> str:
+        """Return the value with its interval, all in a format as `.4f`."""
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 def block_sums(values: np.ndarray, window_lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Sums and sizes of blocks of up to BLOCK_TOKENS consecutive values that never cross a window's end."""

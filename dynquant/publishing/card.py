@@ -11,8 +11,7 @@ from typing import Any
 from dynquant.analysis.plots.style import PlotFiles
 from dynquant.checkpoints.model import Model
 from dynquant.errors import hub_failures
-from dynquant.evaluation.report import EvalReport
-from dynquant.evaluation.statistics import Estimate
+from dynquant.evaluation.report import EvalReport, markdown
 from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes
 from dynquant.publishing.options import REPORTS_NAME, ReleaseOptions
 from dynquant.publishing.record import Release, ReleasedFile
@@ -30,7 +29,6 @@ def release_card(
     """Return the card as Markdown with the Hub's metadata block."""
     original = _original_card(model, options)
     base = options.base_model or (options.model if model.path != Path(options.model) and "/" in options.model else None)
-    picture = [f"![{plot.headline}]({plot.png.name})", ""] if plot else []
     name = options.name or model.name
     original_name = f"[{base}](https://huggingface.co/{base})" if base else model.name
     count = sum(row.is_released for row in record.files)
@@ -46,11 +44,11 @@ def release_card(
         f"# {name}, quantized by measurement",
         f"{about} {licence}".rstrip(),
         "## Files",
-        "\n".join(_files(record, reports)),
-        *picture[:1],
+        _files(record, reports),
+        f"![{plot.headline}]({plot.png.name})" if plot else "",
         " ".join(_explained(reports, record, is_own_text=not options.questions.text)),
         "## Memory",
-        "\n".join(_memory(record, model, options)),
+        _memory(record, model, options),
         "## How to run",
         _how_to_run(record, model, options, base),
         "## How the files were made",
@@ -97,12 +95,7 @@ def _metadata(
     return f"{data.to_yaml()}\n"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return [lines[0], "|" + "---|" * len(list(header)), *lines[1:]]
-
-
-def _files(record: Release, reports: Mapping[str, EvalReport]) -> list[str]:
+def _files(record: Release, reports: Mapping[str, EvalReport]) -> str:
     """Return the table of files: size, bits, and what each was measured at; recipes compared with are in italics."""
     header = ["file", "size", "bits per weight"]
     texts = next((report.texts for report in reports.values()), [])
@@ -117,15 +110,11 @@ def _files(record: Release, reports: Mapping[str, EvalReport]) -> list[str]:
         cells = [name, human_bytes(row.bytes), f"{row.bits_per_weight:.2f}"]
         report = reports.get(row.name)
         for text in report.texts if report else ():
-            cells += [_shown(text.kl.mean, ".4f"), _shown(text.kl.top1_agreement, ".1%")] if text.kl else ["", ""]
-            cells.append(_shown(text.perplexity_ratio, ".3f"))
-        cells += [_shown(result.candidate.accuracy, ".1%") for result in report.multiple_choice] if report else []
+            cells += [text.kl.mean.shown(".4f"), text.kl.top1_agreement.shown(".1%")] if text.kl else ["", ""]
+            cells.append(text.perplexity_ratio.shown(".3f"))
+        cells += [result.candidate.accuracy.shown(".1%") for result in report.multiple_choice] if report else []
         rows.append([*cells, *[""] * (len(header) - len(cells))])
-    return _table(header, rows)
-
-
-def _shown(estimate: Estimate, form: str) -> str:
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+    return markdown(header, rows).rstrip()
 
 
 def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_text: bool) -> Iterator[str]:
@@ -153,8 +142,8 @@ def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_tex
         yield f"[{name}]({name}) has the statistics of calibration, as `llama-quantize --imatrix` reads them."
 
 
-def _memory(record: Release, model: Model, options: ReleaseOptions) -> Iterator[str]:
-    """Yield the table of memories: file, KV cache, buffers and CUDA context on one device."""
+def _memory(record: Release, model: Model, options: ReleaseOptions) -> str:
+    """Return the table of memories: file, KV cache, buffers and CUDA context on one device."""
     limit = model.hyper.n_ctx or max(_CONTEXTS)
     contexts = sorted({min(context, limit) for context in (*_CONTEXTS, options.context)})
     besides = {
@@ -170,9 +159,8 @@ def _memory(record: Release, model: Model, options: ReleaseOptions) -> Iterator[
         fits = next((f"{size} GB" for size in _CARDS if needed <= size * 10**9), "several cards")
         rows.append([row.name, *(human_bytes(row.bytes + other) for other in besides.values()), fits])
     header = ["file", *(f"{context:,} tokens" for context in contexts), f"fits with {told:,} in"]
-    yield from _table(header, rows)
-    yield ""
-    yield (
+    return (
+        f"{markdown(header, rows)}\n"
         f"All on one device: the file, a KV cache of type {options.kv_type}, llama.cpp's buffers (at most) and "
         f"{human_bytes(CUDA_CONTEXT_BYTES)} of CUDA context. `dynquant fit FILE --gpu 24GB --ram 64GB` splits a larger "
         "file between GPU and host."
@@ -230,7 +218,7 @@ def _how_made(record: Release) -> str:
     hashes |= record.extra_files
     statistics = record.stats_hash or "none"
     rows = [[f"`{name}`", f"`{digest}`"] for name, digest in hashes.items() if name.endswith(".gguf")]
-    table = "\n".join(_table(["file", "SHA-256"], rows))
+    table = markdown(["file", "SHA-256"], rows).rstrip()
     types = "\n".join(
         f"- {row.name}: " + ", ".join(f"{count} {name}" for name, count in row.types.items())
         for row in record.files

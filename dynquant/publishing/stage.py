@@ -1,11 +1,11 @@
 """The release: one calibration and one table for all sizes, then a file, its measurement and its row for each.
 
-OUT/Model-Q2_K-dq-2.10bpw.gguf    a size: the type of most weights, and the bits of the whole file
-OUT/Model-imatrix.gguf            the statistics, as llama-quantize reads them
-OUT/README.md, kl_against_size.*  the card
-OUT/evaluation/                   reports of `eval`, from which the card has its numbers
-OUT/release.json                  what is done: a run that was stopped goes on at the first missing file
-OUT/work/                         statistics, error table, encoded blocks; for more sizes, not to be published
+Model-Q2_K-dq-2.10bpw.gguf    a size: the type of most weights, and the bits of the whole file
+Model-imatrix.gguf            the statistics, as llama-quantize reads them
+README.md, kl_against_size.*  the card
+evaluation/                   reports of `eval`, from which the card has its numbers
+release.json                  what is done: a run that was stopped goes on at the first missing file
+work/                         statistics, error table, encoded blocks; for more sizes, not to be published
 """
 
 import hashlib
@@ -174,10 +174,8 @@ class _Making:
 
     def plans(self, record: Release) -> dict[str, Path]:
         """Return the plan of every size that has not all of its files, by what was asked for."""
-        options, paths = (
-            self.options,
-            {target.recipe: self._plan_path(target.recipe) for target in self.options.targets},
-        )
+        options = self.options
+        paths = {target.recipe: self._plan_path(target.recipe) for target in options.targets}
         missing = {request for request in paths if not self._has_files(record, request)}
         unplanned = [t for t in options.targets if t.recipe in missing and not paths[t.recipe].is_file()]
         if unplanned:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, starmap
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from dynquant.exporters.asymmetric.cross_moments import CrossMoments
 from dynquant.exporters.closing_pass import obstacle
 from dynquant.exporters.output import Encoding
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.expert_hooks import ExpertCall, call_expert, expert_layout, expert_stack, record_experts
@@ -78,26 +79,25 @@ class AsymmetricEncoding:
 
     def __call__(self, parts: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, Tensor]]:
         missing = {name: list(of_tensor) for name, of_tensor in groupby(parts, key=attrgetter("name"))}
-        entries = {entry.name: entry for entry in self.plan.entries}
+        types = {entry.name: entry.quant_type for entry in self.plan.entries}
         pair = _Pair(self.store.model, self.windows, self.store.directory, self.device)
-        stages = pair.stages([name for name, entry in entries.items() if not entry.quant_type.is_float])
+        stages = pair.stages([name for name, stored in types.items() if not stored.is_float])
         in_stages = {name for names in stages.values() for name in names}
         with torch.no_grad(), pair.running():
             for stage, names in stages.items():
                 with pair.loaded(stage):
                     for step, of_step in groupby(sorted(names, key=_step), key=_step):
                         step_names = list(of_step)
-                        store = self._store(pair, stage, step, step_names)
+                        store = self._store(pair, stage, step, {name: types[name] for name in step_names})
                         yield from store.parts(part for name in step_names for part in missing.get(name, ()))
                         for name in step_names:
-                            pair.write(name, store.decoded(name, entries[name].type, self.device))
+                            pair.write(name, store.decoded(name, types[name].name, self.device))
                     pair.forward(stage)
         yield from self.store.parts(part for name, of in missing.items() if name not in in_stages for part in of)
 
-    def _store(self, pair: "_Pair", stage: int, step: int, names: list[str]) -> EncodedStore:
+    def _store(self, pair: "_Pair", stage: int, step: int, types: dict[str, QuantType]) -> EncodedStore:
         """Return the store that encodes the tensors of a step, unless all of their blocks are there."""
-        types = {entry.name: entry.quant_type for entry in self.plan.entries}
-        if step < 0 or all(self.store.is_there(name, types[name]) for name in names):
+        if step < 0 or all(starmap(self.store.is_there, types.items())):
             return self.store
         cross, aliases = pair.moments(stage, step)
         stats, moments = cross.of_quantized(self.provenance, aliases)
