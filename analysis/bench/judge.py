@@ -114,7 +114,7 @@ def main() -> None:
         methods=(str(METHODS), "Flags by method."),
         only=("", "Methods to measure, as default,routers; all without any."),
         recipes=(RECIPES, "Stock recipes whose bytes are taken."),
-        calibration=(str, "Text; the built-in one without any."), tokens=(131072, "Tokens of calibration."),
+        calibration=(str, "Text; dynquant-mix-1 without any."), tokens=(131072, "Tokens of calibration."),
         text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
         questions=(str, "Multiple-choice questions."), shots=(str, "Examples for them."),
         limit=(0, "Questions at most."), runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
