@@ -138,7 +138,7 @@ def tokenizer(small_moe):
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    return pack_windows(read_text(None), tokenizer, window=64, max_tokens=64 * 8)
+    return pack_windows(read_text(None, seed=1), tokenizer, window=64, max_tokens=64 * 8)
 
 
 @pytest.fixture(scope="module")
