@@ -27,7 +27,7 @@ from dynquant.inputs.questions import take_evenly
 
 SHOTS_SEED = 1234  # the harness's own, so that its shots are drawn
 Samples = dict[str, list[dict[str, Any]]]
-"""What `lm_eval.evaluate` logs of every question, by task."""
+"""Logs of `lm_eval.evaluate`, one a question, by task."""
 
 
 class Harness:

@@ -26,7 +26,7 @@ class TaskMetric(FrozenRecord):
 
     name: str
     filter: str
-    """What is cut out of an answer before it is judged; a task may have several."""
+    """Name of the rule by which a part of an answer is judged; a task may have several."""
     higher_is_better: bool
     reference: Estimate
     candidate: Estimate
@@ -37,7 +37,7 @@ class TaskMetric(FrozenRecord):
     """Two-sided and exact; None, as the counts, where questions are not right or wrong."""
     reference_values: tuple[float, ...] = ()
     candidate_values: tuple[float, ...] = ()
-    """Of every question, where each has a number."""
+    """One a question, where each has a number."""
 
 
 class WrittenAnswer(FrozenRecord):
