@@ -32,7 +32,7 @@ from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.complete_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.model_kind import check_same_kind
-from dynquant.families.open import check_original, locate_model, open_and_announce, open_language_model
+from dynquant.families.open import check_original, locate_model, open_and_announce, open_language_model, open_pruned
 from dynquant.families.tokenizers.chat_template import format_of_metadata, lint
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
@@ -64,9 +64,11 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
-        model, compared = (
-            (open_language_model(options.model, session), None) if is_vllm else _opened(options, plan, session)
-        )
+        if is_vllm:
+            model, compared = open_language_model(options.model, session), None
+            model = _without_experts(model, plan, options, session)
+        else:
+            model, compared = _opened(options, plan, session)
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
@@ -156,12 +158,17 @@ def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tupl
     """Return the model with the layers that the plan names, and how llama.cpp compares with transformers on it."""
     mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
     model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    model = _without_experts(model, plan, options, session)
     for finding in lint(format_of_metadata(model.metadata)):
         if finding.is_fault:
             session.note(finding.text)
     folder = options.plan.parent if options.plan is not None else None
     how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
     return model, check_computation(model, session, folder=folder, **how)
+
+
+def _without_experts(model: Model, plan: Plan | None, options: ExportOptions, session: Session) -> Model:
+    return model if plan is None else open_pruned(model, plan.pruned, options.plan.parent, session)
 
 
 def _check(options: ExportOptions) -> None:
