@@ -64,11 +64,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
-        if is_vllm:
-            model, compared = open_language_model(options.model, session), None
-            model = _without_experts(model, plan, options, session)
-        else:
-            model, compared = _opened(options, plan, session)
+        model, compared = _opened(options, plan, session)
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
@@ -155,20 +151,23 @@ def _written_errors(encoding: Encoding, options: ExportOptions, stats: StatsFile
 
 
 def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tuple[Model, SameComputation | None]:
-    """Return the model with the layers that the plan names, and how llama.cpp compares with transformers on it."""
-    mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
-    model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
-    model = _without_experts(model, plan, options, session)
+    """Return the model with the layers and experts that the plan names, and how llama.cpp compares with transformers
+    on it."""
+    if options.format == "compressed-tensors":
+        model = open_language_model(options.model, session)
+    else:
+        mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
+        model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    folder = None if options.plan is None else options.plan.parent
+    if plan is not None and folder is not None:
+        model = open_pruned(model, plan.pruned, folder, session)
+    if options.format == "compressed-tensors":
+        return model, None
     for finding in lint(format_of_metadata(model.metadata)):
         if finding.is_fault:
             session.note(finding.text)
-    folder = options.plan.parent if options.plan is not None else None
     how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
     return model, check_computation(model, session, folder=folder, **how)
-
-
-def _without_experts(model: Model, plan: Plan | None, options: ExportOptions, session: Session) -> Model:
-    return model if plan is None else open_pruned(model, plan.pruned, options.plan.parent, session)
 
 
 def _check(options: ExportOptions) -> None:
