@@ -35,14 +35,14 @@ class Scheme:
     strategy: Literal["group", "tensor_group", "channel", "none"]
     group_sizes: tuple[int, ...] = (0,)
     """Possible group sizes, the most wanted first; (0,) is one scale for a row."""
-    has_zero_points: bool = False
-    """A group has the integer that stands for 0 beside its scale."""
-    read_since: tuple[tuple[str, str], ...] = ()
-    """First versions of vLLM, experts included, and of the library that read it, where these are recent."""
     holds_experts: bool = True
     """vLLM has fused-experts kernels for it."""
     merges_experts: bool = True
     """transformers merges such experts into its fused tensors when it loads them."""
+    has_zero_points: bool = False
+    """A group has the integer that stands for 0 beside its scale. transformers (5.24) cannot load these."""
+    read_since: tuple[tuple[str, str], ...] = ()
+    """First versions of vLLM, experts included, and of the library that read it, where these are recent."""
     group_size: int = 0
     """Weights of a row that share a scale; 0 for the whole row."""
 
@@ -113,8 +113,10 @@ def _integers(num_bits: int, *, has_zero_points: bool = False) -> Scheme:
     name = f"W{num_bits}A16{'_ASYM' * has_zero_points}"
     versions = {8: (), 4: (("vllm", "0.23.0"),) * has_zero_points}
     recent = ("vllm", "0.31.0" if has_zero_points else "0.29.0"), ("compressed-tensors", "0.18.0")
-    read_since = versions.get(num_bits, recent)
-    return Scheme(name, "pack-quantized", num_bits, "int", "group", (128, 64, 32), has_zero_points, read_since)
+    return Scheme(
+        name, "pack-quantized", num_bits, "int", "group", (128, 64, 32), merges_experts=not has_zero_points,
+        has_zero_points=has_zero_points, read_since=versions.get(num_bits, recent),
+    )  # fmt: skip
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -137,6 +139,8 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 """Schemes by name, the most precise first."""
+DEFAULT_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if not scheme.has_zero_points)
+"""Candidates of a plan that names none; transformers loads all of them."""
 
 
 def vllm_scheme(name: str) -> Scheme:

@@ -22,7 +22,7 @@ from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
-from dynquant.formats.vllm_schemes import SCHEMES, unread_scheme, vllm_scheme
+from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_scheme, vllm_scheme
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
@@ -139,7 +139,7 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
         request = {"recipe": target.recipe, "stats_hash": stats.hash}
         if uniform is not None:
             return plan_for_vllm(model, checkpoint, uniform, **request)
-        table = scheme_table(model, checkpoint, stats, path, session)
+        table = scheme_table(model, checkpoint, schemes, stats, path, session)
     _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
@@ -149,11 +149,11 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
 
 
 def _readable_schemes(session: Session) -> tuple[str, ...]:
-    """Return all schemes but those for which an installed reader is too old; these are named."""
-    unread = {name: words for name, scheme in SCHEMES.items() if (words := unread_scheme(scheme))}
+    """Return the default schemes but those for which an installed reader is too old; these are named."""
+    unread = {name: words for name in DEFAULT_SCHEMES if (words := unread_scheme(SCHEMES[name]))}
     if unread:
         session.note(f"left out, since the installed version does not read them: {'; '.join(unread.values())}")
-    return tuple(name for name in SCHEMES if name not in unread)
+    return tuple(name for name in DEFAULT_SCHEMES if name not in unread)
 
 
 def _of_table(

@@ -283,7 +283,7 @@ class SchemeLayout(BlockLayout):
 
 
 _FRACTIONS = {2: (0.5, 1.0), 3: (0.6, 1.1), 4: (0.6, 1.1), 5: (0.8, 1.05)}
-"""Of symmetric integers of few bits."""
+"""Fractions of symmetric integers of few bits."""
 
 
 def scheme_layout(scheme: Scheme, columns: int, global_scale: float | None = None) -> BlockLayout:

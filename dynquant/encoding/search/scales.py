@@ -22,7 +22,7 @@ _TINY = 1e-30
 _SUPER_SCALES = 24
 """Candidates for `d`, from the largest scale over the largest multiplier to 2.5 times that."""
 _ZERO_SHARES = (0.8, 0.9, 1.0, 1.1, 1.25)
-"""Of the scale of a free line, tried beside each zero point near its own."""
+"""Shares of the scale of a free line that are tried beside each zero point near its own."""
 
 
 def fit(rows: Rows, metric: Tensor, *, candidates: int, rounds: int) -> tuple[Fields, Tensor]:
