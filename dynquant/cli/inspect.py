@@ -120,7 +120,8 @@ def _fit_common_cards(options: FitOptions, as_json: bool) -> None:
 
 
 def _placed(placement: "Placement", options: FitOptions) -> dict[str, object]:
-    totals = {side: asdict(getattr(placement, side)) | {"total": getattr(placement, side).total} for side in ("gpu", "host")}
+    sides = {"gpu": placement.gpu, "host": placement.host}
+    totals = {name: asdict(side) | {"total": side.total} for name, side in sides.items()}
     return asdict(placement) | totals | {"flags": placement.flags(options.context, options.kv_type)}
 
 

@@ -105,9 +105,7 @@ def fit_common_cards(files: Sequence[Path], context: int, kv_type: str) -> list[
     first, reserved = _opened(files[0], context, kv_type)
     opened = [first, *map(_File, files[1:])]
     sizes = {card: parse_size(card) for card in COMMON_CARDS}
-    return [
-        {card: file.placement(gpu, context, kv_type, reserved) for card, gpu in sizes.items()} for file in opened
-    ]
+    return [{card: file.placement(gpu, context, kv_type, reserved) for card, gpu in sizes.items()} for file in opened]
 
 
 def _opened(path: Path, context: int, kv_type: str) -> tuple["_File", tuple[int, int] | None]:
