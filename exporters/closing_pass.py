@@ -10,7 +10,6 @@ are.
 Which text is used, how far it goes and whether the result is kept is decided in `tuning.training`.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.output import Encoding
 from dynquant.exporters.tuning.training import FEWEST_WINDOWS, Tuned, TuneOptions, tune
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.resources import chosen_device
+from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
 
@@ -137,7 +136,7 @@ def too_large_to_tune(model: Model, device: str, allowed: int | None = None) -> 
     if device != "cpu":
         where, memory = "GPU", torch.cuda.mem_get_info(device)[1]
     else:
-        where, memory = "machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        where, memory = "machine", total_memory()
     if needed <= memory / 2:
         return None
     return f"it needs about {needed / 1e9:.0f} GB, and this {where} has {memory / 1e9:.0f} GB (`--tune N` insists)"

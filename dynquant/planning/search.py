@@ -115,7 +115,8 @@ class _Scorer:
 
     def scored(self, candidates: Sequence[Candidate], stage: str) -> list[Candidate]:
         scored, left_out = [], {name for name, form in QUANT_TYPES.items() if self.keeps_floats and form.is_float}
-        self.progress(stage, 0, len(candidates), unit="plans")
+        if candidates:  # a step of no plans would be listed as one that was taken
+            self.progress(stage, 0, len(candidates), unit="plans")
         for candidate in candidates:
             self.inputs.rendered.install({name: form for name, form in candidate.types.items() if form not in left_out})
             divergences, agreements = self.inputs.score()
