@@ -113,6 +113,14 @@ class PlanOptions(Options):
     exact: Exact = False
     base_gguf: BaseGguf = None
     mtp: Mtp = True
+    prune_experts: Annotated[
+        int,
+        Flag(
+            "Leave this many routed experts of every layer out: those that contribute least, never one that holds a "
+            "super weight. Pays below about 2 bits per weight; a rare subject may go with them.",
+            min=0,
+        ),
+    ] = 0
     allow_difference: AllowDifference = False
     search: SearchOptions = field(default_factory=SearchOptions)
 
@@ -129,9 +137,16 @@ class FitOptions(Options):
     """A file, and the memory in which it is to run."""
 
     file: Annotated[Path, Flag("A .gguf file.", is_argument=True, show_default=False)]
-    ram: Annotated[str, Flag("Host memory, as 64GB.", min=1, is_size=True, show_default=False)]
+    ram: Annotated[
+        str | None, Flag("Host memory, as 64GB. Default: enough for the rest, which is told.", min=1, is_size=True)
+    ] = None
     gpu: Annotated[
-        str | None, Flag("Memory of the GPU, as 24GB or 24GiB. Default: there is none.", min=1, is_size=True)
+        str | None,
+        Flag(
+            "Memory of the GPU, as 24GB or 24GiB. Default: none with --ram, else a row for each common card.",
+            min=1,
+            is_size=True,
+        ),
     ] = None
     context: Annotated[int, Flag("Tokens of KV cache.", min=1)] = 8192
     kv_type: Annotated[str, Flag("Type of the KV cache: f16, q8_0 or q4_0.")] = "f16"

@@ -19,15 +19,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import log_probs_at
 from dynquant.evaluation.llama_cpp import llama_decode_text, llama_encode, llama_tokens, llama_vocabulary
-from dynquant.evaluation.runners import LogitRunner, open_encoder
+from dynquant.evaluation.runners import LogitRunner, is_read_by_llama_cpp, open_encoder, transformers_tokenizer
 from dynquant.evaluation.tasks.multiple_choice import score_answers
-from dynquant.families.open import is_gguf
 from dynquant.families.tokenizers.chat_template import ChatFormat
 from dynquant.inputs.branches import Branches, neighbours_that, num_shared
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.inputs.text import TextEncoder
-from dynquant.running.load import load_tokenizer
 
 _TAIL_TOKENS = 8  # more than the letters of a stop string that are looked at for its end: tokens may have no letters
 _Pair = tuple[tuple[str, str], list[int], list[int]]
@@ -46,13 +44,13 @@ class Codec(NamedTuple):
 @contextmanager
 def open_codec(path: Path) -> Iterator[Codec]:
     """Context manager: yields the tokenizer of a resolved model, without its weights."""
-    if is_gguf(path):
+    if is_read_by_llama_cpp(path):
         with llama_vocabulary(path) as (_, vocab):
             ids = llama_tokens(vocab)[0]
             encode, decode = partial(llama_encode, vocab, parse_special=True), partial(llama_decode_text, vocab)
             yield Codec(encode, decode, next((i for i in (ids["BOS"], ids["EOS"]) if i is not None), 0))
         return
-    tokenizer = load_tokenizer(path)
+    tokenizer = transformers_tokenizer(path)
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     with open_encoder(path) as encode:
