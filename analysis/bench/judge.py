@@ -412,7 +412,7 @@ def _summary(compared: Mapping[str, list[_Compared]]) -> str:
 
 
 def _section(name: str, content: Mapping[str, Any]) -> str:
-    rows, recipes, lines, refused = content["rows"], content["recipes"], [], []
+    rows, recipes, lines, refused, closing = content["rows"], content["recipes"], [], [], []
     measured = [row for row in rows.values() if "bytes" in row]
     texts = list(dict.fromkeys(text for row in measured for text in row["kl_blocks"]))
     others = list(dict.fromkeys(m for row in measured for m in row["metrics"] if m.endswith(("accuracy", "P(right)"))))
@@ -434,6 +434,7 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
             if metric.endswith("accuracy") and side and side.p is not None:
                 cells[-1] += f" (p {side.p:.2g})"
         lines.append([*cells, f"{_total(row):.1f}"])
+        closing += [f"\n{recipe} {method}: {note}\n" for note in row.get("notes", ()) if "closing pass on" in note]
     titles = [title for text in texts for title in (f"KL {text}", "change")]
     before = [f"{metric} {100 * row['metrics'][metric]['reference']:.1f}" for row in measured[:1] for metric in others]
     return (
@@ -443,6 +444,7 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
         "planning\n(an equal share of what all sizes took), encoding and closing pass. Changes are paired with the "
         "default's row; p is McNemar's.\n\n"
         + markdown(["recipe", "method", "bytes", *titles, *others, "s"], lines)
+        + "".join(closing)
         + "".join(f"\nNot measured: {reason}" for reason in refused)
     )
 
