@@ -22,6 +22,7 @@ from dynquant.options import (
     Options,
     Preset,
     Ray,
+    TensorParallel,
     Window,
     Writes,
 )
@@ -150,6 +151,7 @@ class ExportOptions(Options):
     ] = False
     base_gguf: BaseGguf = None
     mtp: Mtp = True
+    tensor_parallel: TensorParallel = 1
     allow_difference: AllowDifference = False
     effort: Effort = "normal"
     blocks: Path | None = None

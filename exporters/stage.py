@@ -67,7 +67,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         model, compared = (
             (open_language_model(options.model, session), None) if is_vllm else _opened(options, plan, session)
         )
-        checkpoint = linear_checkpoint(model) if is_vllm else None
+        checkpoint = linear_checkpoint(model, options.tensor_parallel) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
             if pool is not None:
@@ -185,9 +185,11 @@ def _check(options: ExportOptions) -> None:
             options.calibration.refuse_unused(f"--{source} has or names statistics, so nothing is calibrated.")
     if options.asymmetric and options.ray:
         raise ExportError("--asymmetric encodes each tensor after those before it, and --ray side by side; drop one.")
-    if options.format == "compressed-tensors":
+    if options.format != "compressed-tensors":
+        options.refuse_unused("it goes with --format compressed-tensors.", "tensor_parallel")
+    else:
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
-        flags = ("asymmetric", "tune", "base_gguf", "max_memory", "ray")
+        flags = ("asymmetric", "tune", "base_gguf", "ray")
         options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
         options.closing.refuse_unused("there is no closing pass for schemes of vLLM.")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):
