@@ -1,4 +1,4 @@
-"""What `--effort` stands for: values of other options, by their place in the options of a command.
+"""Values of other options that `--effort` stands for, by their place in the options of a command.
 
 They fill what was not asked for, so that every one of them can still be set by itself.
 """
