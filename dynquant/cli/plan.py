@@ -62,7 +62,7 @@ def plan(
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
     if options.effort == "high":
-        from dynquant.exporters.effort_time import effort_time
+        from dynquant.publishing.effort_time import effort_time
 
         console.note(effort_time(options, session))
     decided = stage.make_plan(options, session)
