@@ -107,7 +107,7 @@ def fit(options: FitOptions, as_json: AsJson = False) -> None:
 def _fit_common_cards(options: FitOptions, as_json: bool) -> None:
     from dynquant.planning.memory.placement import fit_common_cards
 
-    (placements,) = fit_common_cards([options.file], options.context, options.kv_type)
+    placements = fit_common_cards(options.file, options.context, options.kv_type)
     if as_json:
         console.show_json({card: _placed(placement, options) for card, placement in placements.items()})
         return

@@ -97,23 +97,23 @@ def fit(options: FitOptions) -> Placement:
     )
 
 
-def fit_common_cards(files: Sequence[Path], context: int, kv_type: str) -> list[dict[str, Placement]]:
-    """Return the placement on every one of COMMON_CARDS for files of one model, whose caches and buffers are alike.
+def fit_common_cards(path: Path, context: int, kv_type: str, *, asks_llama_cpp: bool = True) -> dict[str, Placement]:
+    """Return the placement on each of COMMON_CARDS, with all that is left in host memory.
 
-    Raises as `fit`.
+    Without `asks_llama_cpp`, cache and buffers are those of `plan --fits`. Raises as `fit`.
     """
-    first, reserved = _opened(files[0], context, kv_type)
-    opened = [first, *map(_File, files[1:])]
-    sizes = {card: parse_size(card) for card in COMMON_CARDS}
-    return [{card: file.placement(gpu, context, kv_type, reserved) for card, gpu in sizes.items()} for file in opened]
+    file, reserved = _opened(path, context, kv_type, asks_llama_cpp=asks_llama_cpp)
+    return {card: file.placement(parse_size(card), context, kv_type, reserved) for card in COMMON_CARDS}
 
 
-def _opened(path: Path, context: int, kv_type: str) -> tuple["_File", tuple[int, int] | None]:
+def _opened(
+    path: Path, context: int, kv_type: str, *, asks_llama_cpp: bool = True
+) -> tuple["_File", tuple[int, int] | None]:
     """Return a file and what llama.cpp reserves for it, where one is installed."""
     check_cache(kv_type)
     if path.suffix != ".gguf":
         raise PlanError(f"{path} is no GGUF file, which llama.cpp runs. Export the model first.")
-    return _File(path), reserved_bytes(path, context, kv_type)
+    return _File(path), reserved_bytes(path, context, kv_type) if asks_llama_cpp else None
 
 
 class _File:
