@@ -147,6 +147,17 @@ def test_experts_that_transformers_refuses_are_named_beforehand(experts, words, 
         logits(tmp_path / "out", torch.bfloat16)
 
 
+def test_our_loader_reads_what_transformers_does_not(deepseek, tmp_path):
+    """Zero points, experts that differ from layer to layer, NVFP4 experts."""
+    schemes = ("W3A16_ASYM", "NVFP4A16", "W2A16_ASYM", "FP8", "W4A16_ASYM", "BF16", "MXFP4A16")
+    output = tmp_path / "out"
+    plan = export(deepseek, output, lambda n, _: schemes[n % len(schemes)], mixed_experts=True)
+    assert "transformers cannot load it: it does not unpack zero points" in (output / "README.md").read_text()
+    exact = filled(output, plan, tmp_path / "filled", torch.float32, experts=torch.float32)
+    found = open_runner(output).window_logits(TOKENS[0].tolist())
+    torch.testing.assert_close(found, logits(exact, torch.float32), rtol=1e-4, atol=1e-4)
+
+
 def test_the_directory_is_complete_and_described(mixed_llama):
     output, plan = mixed_llama
     config = json.loads((output / "config.json").read_text())["quantization_config"]
