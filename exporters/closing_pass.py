@@ -38,9 +38,10 @@ def tune_file(
     """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
     source = GGUFSource(path)
     check_original(model, source, path)
-    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
+    where = {"dtype": torch.float32, "device": chosen_device(session.device)}
+    hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
-        tuned = tune(model, hf_model, source, windows, options, progress=progress)
+        tuned = tune(model, hf_model, source, windows, options, original=original, progress=progress)
     session.note(_outcome(tuned))
     encoder = f"{encoder}+tune" if tuned.replacements else encoder
     return write_patched(source, output, tuned.replacements, encoder=encoder)
@@ -86,7 +87,7 @@ def check_original(model: Model, file: GGUFSource, path: Path) -> None:
 def tune_options(options: ClosingPassOptions, **others: int) -> TuneOptions:
     """Return the settings that options stand for."""
     asked = {"minutes": options.tune_minutes, "sampled_tokens": options.tune_sampled, "parts": options.tune_parts}
-    return TuneOptions(**asked, **others)  # type: ignore[arg-type]
+    return TuneOptions(**asked, patience=options.patience, **others)  # type: ignore[arg-type]
 
 
 def obstacle(encoding: Encoding) -> str | None:
@@ -119,7 +120,7 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
     elif tokens is None and len(moments.tokens) < FEWEST_WINDOWS:
         reason = "the calibration text is too short"
     if reason is None:
-        return tune_options(options, tokens=TuneOptions.tokens if tokens is None else tokens)
+        return tune_options(options, tokens=options.most_tokens if tokens is None else tokens)
     if tokens is not None:
         raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. Export with --tune 0.")
     encoding.session.note(f"no closing pass: {reason}")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dynquant.analysis.errors.options import DEFAULT_TYPES, TableOptions
@@ -26,6 +27,7 @@ from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_schem
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
+from dynquant.planning.pruning import without_experts
 from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
@@ -66,6 +68,7 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     """
     target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
+    model, options = _pruned(model, options, session)
     recipes = [_fixed_types(target, model) for target in targets]
     fixed = tuple(dict.fromkeys(choice.type for recipe in recipes for choice in (recipe or {}).values()))
     types = tuple(quant_type(name).name for name in target.types) or fixed or DEFAULT_TYPES
@@ -102,6 +105,16 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     return [_built(*each, table=table, path=path) for each in zip(choosers, recipes, results, strict=True)]
 
 
+def _pruned(model: Model, options: PlanOptions, session: Session) -> tuple[Model, PlanOptions]:
+    """Return the model without the experts that are to go, and the options for it: it has statistics of its own."""
+    if not options.prune_experts:
+        return model, options
+    model = without_experts(
+        model, options.prune_experts, options.output, options.calibration, session, stats=options.stats
+    )
+    return model, replace(options, stats=None)
+
+
 def _built(
     chooser: Chooser, recipe: dict[str, Choice] | None, result: SearchResult | None, *, table: ErrorTable, path: Path
 ) -> Plan:
@@ -127,7 +140,7 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     _check_vllm(options)
     target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
     schemes = tuple(vllm_scheme(name).name for name in target.types) or _readable_schemes(session)
-    model = open_language_model(str(options.model), session)
+    model, options = _pruned(open_language_model(str(options.model), session), options, session)
     checkpoint = linear_checkpoint(model, target.tensor_parallel)
     chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts)
     uniform = uniform_schemes(target.preset, checkpoint) if target.preset else None

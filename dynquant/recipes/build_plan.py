@@ -71,7 +71,7 @@ def plan_from_types(
 
 def _plan(model: Model, entries: Sequence[PlanEntry], **fields: Any) -> Plan:
     identity = {"model": model.name, "arch": model.arch, "fingerprint": model.fingerprint}
-    identity["settings"] = dict(model.settings)
+    identity |= {"settings": dict(model.settings), "pruned": model.pruned}
     return Plan(**identity, entries=tuple(entries), **fields)
 
 
