@@ -15,8 +15,7 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.layouts import E2M1_MAX, E4M3_MAX, MXFP4_FIRST, scheme_layout
 from dynquant.encoding.search.rows import Rows
 from dynquant.errors import EncodeError
-from dynquant.formats.compressed_weights import scaled
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import Scheme, scaled
 
 _CPU_WEIGHTS = 1 << 21
 _GPU_WEIGHTS = 1 << 25

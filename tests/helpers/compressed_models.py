@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.encoding.vllm import EncodedLayer
-from dynquant.formats.compressed_weights import codes_of, zero_points_of
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import Scheme, codes_of, zero_points_of
 from dynquant.recipes.plan import Plan
 
 TOKENS = torch.arange(7, 71)[None]

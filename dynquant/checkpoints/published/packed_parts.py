@@ -21,9 +21,8 @@ from torch import Tensor
 
 from dynquant.checkpoints.safetensors_format import FileSpan
 from dynquant.errors import CheckpointError
-from dynquant.formats.compressed_weights import weights_of
 from dynquant.formats.plain_quants import decode_mxfp4, pack_mxfp4
-from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.formats.vllm_schemes import SCHEMES, weights_of
 
 ReadPart = Callable[[str, int | slice | None], Tensor]
 """Stored name, and slice or range of its first dimension -> the tensor as stored."""
