@@ -45,7 +45,7 @@ from dynquant.families.open import is_gguf, locate_model, open_model, settings_o
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
-from dynquant.inputs.questions import load_questions, take_evenly
+from dynquant.inputs.questions import load_questions, split_shots, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.recipes.folder import stats_of_plan
@@ -199,13 +199,12 @@ def _encoded_questions(
     options: QuestionOptions, encode: TextEncoder, context_length: int
 ) -> dict[Scoring, list[EncodedQuestion]]:
     data = options.mmlu_data or "cais/mmlu"
-    if options.shots is None and options.num_shots and Path(data).is_file():
-        raise EvaluationError(
-            f"{Path(data).name} needs a file of example questions for {options.num_shots}-shot prompts; give --shots, "
-            "or ask for 0 shots."
-        )
-    questions = take_evenly(load_questions(data), options.limit or None)
-    shots = load_questions(options.shots or data, split="dev") if options.num_shots else []
+    asked, shots = load_questions(data), []
+    if options.num_shots and options.shots is None and Path(data).is_file():
+        shots, asked = split_shots(asked, options.num_shots)
+    elif options.num_shots:
+        shots = load_questions(options.shots or data, split="dev")
+    questions = take_evenly(asked, options.limit or None)
     limits = {"num_shots": options.num_shots, "context_length": context_length}
     scorings = dict.fromkeys(options.scoring)
     return {name: multiple_choice.encode_questions(questions, shots, name, encode, **limits) for name in scorings}

@@ -34,7 +34,9 @@ class QuestionOptions(Options):
     mmlu_data: Annotated[
         str | None, Flag("Questions, .jsonl, .json, .parquet or a datasets id. Default: cais/mmlu.")
     ] = None
-    shots: Annotated[str | None, Flag("Few-shot questions, in the same forms.")] = None
+    shots: Annotated[
+        str | None, Flag("Few-shot questions, in the same forms. Default: a file's first of each subject, not asked.")
+    ] = None
     num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly; 0 for all.", min=0)] = None
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")

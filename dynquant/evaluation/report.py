@@ -8,7 +8,14 @@ from typing import Literal
 import numpy as np
 
 from dynquant import __version__
-from dynquant.evaluation.statistics import Estimate, block_sums, bootstrap_mean, compare_paired, wilson_interval
+from dynquant.evaluation.statistics import (
+    Estimate,
+    block_sums,
+    bootstrap_mean,
+    compare_paired,
+    only_one,
+    wilson_interval,
+)
 from dynquant.evaluation.tasks.generation import GenerationResult
 from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
 from dynquant.inputs.model_inputs import ModelInputs
@@ -69,9 +76,13 @@ class TextResult(FrozenRecord):
 
 
 class SubjectAccuracy(FrozenRecord):
+    """Shares of right answers to the questions of a subject, and where one model's answer alone is right."""
+
     questions: int
     reference: float
     candidate: float
+    only_reference_right: int
+    only_candidate_right: int
 
 
 class ChoiceScores(FrozenRecord):
@@ -290,8 +301,12 @@ def _by_subject(
     accuracies = {}
     for subject in sorted(set(subjects)):
         chosen = np.array([name == subject for name in subjects])
-        before, after = (float(right[chosen].mean()) for right in (reference_right, candidate_right))
-        accuracies[subject] = SubjectAccuracy(questions=int(chosen.sum()), reference=before, candidate=after)
+        before, after = reference_right[chosen], candidate_right[chosen]
+        lost, won = only_one(before.tolist(), after.tolist())
+        accuracies[subject] = SubjectAccuracy(
+            questions=len(before), reference=float(before.mean()), candidate=float(after.mean()),
+            only_reference_right=lost, only_candidate_right=won,
+        )  # fmt: skip
     return accuracies
 
 

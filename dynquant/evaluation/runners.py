@@ -33,12 +33,13 @@ from dynquant.evaluation.llama_cpp import (
 )
 from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
 from dynquant.families.from_gguf import NotUnderstoodError
-from dynquant.families.open import is_gguf
+from dynquant.families.open import is_gguf, open_model
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, tree_batch
 from dynquant.inputs.continuation import cache_name
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
+from dynquant.llama_library import is_installed
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import config_to_load
@@ -186,18 +187,31 @@ def open_runner(
 
 @contextmanager
 def open_encoder(path: Path) -> Iterator[TextEncoder]:
-    """The tokenizer of a resolved model, without its weights."""
-    if is_gguf(path):
+    """Context manager: the tokenizer of a resolved model; of a GGUF file it is llama.cpp's, where that is there."""
+    if _is_read_by_llama_cpp(path):
         with llama_vocabulary(path) as (_, vocab):
             yield partial(llama_encode, vocab)
         return
-    tokenizer = load_tokenizer(path)
+    tokenizer = _transformers_tokenizer(path)
 
     def encode(text: str, *, add_special: bool = True) -> list[int]:
         # verbose=False: it would warn that a whole text is longer than the context; windows are cut later.
         return tokenizer.encode(text, add_special_tokens=add_special, verbose=False)
 
     yield encode
+
+
+def _is_read_by_llama_cpp(path: Path) -> bool:
+    return is_gguf(path) and is_installed()
+
+
+def _transformers_tokenizer(path: Path) -> Any:
+    try:
+        return load_tokenizer(open_model(str(path)) if is_gguf(path) else path)
+    except CheckpointError as error:
+        if not is_gguf(path):
+            raise
+        raise EvaluationError(f"There is no llama.cpp here to read its tokenizer, and {error}") from error
 
 
 def tokenizer_notes(reference: Path, candidate: Path) -> list[str]:
@@ -242,11 +256,11 @@ class _Tokenization:
 
 
 def _tokenization(path: Path) -> _Tokenization:
-    if is_gguf(path):
+    if _is_read_by_llama_cpp(path):
         with llama_vocabulary(path) as (_, vocab):
             special, tokens = llama_tokens(vocab)
     else:
-        tokenizer = load_tokenizer(path)
+        tokenizer = _transformers_tokenizer(path)
         special = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id}
         tokens = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
     with open_encoder(path) as encode:

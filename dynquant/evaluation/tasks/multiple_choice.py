@@ -9,6 +9,7 @@ left out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from typing import Literal
 
@@ -66,10 +67,13 @@ class AnswerScores:
 
 def render_prompt(question: Question, shots: Sequence[Question], scoring: Scoring) -> str:
     """Description, answered shots and the open question, ending in "Answer:"."""
+    return _render_start(question.subject, shots, scoring) + _render(question, scoring)
+
+
+def _render_start(subject: str, shots: Sequence[Question], scoring: Scoring) -> str:
     kind = "multiple choice questions" if scoring == "letter" else "questions"
-    description = f"The following are {kind} (with answers) about {question.subject.replace('_', ' ')}.\n\n"
-    answered = "".join(f"{_render(s, scoring)} {answer_texts(s, scoring)[s.answer]}\n\n" for s in shots)
-    return description + answered + _render(question, scoring)
+    description = f"The following are {kind} (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return description + "".join(f"{_render(s, scoring)} {answer_texts(s, scoring)[s.answer]}\n\n" for s in shots)
 
 
 def answer_texts(question: Question, scoring: Scoring) -> list[str]:
@@ -102,7 +106,7 @@ def encode_questions(
     by_subject: dict[str, list[Question]] = {}
     for shot in shots:
         by_subject.setdefault(shot.subject, []).append(shot)
-    encoded = []
+    encoded, encode_start = [], cache(encode)  # questions of a subject have the same shots
     for question in questions:
         examples = by_subject.get(question.subject, [])[:num_shots]
         if len(examples) < num_shots:
@@ -110,17 +114,23 @@ def encode_questions(
                 f"Subject {question.subject!r} has {len(examples)} example questions, but {num_shots} shots were asked "
                 "for. Add examples to the shots file, or ask for fewer shots."
             )
-        encoded.append(_encode_question(question, examples, scoring, encode, context_length))
+        encoded.append(_encode_question(question, examples, scoring, encode, encode_start, context_length))
     return encoded
 
 
 def _encode_question(
-    question: Question, shots: list[Question], scoring: Scoring, encode: TextEncoder, context_length: int
+    question: Question,
+    shots: list[Question],
+    scoring: Scoring,
+    encode: TextEncoder,
+    encode_start: Callable[[str], list[int]],
+    context_length: int,
 ) -> EncodedQuestion:
     for dropped in range(len(shots) + 1):
-        text = render_prompt(question, shots[dropped:], scoring)
-        prompt = encode(text)
-        answers = _encode_answers(text, prompt, answer_texts(question, scoring), encode)
+        start, asked = _render_start(question.subject, shots[dropped:], scoring), _render(question, scoring)
+        (prompt,) = _encode_behind(start, encode_start(start), [asked], encode)
+        endings = [f" {answer}" for answer in answer_texts(question, scoring)]
+        answers = [tuple(ids[len(prompt) :]) for ids in _encode_behind(start + asked, prompt, endings, encode)]
         if not all(answers):
             raise EvaluationError(f"An answer to {question.question[:60]!r} has no tokens of its own after the prompt.")
         if len(prompt) + max(map(len, answers)) - 1 <= context_length:
@@ -131,18 +141,20 @@ def _encode_question(
     )
 
 
-def _encode_answers(text: str, prompt: list[int], answers: list[str], encode: TextEncoder) -> list[tuple[int, ...]]:
-    """Return what an answer adds to the ids of a prompt.
+def _encode_behind(text: str, ids: list[int], endings: Sequence[str], encode: TextEncoder) -> list[list[int]]:
+    """Return the ids of a text with each ending, where those of the text are known.
 
-    The two are encoded together and split at the prompt's length, as the harness does: a tokenizer may merge characters
-    across the seam. Where the prompt's last lines have the same ids by themselves, they stand for all of it, which is
-    four fifths of the work with five shots.
+    The two are encoded together, as the harness does: a tokenizer may merge characters across the seam. Where the last
+    lines of the text have the same ids by themselves, they stand for all of it, which is nine tenths of the work with
+    five shots.
     """
-    start = text.rfind("\n", 0, text.rfind("\n"))
-    end = encode(text[start:], add_special=False) if start > 0 else []
-    if end and prompt[-len(end) :] == end:
-        return [tuple(encode(f"{text[start:]} {answer}", add_special=False)[len(end) :]) for answer in answers]
-    return [tuple(encode(f"{text} {answer}")[len(prompt) :]) for answer in answers]
+    newline = text.rfind("\n", 0, max(0, text.rfind("\n", 0, len(text.rstrip("\n")))))
+    # Some tokenizers join a newline to what is before it, and others begin a text with a space.
+    for start in (newline + 1, newline) if newline > 0 else ():
+        end = encode(text[start:], add_special=False)
+        if ids[-len(end) :] == end:
+            return [ids[: -len(end)] + encode(text[start:] + ending, add_special=False) for ending in endings]
+    return [encode(text + ending) for ending in endings]
 
 
 def tokens_in_memory(encoded: Sequence[EncodedQuestion]) -> int:
