@@ -98,6 +98,7 @@ def test_experts_load_merged_beside_all_schemes(mixed_deepseek, tmp_path):
     expected = logits(filled(output, plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
     assert torch.equal(logits(output, torch.bfloat16), expected)
     assert "model.layers.1.mlp.experts.3.gate_proj.weight_packed" in stored_tensors(output)
+    assert json.loads((output / "config.json").read_text())["topk_method"] == "noaux_tc"  # what vLLM asks for
 
 
 @pytest.mark.parametrize("scheme", represented_by(["W3A16"], ["W8A16", "MXFP4A16", "W2A16", "W7A16", "W3A16"]))
