@@ -335,6 +335,7 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--size", "1GB"), "not --bpw and --size"),
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--select"), "--select is for plans of GGUF types"),
         (("plan", "MODEL", "--mixed-experts", "--bpw", "5"), "--mixed-experts goes with --for vllm"),
+        (("plan", "MODEL", "--for", "vllm", "--group-size", "48"), "none of 128, 64, 32"),
         (("plan", "MODEL", "--tensor-parallel", "2", "--bpw", "5"), "it goes with --for vllm"),
         (("plan", "MODEL", "--for", "vllm", "--tensor-parallel", "3"), "`blk.0.attn_q.weight` has 4 heads"),
     ],
@@ -354,6 +355,8 @@ def test_shards_of_tensor_parallel_decide_groups(llama, mixed_llama):
         found[count] = SCHEMES["W4A16"].for_shapes([linears["blk.0.ffn_down.weight"].shard])
         assert linears["blk.0.attn_k.weight"].shard == (128 // min(count, 2), 256)
     assert (found[1].group_size, found[2].group_size, found[4]) == (64, 32, None)
+    candidates = linear_checkpoint(model, group_size=32).candidates(SCHEMES, mixed_experts=False)
+    assert {scheme.group_size for each in candidates.values() for scheme in each} == {0, 16, 32}
     with pytest.raises(PlanError, match=r"`blk.0.ffn_down.weight` is planned as .* each GPU of --tensor-parallel 4"):
         check_linears(mixed_llama[1], checkpoint, model)
 
