@@ -204,6 +204,12 @@ Fallback = Annotated[
         show_default=False,
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    Flag(
+        "GPUs of vLLM's --tensor-parallel-size: groups and zero points divide what each of them has of a layer.", min=1
+    ),
+]
 EncoderName = Annotated[
     str, Flag("dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.", ("--encoder",))
 ]

@@ -38,9 +38,10 @@ def tune_file(
     """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
     source = GGUFSource(path)
     check_original(model, source, path)
-    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
+    where = {"dtype": torch.float32, "device": chosen_device(session.device)}
+    hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
-        tuned = tune(model, hf_model, source, windows, options, progress=progress)
+        tuned = tune(model, hf_model, source, windows, options, original=original, progress=progress)
     session.note(_outcome(tuned))
     encoder = f"{encoder}+tune" if tuned.replacements else encoder
     return write_patched(source, output, tuned.replacements, encoder=encoder)

@@ -21,6 +21,7 @@ from dynquant.options import (
     Options,
     Preset,
     Ray,
+    TensorParallel,
     Window,
     Writes,
 )
@@ -144,6 +145,7 @@ class ExportOptions(Options):
     ] = False
     base_gguf: BaseGguf = None
     mtp: Mtp = True
+    tensor_parallel: TensorParallel = 1
     allow_difference: AllowDifference = False
     blocks: Path | None = None
     """Folder of `encoding.store` that keeps every tensor's blocks for other exports of the model."""

@@ -113,6 +113,14 @@ class PlanOptions(Options):
     exact: Exact = False
     base_gguf: BaseGguf = None
     mtp: Mtp = True
+    prune_experts: Annotated[
+        int,
+        Flag(
+            "Leave this many routed experts of every layer out: those that contribute least, never one that holds a "
+            "super weight. Pays below about 2 bits per weight; a rare subject may go with them.",
+            min=0,
+        ),
+    ] = 0
     allow_difference: AllowDifference = False
     search: SearchOptions = field(default_factory=SearchOptions)
 

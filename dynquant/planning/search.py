@@ -72,17 +72,17 @@ class Search:
     def model(self) -> Model:
         return self.store.model
 
-    def original(self) -> torch.nn.Module:
-        """Return the running model in float32, or in bfloat16 on a GPU that has no room for that."""
+    def running(self, model: Model) -> torch.nn.Module:
+        """Return a running model in float32, or in bfloat16 on a GPU that has no room for that."""
         device, dtype = chosen_device(self.session.device), torch.float32
-        needed, free = 4 * self.model.num_weights, free_memory_of(device)
+        needed, free = 4 * model.num_weights, free_memory_of(device)
         if device != "cpu" and needed > COMFORTABLE_SHARE * free:
             dtype = torch.bfloat16
             self.session.note(
                 f"plans are rendered in bfloat16, whose rounding is in every KL: float32 weights take "
                 f"{human_bytes(needed)}, and {human_bytes(free)} are free"
             )
-        return load_hf(self.model, dtype=dtype, device=device)
+        return load_hf(model, dtype=dtype, device=device)
 
     def candidate(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
         total, size = table.price_of(types), self.chooser.file_bytes(types)
@@ -145,7 +145,7 @@ def _search_modules(search: Search, table: ErrorTable) -> SearchResult:
     if not plans:
         raise PlanError(refused)
     inputs = _selection_samples(search)
-    rendered = RenderedModel(search.original(), search.store)
+    rendered = RenderedModel(search.running(search.model), search.store)
     with search.session.stage(_KEEPS) as progress:
         scorer = _Scorer(ScoredInputs(rendered, inputs), progress, keeps_floats=True)
         candidates = scorer.scored(list(plans.values()), "selecting by KL")
@@ -175,7 +175,7 @@ def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchRe
     provenance = search.chooser.context["stats"].provenance
     used, window = provenance.max_tokens or 0, provenance.window or 512
     windows, calibrated = _text_windows(search, used, window)
-    hf_model = search.original()
+    hf_model = search.running(search.model)
     with search.session.stage(_KEEPS) as progress:
         if FISHER in options.methods and table.is_priced_by(FISHER):
             search.session.note(f"reusing the prices of {FISHER}, whatever --probes says")
@@ -184,7 +184,9 @@ def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchRe
             costs = fisher_probe(hf_model, search.store, table, probes, seed=search.session.seed, progress=progress)
             table = table.with_prices(FISHER, probe_prices(table, costs))
         rendered = RenderedModel(hf_model, search.store)
-        scorer = _Scorer(ScoredInputs(rendered, windows), progress)
+        original = search.model.original and search.running(search.model.original)
+        scorer = _Scorer(ScoredInputs(rendered, windows, original), progress)
+        del original
         unit_text = None
         if UNIT_KL in options.methods:
             unit_windows = _evenly(calibrated, max(1, options.unit_tokens // window))

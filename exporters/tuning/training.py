@@ -154,11 +154,13 @@ def tune(
     windows: Tensor,
     options: TuneOptions,
     *,
+    original: Any = None,
     progress: Progress = ignore_progress,
 ) -> Tuned:
     """Tune `file` towards `hf_model`, its original in float32, which ends up holding tuned weights.
 
     Args:
+        original: The running model that it is tuned towards instead, which has experts that `hf_model` lacks.
         windows: token ids [n, window] to train on, apart from those that are held out.
 
     Raises:
@@ -167,8 +169,8 @@ def tune(
     """
     with recorded_routes(hf_model) as routes:
         live = LiveWeights(model, hf_model)
-        tuning = _Tuning(hf_model, routes, options, progress)
-        split = _split(windows.long(), _written(hf_model, windows, options, progress), options)
+        tuning = _Tuning(hf_model, routes, options, progress, original)
+        split = _split(windows.long(), _written(original or hf_model, windows, options, progress), options)
         start, limit = time.monotonic(), 60 * options.minutes
         choice = tuning.original(split.choice, until=start + _CHOICE_SHARE * limit)
         decision = tuning.original(split.decision, until=start + (_CHOICE_SHARE + _DECISION_SHARE) * limit)
@@ -252,8 +254,9 @@ def _split(given: Tensor, written: Tensor, options: TuneOptions) -> _Split:
 class _Tuning:
     """A running model whose tensors `trained` are moved."""
 
-    def __init__(self, hf_model: Any, routes: Routes, options: TuneOptions, progress: Progress) -> None:
-        self._model, self._routes, self._options, self._progress = hf_model, routes, options, progress
+    def __init__(self, hf_model: Any, routes: Routes, options: TuneOptions, progress: Progress, towards: Any) -> None:
+        self._model, self._towards, self._routes = hf_model, towards, routes
+        self._options, self._progress = options, progress
         self._device = next(hf_model.parameters()).device
         self.trained: list[Tunable] = []
 
@@ -263,7 +266,10 @@ class _Tuning:
         total = sum(ids.numel() for _, ids in batches)
         self._progress("original", 0, total, unit="tokens")
         for kind, ids in batches:
-            target = Distributions.of(self._logits(ids), **reduction)
+            logits = self._logits(ids)  # also for the routes, which are those of the experts that are there
+            if self._towards is not None:
+                logits = _logits(self._towards, ids.to(self._device))
+            target = Distributions.of(logits, **reduction)
             seen.append(_Batch(kind, ids, target, self._small_routes()))
             self._progress("original", sum(batch.ids.numel() for batch in seen), total, unit="tokens")
             if time.monotonic() > until:
@@ -354,11 +360,15 @@ class _Tuning:
             tensor.apply()
 
     def _logits(self, ids: Tensor) -> Tensor:
-        with tf32_products(self._device):
-            return self._model(input_ids=ids.to(self._device), use_cache=False).logits.float().flatten(0, 1)
+        return _logits(self._model, ids.to(self._device))
 
     def _small_routes(self) -> Routes:
         return {layer: ids.short().cpu() for layer, ids in self._routes.items()}
+
+
+def _logits(hf_model: Any, ids: Tensor) -> Tensor:
+    with tf32_products(ids.device):
+        return hf_model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
 
 
 def _step_size(step: int) -> float:

@@ -28,12 +28,16 @@ from tests.helpers.architectures import converted_model, save_architecture
 from tests.helpers.commands import run
 from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.exports import export_compressed_tensors
+from tests.helpers.representatives import represented_by
 from tests.helpers.rounding_kl import kl_by_rounding
 from tests.helpers.tiny_models import save_tiny
 from tests.running.test_any_architecture import gpt_oss_conversions
 
 PLANS = Path(__file__).parent.parent / "examples" / "plans"
-DENSE = ("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W8A16", "BF16")
+DENSE = (
+    *("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W3A16", "BF16", "W2A16", "W5A16"),
+    *("W8A16", "W7A16"),
+)
 
 
 def export(directory, output, choose, **options):
@@ -60,14 +64,14 @@ def deepseek(tiny_text):
 
 @pytest.fixture(scope="module")
 def mixed_llama(llama, tmp_path_factory):
-    """All six schemes in one dense model."""
+    """Schemes of every kind in one dense model."""
     output = tmp_path_factory.mktemp("mixed") / "out"
     return output, export(llama, output, lambda n, _: DENSE[n % len(DENSE)])
 
 
 @pytest.fixture(scope="module")
 def mixed_deepseek(deepseek, tmp_path_factory):
-    """Experts in W4A16, the rest in all six schemes."""
+    """Experts in W4A16, the rest in every scheme."""
     output = tmp_path_factory.mktemp("moe") / "out"
     choose = lambda n, linears: "W4A16" if linears[0].is_expert else DENSE[n % len(DENSE)]  # noqa: E731
     return output, export(deepseek, output, choose)
@@ -75,7 +79,7 @@ def mixed_deepseek(deepseek, tmp_path_factory):
 
 def test_transformers_gives_the_logits_of_our_decoded_weights(mixed_llama, tmp_path):
     output, plan = mixed_llama
-    assert set(plan.histogram()) == set(SCHEMES)
+    assert set(plan.histogram()) == set(DENSE[:8])
     expected = logits(filled(output, plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
     assert torch.equal(logits(output, torch.bfloat16), expected)
 
@@ -90,13 +94,13 @@ def test_eval_runs_it_in_float32(mixed_llama, tmp_path):
 
 def test_experts_load_merged_beside_all_schemes(mixed_deepseek, tmp_path):
     output, plan = mixed_deepseek
-    assert set(plan.histogram()) == set(SCHEMES)
+    assert set(plan.histogram()) == set(DENSE)
     expected = logits(filled(output, plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
     assert torch.equal(logits(output, torch.bfloat16), expected)
     assert "model.layers.1.mlp.experts.3.gate_proj.weight_packed" in stored_tensors(output)
 
 
-@pytest.mark.parametrize("scheme", ["W8A16", "MXFP4A16"])
+@pytest.mark.parametrize("scheme", represented_by(["W3A16"], ["W8A16", "MXFP4A16", "W2A16", "W7A16", "W3A16"]))
 def test_experts_load_in_every_scheme_that_the_planner_gives_them(scheme, deepseek, tmp_path):
     choose = lambda _, linears: scheme if linears[0].is_expert else "BF16"  # noqa: E731
     plan = export(deepseek, tmp_path / "out", choose)

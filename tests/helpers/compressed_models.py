@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -72,21 +73,25 @@ def from_stored(scheme: Scheme, parts: dict[str, torch.Tensor]) -> EncodedLayer:
     """Return what `EncodedLayer.stored` was called on."""
     if scheme.strategy == "none":
         return EncodedLayer(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
+    zero_points = None
     if scheme.kind == "int":
-        codes = _unpacked_integers(parts["weight_packed"], scheme.num_bits)
+        (rows, columns), bits = parts["weight_shape"].tolist(), scheme.num_bits
+        codes = _unpacked_integers(parts["weight_packed"], bits, columns)
+        if scheme.has_zero_points:
+            zero_points = _unpacked_integers(parts["weight_zero_point"].T, bits, rows).T
     elif scheme.num_bits == 8:
         codes = parts["weight"].to(torch.float32)
     else:
         codes = _unpacked_e2m1(parts["weight_packed"])
     global_scale = float(parts["weight_global_scale"]) if "weight_global_scale" in parts else None
-    return EncodedLayer(scheme, codes, parts["weight_scale"], global_scale)
+    return EncodedLayer(scheme, codes, parts["weight_scale"], zero_points, global_scale)
 
 
-def _unpacked_integers(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
-    bytes_ = packed.contiguous().view(torch.uint8)
-    if num_bits == 4:
-        bytes_ = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(-2)
-    return bytes_.to(torch.float32) - (1 << (num_bits - 1))
+def _unpacked_integers(packed: torch.Tensor, num_bits: int, columns: int) -> torch.Tensor:
+    bits = np.unpackbits(packed.contiguous().view(torch.uint8).numpy(), axis=-1, bitorder="little")
+    bits = bits[:, : columns * num_bits].reshape(len(bits), columns, num_bits)
+    codes = np.packbits(bits, axis=-1, bitorder="little")[..., 0]
+    return torch.from_numpy(codes).to(torch.float32) - (1 << (num_bits - 1))
 
 
 def _unpacked_e2m1(packed: torch.Tensor) -> torch.Tensor:
