@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import TEXT_TASKS, EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.evaluation.tasks import multiple_choice
@@ -54,6 +54,9 @@ from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.file_names import STATS_NAME
+
+if TYPE_CHECKING:
+    from dynquant.evaluation.tasks.harness import Harness, Samples
 
 SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 
@@ -83,6 +86,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     asked = options.questions
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     _check_program(options, candidate)
+    harness = _harness(asked, reference) if asked.harness_tasks else None
     of_kinds = _notes_on_kinds(options, reference, candidate)
     where = {"runner": options.runner, "base": reference}
     infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
@@ -97,17 +101,19 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
         texts, prompts, questions = _inputs(asked, options.window, encode, context_length)
-    run = _Run(options, session, progress, num_columns, reference)
+    run = _Run(options, session, progress, num_columns, reference, context_length)
     torch_threads = torch.get_num_threads()  # open_runner sets those of the session
     try:
         with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
             written = [run.written(runner, "reference", starts) for starts in prompts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
+            asked_before = run.asked(runner, "reference", harness) if harness else {}
         with run.opening(candidate, adapter=options.adapter, kv_types=(options.kv_type * 2)[:2]) as runner:
             scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
             pairs = [(first, run.written(runner, "candidate", *first)) for first in zip(prompts, written, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
+            asked_after = run.asked(runner, "candidate", harness) if harness else {}
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
@@ -130,7 +136,8 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             reports.summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
         generated=tuple(summarize_generation(*first, second, asked.new_tokens) for first, second in pairs),
-        notes=notes,
+        harness=harness.results(asked_before, asked_after) if harness else (),
+        notes=[*notes, *(harness.notes if harness else ())],
         seconds=run.seconds,
     )  # fmt: skip
 
@@ -144,6 +151,19 @@ def _check_program(options: EvalOptions, candidate: Path) -> None:
         )
     if options.kv_type and not runs_in_llama_cpp:
         raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
+
+
+def _harness(asked: QuestionOptions, reference: Path) -> "Harness":
+    """Return the tasks of lm-evaluation-harness that were asked for, with their data."""
+    try:
+        from dynquant.evaluation.tasks.harness import Harness
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"{', '.join(asked.harness_tasks)} is none of {', '.join(sorted(TEXT_TASKS))}, and tasks of "
+            f"lm-evaluation-harness need the package {error.name}, which is not there: pip install "
+            "'dynquant-toolchain[tasks]'."
+        ) from error
+    return Harness(asked, reference)
 
 
 class _Inputs(NamedTuple):
@@ -222,6 +242,7 @@ class _Run:
     progress: Progress
     num_columns: int | None = None  # leading logits that both models have; None for all
     reference: Path | None = None  # whose distributions are cached, if any are
+    context_length: int = 0  # that both models have
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -319,6 +340,15 @@ class _Run:
         ends = np.cumsum([len(e.answers) for e in encoded])[:-1]
         return [AnswerScores(e.question, part) for e, part in zip(encoded, np.split(log_probs, ends), strict=True)]
 
+    def asked(self, runner: Opener, side: str, harness: "Harness") -> "Samples":
+        """Return what the harness logs of every question of its tasks."""
+        limits, cache = {"context_length": self.context_length, "num_columns": self.num_columns}, None
+        if side == "reference" and self.options.reference_cache is not None:
+            name = self._cache_key([], {"kind": "harness", "context_length": self.context_length})
+            cache = self.options.reference_cache / f"{name}.sqlite"
+        with self.timed(f"{side}, {', '.join(harness.tasks)}", "questions") as report:
+            return harness.ask(runner, report, cache, **limits)
+
     def answers(self, runner: runners.PictureRunner, side: str, asked: Sequence["_Asked"], tokenizer: Any) -> list[str]:
         """Return a model's greedy answers to questions about pictures."""
         answers = []
@@ -335,11 +365,15 @@ class _Run:
         directory = self.options.reference_cache
         if directory is None or self.reference is None:
             return run()
+        return cached(directory, self._cache_key(tokens, key), run)
+
+    def _cache_key(self, tokens: list[int], key: dict[str, Any]) -> str:
+        assert self.reference is not None
         # Only what is not the default is part of a name.
         more: dict[str, object] = {"rounded": True} if self.options.rounded else {}
         if is_gguf(self.reference) and self.options.runner != runners.LLAMA_CPP:
             more["runner"] = self.options.runner
-        return cached(directory, cache_key(self.reference, tokens, columns=self.num_columns, **key, **more), run)
+        return cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
 
 
 def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:

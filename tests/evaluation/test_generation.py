@@ -6,6 +6,7 @@ import pytest
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
+from dynquant.evaluation.runners import open_runner
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
 from dynquant.families.open import open_model
 from tests.helpers.evaluating import evaluated
@@ -89,3 +90,19 @@ def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Pa
 def test_what_cannot_be_done_is_refused(small_moe: Path, f32_moe: Path, text, changed, said) -> None:
     with pytest.raises(EvaluationError, match=said):
         evaluated(f32_moe, small_moe, **text | changed)
+
+
+@pytest.mark.parametrize("program", ["transformers", "llama.cpp"])
+def test_prompts_of_several_lengths_are_gone_on_from_together(small_moe: Path, f32_moe: Path, program) -> None:
+    runner = open_runner(small_moe if program == "transformers" else f32_moe, threads=1, device="cpu")
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 9, 10, 11], [5, 6], [40, 41, 42, 43, 44]]
+    together = [ids for group in runner.write(prompts, 6, frozenset()) for ids in group]
+    alone = [ids for prompt in prompts for group in runner.write([prompt], 6, frozenset()) for ids in group]
+    assert together == alone and {len(ids) for ids in alone} == {6}
+    third = alone[0][2]
+    ended = [ids for group in runner.write(prompts, 6, frozenset(), lambda ids: third in ids) for ids in group]
+    runner.close()
+    for ids, whole in zip(ended, alone, strict=True):
+        end = whole.index(third) + 1 if third in whole else len(whole)
+        assert ids[:end] == whole[:end]
+    assert len(set(map(len, ended))) > 1 or program == "transformers"  # which fills rows up to the longest

@@ -98,6 +98,7 @@ def test_experts_load_merged_beside_all_schemes(mixed_deepseek, tmp_path):
     expected = logits(filled(output, plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
     assert torch.equal(logits(output, torch.bfloat16), expected)
     assert "model.layers.1.mlp.experts.3.gate_proj.weight_packed" in stored_tensors(output)
+    assert json.loads((output / "config.json").read_text())["topk_method"] == "noaux_tc"  # what vLLM asks for
 
 
 @pytest.mark.parametrize("scheme", represented_by(["W3A16"], ["W8A16", "MXFP4A16", "W2A16", "W7A16", "W3A16"]))
@@ -145,6 +146,17 @@ def test_experts_that_transformers_refuses_are_named_beforehand(experts, words, 
     assert words in transformers_problem(plan)
     with pytest.raises(RuntimeError, match="conversion of the weights"):
         logits(tmp_path / "out", torch.bfloat16)
+
+
+def test_our_loader_reads_what_transformers_does_not(deepseek, tmp_path):
+    """Zero points, experts that differ from layer to layer, NVFP4 experts."""
+    schemes = ("W3A16_ASYM", "NVFP4A16", "W2A16_ASYM", "FP8", "W4A16_ASYM", "BF16", "MXFP4A16")
+    output = tmp_path / "out"
+    plan = export(deepseek, output, lambda n, _: schemes[n % len(schemes)], mixed_experts=True)
+    assert "transformers cannot load it: it does not unpack zero points" in (output / "README.md").read_text()
+    exact = filled(output, plan, tmp_path / "filled", torch.float32, experts=torch.float32)
+    found = open_runner(output).window_logits(TOKENS[0].tolist())
+    torch.testing.assert_close(found, logits(exact, torch.float32), rtol=1e-4, atol=1e-4)
 
 
 def test_the_directory_is_complete_and_described(mixed_llama):
