@@ -8,6 +8,7 @@ from unittest.mock import Mock, patch
 import pytest
 from huggingface_hub import constants
 
+from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
@@ -231,12 +232,17 @@ def test_a_lost_connection_is_told_of(tmp_path):
 
 
 @pytest.mark.nightly
-def test_sizes_that_are_planned_together_have_the_plans_that_they_have_alone(tiny_moe, tmp_path):
+def test_sizes_that_are_planned_together_are_as_good_as_those_planned_alone(tiny_moe, tmp_path, monkeypatch):
     search = SearchOptions(select=True, probes=2, selection_tokens=512)
     calibration = CalibrationOptions(tokens=4096, window=128, hessians="none")
     asked = PlanOptions(model=str(tiny_moe), output=tmp_path, calibration=calibration, encoder="ggml", search=search)
     targets = [Target(bpw=bits, types=("q2_k", "q4_k", "q6_k")) for bits in (3.6, 5.0)]
     alone = [make_plan(replace(asked, target=target)) for target in targets]
+    rounds = Mock(wraps=unit_kl.unit_worth)
+    monkeypatch.setattr(unit_kl, "unit_worth", rounds)
     together = make_plans(asked, targets)
-    assert [plan.entries for plan in together] == [plan.entries for plan in alone]
-    assert [plan.selected_kl for plan in together] == pytest.approx([plan.selected_kl for plan in alone], rel=1e-5)
+    assert rounds.call_count <= 2 + 1  # the smaller size goes on from the larger one's prices
+    assert together[1].entries == alone[1].entries
+    assert [plan.recipe for plan in together] == [plan.recipe for plan in alone]
+    assert together[0].predicted_bytes <= 3.6 * alone[0].num_weights / 8
+    assert together[0].selected_kl <= 1.1 * alone[0].selected_kl
