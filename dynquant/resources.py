@@ -4,6 +4,7 @@ Bytes read and written are those of the process's own reads and writes as Linux 
 taken from memory-mapped files, which the kernel does not count: whoever maps a file calls `count_mapped`.
 """
 
+import ctypes
 import os
 import re
 import sys
@@ -61,9 +62,22 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def total_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return _windows_memory()[0] if os.name == "nt" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _windows_memory() -> tuple[int, int]:
+    """Return all and free bytes of memory, by GlobalMemoryStatusEx."""
+    # MEMORYSTATUSEX: its own length and the load in percent, each of 32 bits, and seven counts of bytes of 64.
+    status = (ctypes.c_uint64 * 8)(64)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return status[1], status[2]
+
+
 def free_memory() -> int:
     """Bytes that this process can still take, by the machine's and its control group's count."""
-    free, meminfo = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
+    free, meminfo = _windows_memory()[1] if os.name == "nt" else total_memory(), Path("/proc/meminfo")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         free = int(lines["MemAvailable"].split()[0]) * 1024

@@ -10,7 +10,6 @@ are.
 Which text is used, how far it goes and whether the result is kept is decided in `tuning.training`.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.output import Encoding
 from dynquant.exporters.tuning.training import FEWEST_WINDOWS, Tuned, TuneOptions, tune
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.resources import chosen_device
+from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
 
@@ -39,9 +38,10 @@ def tune_file(
     """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
     source = GGUFSource(path)
     check_original(model, source, path)
-    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
+    where = {"dtype": torch.float32, "device": chosen_device(session.device)}
+    hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
-        tuned = tune(model, hf_model, source, windows, options, progress=progress)
+        tuned = tune(model, hf_model, source, windows, options, original=original, progress=progress)
     session.note(_outcome(tuned))
     encoder = f"{encoder}+tune" if tuned.replacements else encoder
     return write_patched(source, output, tuned.replacements, encoder=encoder)
@@ -87,7 +87,7 @@ def check_original(model: Model, file: GGUFSource, path: Path) -> None:
 def tune_options(options: ClosingPassOptions, **others: int) -> TuneOptions:
     """Return the settings that options stand for."""
     asked = {"minutes": options.tune_minutes, "sampled_tokens": options.tune_sampled, "parts": options.tune_parts}
-    return TuneOptions(**asked, **others)  # type: ignore[arg-type]
+    return TuneOptions(**asked, patience=options.patience, **others)  # type: ignore[arg-type]
 
 
 def obstacle(encoding: Encoding) -> str | None:
@@ -120,7 +120,7 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
     elif tokens is None and len(moments.tokens) < FEWEST_WINDOWS:
         reason = "the calibration text is too short"
     if reason is None:
-        return tune_options(options, tokens=TuneOptions.tokens if tokens is None else tokens)
+        return tune_options(options, tokens=options.most_tokens if tokens is None else tokens)
     if tokens is not None:
         raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. Export with --tune 0.")
     encoding.session.note(f"no closing pass: {reason}")
@@ -136,7 +136,7 @@ def too_large_to_tune(model: Model, device: str, allowed: int | None = None) -> 
     if device != "cpu":
         where, memory = "GPU", torch.cuda.mem_get_info(device)[1]
     else:
-        where, memory = "machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        where, memory = "machine", total_memory()
     if needed <= memory / 2:
         return None
     return f"it needs about {needed / 1e9:.0f} GB, and this {where} has {memory / 1e9:.0f} GB (`--tune N` insists)"

@@ -69,12 +69,15 @@ def _ignored(plan: Plan, checkpoint: LinearCheckpoint, num_layers: int) -> list[
 
 
 def transformers_problem(plan: Plan) -> str | None:
-    """Return why transformers cannot load the routed experts, or None when it can.
+    """Return why transformers cannot load the checkpoint, or None when it can.
 
     transformers (5.24) dequantizes experts while it merges them into one tensor. It takes one scheme for all of them,
     found by the targets of the groups; without experts among the targets it is that of the first group, and only an
-    FP8 group leaves weights without scales as they are. NVFP4's global scale is not read.
+    FP8 group leaves weights without scales as they are. NVFP4's global scale is not read. Zero points it expects as
+    compressed-tensors (0.20) has them in memory, not packed as in files.
     """
+    if any(entry.scheme.has_zero_points for entry in plan.entries):
+        return "it does not unpack zero points"
     experts = {entry.scheme for entry in plan.entries if entry.is_expert_stack}
     if len(experts) > 1:
         return "it takes one scheme for the routed experts of all layers, and here they differ"

@@ -27,7 +27,7 @@ from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
-from dynquant.running.streaming.stream_memory import free_memory
+from dynquant.resources import free_memory
 from dynquant.session import Progress
 from dynquant.storage.strict_json import parse_json
 from dynquant.workers import side_by_side
@@ -162,10 +162,18 @@ def _tensors(
         for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:])))
     ]
     missing = [piece for piece in pieces if not is_finished(*piece)]
+    limit = encoding.limits.memory
+    for piece in missing:
+        if limit is not None and _needed_bytes(piece) > limit:
+            raise ExportError(
+                f"`{piece[0].name}` takes {_needed_bytes(piece):,} bytes while it is encoded, and --max-memory leaves "
+                f"{limit:,} for that. Allow more."
+            )
     done = total - sum(_num_weights(*piece) for piece in missing)
     progress("quantize", done, total, unit="weights")
     if device.type == "cpu":
-        layers = side_by_side(encode, missing, encoding.session.threads, cost=_needed_bytes, budget=free_memory() // 2)
+        budget = free_memory() // 2 if limit is None else limit
+        layers = side_by_side(encode, missing, encoding.session.threads, cost=_needed_bytes, budget=budget)
     else:
         layers = map(encode, missing)
     for (entry, experts), tensors in zip(missing, layers, strict=True):
@@ -189,6 +197,8 @@ def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping
     config.pop("torch_dtype", None)  # the former name of `dtype`
     quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
     config |= {"dtype": "bfloat16", "quantization_config": quantization}
+    if config.get("model_type") == "deepseek_v3":
+        config.setdefault("topk_method", "noaux_tc")  # transformers 5 drops it; without it vLLM knows no router bias
     if encoding.model.has_own_output:
         config["tie_word_embeddings"] = False  # vLLM would believe a configuration that ties them
     rounding = "rounded by their own squared error"

@@ -136,6 +136,9 @@ def _describe(
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
+    if plan.pruned is not None:
+        gone = {"original_fingerprint": plan.pruned.fingerprint, "pruned_experts": str(plan.pruned)}
+        quantization["provenance"] |= gone
     quantization |= recorded(layout, model.arch)
     documents = {"config.json": directory.as_json({**config, "quantization_config": quantization})}
     documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()

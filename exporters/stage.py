@@ -32,7 +32,7 @@ from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.complete_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.model_kind import check_same_kind
-from dynquant.families.open import check_original, locate_model, open_and_announce, open_language_model
+from dynquant.families.open import check_original, locate_model, open_and_announce, open_language_model, open_pruned
 from dynquant.families.tokenizers.chat_template import format_of_metadata, lint
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
@@ -64,10 +64,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
-        model, compared = (
-            (open_language_model(options.model, session), None) if is_vllm else _opened(options, plan, session)
-        )
-        checkpoint = linear_checkpoint(model) if is_vllm else None
+        model, compared = _opened(options, plan, session)
+        checkpoint = linear_checkpoint(model, options.tensor_parallel, options.group_size) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
             if pool is not None:
@@ -153,13 +151,21 @@ def _written_errors(encoding: Encoding, options: ExportOptions, stats: StatsFile
 
 
 def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tuple[Model, SameComputation | None]:
-    """Return the model with the layers that the plan names, and how llama.cpp compares with transformers on it."""
-    mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
-    model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    """Return the model with the layers and experts that the plan names, and how llama.cpp compares with transformers
+    on it."""
+    if options.format == "compressed-tensors":
+        model = open_language_model(options.model, session)
+    else:
+        mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
+        model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    folder = None if options.plan is None else options.plan.parent
+    if plan is not None and folder is not None:
+        model = open_pruned(model, plan.pruned, folder, session)
+    if options.format == "compressed-tensors":
+        return model, None
     for finding in lint(format_of_metadata(model.metadata)):
         if finding.is_fault:
             session.note(finding.text)
-    folder = options.plan.parent if options.plan is not None else None
     how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
     return model, check_computation(model, session, folder=folder, **how)
 
@@ -185,9 +191,11 @@ def _check(options: ExportOptions) -> None:
             options.calibration.refuse_unused(f"--{source} has or names statistics, so nothing is calibrated.")
     if options.asymmetric and options.ray:
         raise ExportError("--asymmetric encodes each tensor after those before it, and --ray side by side; drop one.")
-    if options.format == "compressed-tensors":
+    if options.format != "compressed-tensors":
+        options.refuse_unused("it goes with --format compressed-tensors.", "tensor_parallel", "group_size")
+    else:
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
-        flags = ("asymmetric", "tune", "base_gguf", "max_memory", "ray")
+        flags = ("asymmetric", "tune", "base_gguf", "ray")
         options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
         options.closing.refuse_unused("there is no closing pass for schemes of vLLM.")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):

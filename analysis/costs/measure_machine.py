@@ -33,6 +33,7 @@ from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
+from dynquant.resources import total_memory
 from dynquant.session import Progress, ignore_progress
 
 MEASURED_TYPES = (
@@ -57,7 +58,7 @@ def measure_machine(progress: Progress = ignore_progress) -> Machine:
         progress("measure", number, len(parts), unit="parts")
     return Machine(
         name=f"{platform.machine()}, PyTorch {torch.__version__}", threads=torch.get_num_threads(),
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), **measurements,
+        memory_bytes=total_memory(), **measurements,
     )  # fmt: skip
 
 

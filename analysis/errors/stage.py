@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dynquant import __version__
-from dynquant.analysis.errors.measure import ErrorMeter, Measure, Meter, build_error_table
-from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter
+from dynquant.analysis.errors.measure import ErrorMeter, Measure, Meter, build_error_table, unmeasured_table
+from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter, scheme_formats
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sampling import Sampling
@@ -28,7 +28,7 @@ from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
-from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES
 from dynquant.resources import chosen_device
 from dynquant.running.cluster import StoredModel, open_ray
 from dynquant.session import SILENT, Session
@@ -95,18 +95,23 @@ def written_errors(
 
 
 def scheme_table(
-    model: Model, checkpoint: LinearCheckpoint, stats: StatsFile, path: Path, session: Session
+    model: Model, checkpoint: LinearCheckpoint, schemes: Sequence[str], stats: StatsFile, path: Path, session: Session
 ) -> ErrorTable:
-    """Return the table of all schemes that vLLM reads at `path`; measure it anew when the statistics changed."""
+    """Return the table of schemes that vLLM reads at `path`; measure it anew where it lacks one, or is of other
+    statistics or groups."""
+    schemes = [name for name in SCHEMES if name in schemes or name in DEFAULT_SCHEMES]
+    candidates = checkpoint.candidates(schemes, mixed_experts=True)
+    wanted = unmeasured_table(model, scheme_formats(checkpoint, candidates), ())
+    sizes = {(row.name, row.type): row.bytes for row in wanted.rows}
     earlier = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
-    if earlier is not None and (earlier.stats_hash, earlier.fingerprint) == (stats.hash, model.fingerprint):
+    has_these = earlier and sizes.items() <= {(row.name, row.type): row.bytes for row in earlier.rows}.items()
+    if earlier and has_these and (earlier.stats_hash, earlier.fingerprint) == (stats.hash, model.fingerprint):
         session.note(f"reusing {path}")
         return earlier
     device = chosen_device(session.device)
-    identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
-    candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
+    identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device, "bytes": str(sum(sizes.values()))}
     meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device), threads=session.threads)
-    return _written(path, meter, tuple(SCHEMES), stats, identity, session)
+    return _written(path, meter, tuple(schemes), stats, identity, session)
 
 
 def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Session) -> ErrorMeter:

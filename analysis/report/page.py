@@ -170,6 +170,7 @@ def _provenance(results: PlanResults) -> str:
     facts = {
         "Tool": f"dynquant {plan.tool_version}",
         "Checkpoint fingerprint": plan.fingerprint,
+        **({"Pruned experts": str(plan.pruned)} if plan.pruned else {}),
         "Plan hash": plan.hash,
         "Candidate types": ", ".join(plan.types) or "fixed by the recipe",
         "Statistics hash": plan.stats_hash or "none: the recipe reads no statistics",

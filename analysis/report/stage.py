@@ -7,7 +7,7 @@ from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import TokenErrors
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_layout import padded
-from dynquant.families.open import open_model
+from dynquant.families.open import open_model, open_pruned
 from dynquant.planning.chooser import rules_of
 from dynquant.planning.frontier import fixed_recipes, frontier
 from dynquant.planning.selection import Selection
@@ -31,7 +31,8 @@ def write_plan_report(
     super_weights = load_super_weights(directory / file_names.SUPER_NAME).super_weights
     report = directory / file_names.REPORT_NAME
     with session.stage("The plan is kept; plots and report are drawn again.") as progress:
-        recipes = fixed_recipes(open_model(path, base_gguf=base_gguf))
+        model = open_pruned(open_model(path, base_gguf=base_gguf), plan.pruned, directory, session)
+        recipes = fixed_recipes(model)
         chosen_bytes = sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())
         rules = replace(rules_of(super_weights, stats), fixed_bytes=plan.predicted_bytes - chosen_bytes)
         points = frontier(table, rules, recipes)

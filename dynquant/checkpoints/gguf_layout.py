@@ -27,7 +27,7 @@ from gguf.gguf_writer import WriterState
 
 from dynquant import __version__
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
-from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.model import Model, PrunedExperts
 from dynquant.errors import ExportError
 from dynquant.formats.quant_types import QUANT_TYPES
 
@@ -215,7 +215,7 @@ def _fields(
         for field in model.metadata
         if field.key not in left_out and not (field.value_type == GGUFValueType.ARRAY and len(field.value) == 0)  # type: ignore[arg-type]
     ]
-    return fields + _export_fields(tensors, provenance, imatrix)
+    return fields + _export_fields(tensors, provenance, imatrix, model.pruned)
 
 
 def _is_countable(field: MetadataField) -> bool:
@@ -234,7 +234,7 @@ def _array_bytes(field: MetadataField) -> int:
 
 
 def _export_fields(
-    tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None
+    tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None, pruned: PrunedExperts | None
 ) -> list[MetadataField]:
     """Return the fields that an export adds to the model's metadata; numbers are u32."""
     values: dict[str, int | str] = {
@@ -256,6 +256,8 @@ def _export_fields(
         "dynquant.plan_hash": provenance.plan_hash,
         "dynquant.stats_hash": provenance.stats_hash,
     }
+    if pruned is not None:
+        values |= {"dynquant.original_fingerprint": pruned.fingerprint, "dynquant.pruned_experts": str(pruned)}
     types = {int: GGUFValueType.UINT32, str: GGUFValueType.STRING}
     return [MetadataField(key, value, types[type(value)]) for key, value in values.items()]
 

@@ -4,6 +4,7 @@ Every stage has the same view: GGUF tensor names, shapes and float32 values, GGU
 planning rules need. `families.open.open_model` makes one from a directory or a file.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.tensor_roles import Role, layer_of, mtp_layers, roles_of
 from dynquant.checkpoints.tensor_source import ModelSource
 from dynquant.errors import CheckpointError
+from dynquant.storage.documents import FrozenRecord
 
 _MAX_NUMBER = 1 << 31
 _LARGEST = {"block_count": 512}
@@ -80,6 +82,24 @@ class HyperParams:
         )
 
 
+class PrunedExperts(FrozenRecord):
+    """The routed experts that a checkpoint does not have any more, by layer, under the numbers of its original."""
+
+    original: str
+    fingerprint: str  # of the original
+    num_experts: int  # of a layer of the original
+    experts: dict[int, tuple[int, ...]]
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def __str__(self) -> str:
+        count = len(next(iter(self.experts.values())))
+        listed = "; ".join(f"{layer}: {' '.join(map(str, gone))}" for layer, gone in self.experts.items())
+        return f"{count} of {self.num_experts} in {len(self.experts)} layers ({listed})"
+
+
 @dataclass(frozen=True)
 class Model:
     """One checkpoint in GGUF terms.
@@ -103,6 +123,9 @@ class Model:
     """Numbers that decide the computation beside the weights (`families.common.settings`)."""
     has_family: bool = True
     """False for an architecture that no family of dynquant has: all comes from llama.cpp's converter."""
+    pruned: PrunedExperts | None = None
+    original: "Model | None" = None
+    """The checkpoint that this one was pruned from, whose output plans and scales are chosen by."""
 
     @cached_property
     def hyper(self) -> HyperParams:

@@ -13,6 +13,7 @@ from dynquant.planning.options import FitOptions
 from dynquant.resources import human_bytes
 
 if TYPE_CHECKING:
+    from dynquant.planning.memory.placement import Placement
     from dynquant.recipes.diff import PlanDiff
 
 PlanFile = Annotated[Path, typer.Argument(help="A plan.json, its folder or a .gguf file.", show_default=False)]
@@ -78,25 +79,50 @@ def _lint(path: Path, as_json: bool) -> None:
 def fit(options: FitOptions, as_json: AsJson = False) -> None:
     """Print llama.cpp's options that put as much of a file on the GPU as fits, and the bytes of every buffer.
 
+    Example: dynquant fit model.gguf
+
     Example: dynquant fit model.gguf --gpu 24GB --ram 64GB --context 16384
     """
     from dynquant.planning.memory.placement import fit as place
 
+    if options.gpu is None and options.ram is None:
+        _fit_common_cards(options, as_json)
+        return
     placement = place(options)
-    flags = placement.flags(options.context, options.kv_type)
     if as_json:
-        console.show_json(asdict(placement) | {"flags": flags})
+        console.show_json(_placed(placement, options))
         return
     rows = []
     for name in (*(field.name for field in fields(placement.gpu)), "total"):
         sizes = (getattr(side, name) for side in (placement.gpu, placement.host))
         rows.append((name.replace("_", " ").replace("kv", "KV").replace("cuda", "CUDA"), *map(human_bytes, sizes)))
-    rows.append(("of", options.gpu or "none", options.ram))
+    rows.append(("of", options.gpu or "none", options.ram or "no --ram given"))
     console.print_table(f"{options.file.name}, {options.context:,} tokens", ("", "GPU", "host"), rows)
     on_gpu = placement.layers_on_gpu
     experts = f", the experts of the first {placement.cpu_moe} in host memory" if placement.cpu_moe else ""
     console.say(f"{on_gpu} of {placement.layers} layers on the GPU{experts}")
-    console.say(f"llama-server -m {options.file} {flags}")
+    console.say(f"llama-server -m {options.file} {placement.flags(options.context, options.kv_type)}")
+
+
+def _fit_common_cards(options: FitOptions, as_json: bool) -> None:
+    from dynquant.planning.memory.placement import fit_common_cards
+
+    placements = fit_common_cards(options.file, options.context, options.kv_type)
+    if as_json:
+        console.show_json({card: _placed(placement, options) for card, placement in placements.items()})
+        return
+    rows = [
+        (card, *map(human_bytes, (each.gpu.total, each.host.total)), each.flags(options.context, options.kv_type))
+        for card, each in placements.items()
+    ]
+    title = f"{options.file.name}, {options.context:,} tokens"
+    console.print_table(title, ("GPU of", "on the GPU", "in host memory", "llama-server -m FILE"), rows)
+
+
+def _placed(placement: "Placement", options: FitOptions) -> dict[str, object]:
+    sides = {"gpu": placement.gpu, "host": placement.host}
+    totals = {name: asdict(side) | {"total": side.total} for name, side in sides.items()}
+    return asdict(placement) | totals | {"flags": placement.flags(options.context, options.kv_type)}
 
 
 def measure_machine(

@@ -15,7 +15,7 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.layouts import E2M1_MAX, E4M3_MAX, MXFP4_FIRST, scheme_layout
 from dynquant.encoding.search.rows import Rows
 from dynquant.errors import EncodeError
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import Scheme, scaled
 
 _CPU_WEIGHTS = 1 << 21
 _GPU_WEIGHTS = 1 << 25
@@ -26,27 +26,22 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class EncodedLayer:
     """Weights [R, C] of one linear layer in a scheme.
 
-    `codes` float32 [R, C] are integers, E4M3 or E2M1 numbers; `scales` [R, G] as they are stored.
+    `codes` float32 [R, C] are integers, E4M3 or E2M1 numbers; `scales` [R, G] as they are stored; `zero_points` [R, G]
+    as `codes`, for the schemes that have them.
     """
 
     scheme: Scheme
     codes: Tensor
     scales: Tensor
+    zero_points: Tensor | None = None
     global_scale: float | None = None
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights as compressed-tensors decompresses them in a model of `dtype`."""
-        scales = self.scales
         if self.scheme.strategy == "none":
             return self.codes.to(dtype)
-        if scales.dtype == torch.uint8:
-            scales = torch.exp2(scales.to(torch.float32) - 127)
-        scales = scales.to(torch.float32)
-        if self.global_scale is not None:
-            scales = scales / torch.tensor([self.global_scale])
-        products = self.codes * scales.repeat_interleave(self.codes.shape[-1] // scales.shape[-1], dim=-1)
-        # The library unpacks E2M1 numbers in bfloat16, whatever the model's type is.
-        return (products.to(torch.bfloat16) if self.scheme.is_fp4 else products).to(dtype)
+        global_scale = None if self.global_scale is None else torch.tensor([self.global_scale])
+        return scaled(self.codes, self.scales, self.zero_points, global_scale).to(dtype)
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors to write, by suffix; see `vllm_schemes`."""
@@ -55,7 +50,10 @@ class EncodedLayer:
             return {"weight": codes.to(torch.bfloat16)}
         if scheme.kind == "int":
             packed = _packed_integers(codes, scheme.num_bits)
-            return {"weight_packed": packed, "weight_scale": self.scales, "weight_shape": torch.tensor(codes.shape)}
+            parts = {"weight_packed": packed, "weight_scale": self.scales, "weight_shape": torch.tensor(codes.shape)}
+            if self.zero_points is not None:
+                parts["weight_zero_point"] = _packed_integers(self.zero_points.T, scheme.num_bits).T.contiguous()
+            return parts
         if scheme.num_bits == 8:
             return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale": self.scales}
         parts = {"weight_packed": _packed_e2m1(codes), "weight_scale": self.scales}
@@ -100,16 +98,22 @@ def encode_layers(
             f"`{name}` cannot be encoded as {scheme.name}: its largest weight is {peak:.3g}. Keep it as BF16."
         )
     loss = loss_under(weights.shape, importance, hessian, device)
-    codes, scales = torch.empty_like(weights), []
+    codes, scales, zero_points = torch.empty_like(weights), [], []
     rows_at_once = max(1, (_CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS) // weights[:, :1].numel())
     for part in map(as_slice, ranges(weights.shape[1], rows_at_once)):
         rows = Rows.of(layout, weights[:, part].to(device, torch.float32))
         fields, values = loss.blocks(rows)
         codes[:, part] = values.cpu()
         scales.append(_stored_scales(scheme, fields.d * rows.unit, fields.scales, global_scale).cpu())
+        zero_points.append(fields.mins if fields.mins is None else fields.mins.cpu())
     if scheme.is_fp4:
         codes = codes / 2  # ggml's table holds E2M1 numbers doubled
-    return [EncodedLayer(scheme, *layer, global_scale) for layer in zip(codes, torch.cat(scales, dim=1), strict=True)]
+    zeros = [None] * len(codes)
+    if scheme.has_zero_points:
+        half = 1 << (scheme.num_bits - 1)
+        codes, zeros = codes - half, torch.cat(zero_points, dim=1).to(torch.float32) - half
+    layers = zip(codes, torch.cat(scales, dim=1), zeros, strict=True)
+    return [EncodedLayer(scheme, *layer, global_scale) for layer in layers]
 
 
 def _stored_scales(scheme: Scheme, d: Tensor, exponents: Tensor, global_scale: float | None) -> Tensor:
@@ -122,11 +126,12 @@ def _stored_scales(scheme: Scheme, d: Tensor, exponents: Tensor, global_scale: f
 
 
 def _packed_integers(codes: Tensor, num_bits: int) -> Tensor:
-    """Codes, offset to start at 0, from the low bits of each int32 up; the row length is a multiple of 32."""
-    per_byte = 8 // num_bits
-    unsigned = (codes + (1 << (num_bits - 1))).to(torch.uint8).unflatten(-1, (-1, per_byte))
-    bytes_ = unsigned[..., 0] if per_byte == 1 else unsigned[..., 0] | (unsigned[..., 1] << 4)
-    return bytes_.contiguous().view(torch.int32)
+    """Codes, offset to start at 0, one after the other from the low bits of each row's first int32 up."""
+    unsigned = (codes + (1 << (num_bits - 1))).to(torch.uint8)
+    eights = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % 32)).unflatten(-1, (-1, 8))
+    numbers = sum(eights[..., i].to(torch.int64) << (i * num_bits) for i in range(8))
+    bytes_ = numbers.unsqueeze(-1).view(torch.uint8)[..., :num_bits].flatten(-2)
+    return bytes_.contiguous().view(torch.int32)[:, : -(-codes.shape[-1] * num_bits // 32)].contiguous()
 
 
 def _packed_e2m1(codes: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def reserved_bytes(file: Path, context: int, kv_type: str) -> tuple[int, int] | 
             [str(file.resolve()), str(context), str(QUANT_TYPES[kv_type.upper()].ggml_id), str(log)],
             GGML_NO_BACKTRACE="1",  # it would start a debugger
         )
-        said = log.read_text() if log.is_file() else ""
+        said = log.read_text("utf-8") if log.is_file() else ""
     caches = re.findall(r"^llama_(?:kv_cache|memory)\w*: size = +([\d.]+) MiB", said, re.MULTILINE)
     buffers = re.findall(r"compute buffer size = +([\d.]+) MiB", said)
     if not buffers:
@@ -55,7 +55,7 @@ def _main() -> None:
         settings.type_k = settings.type_v = int(sys.argv[3])
         if model:
             api.llama_init_from_model(model, settings)
-        Path(sys.argv[4]).write_text("".join(lines))
+        Path(sys.argv[4]).write_text("".join(lines), "utf-8")
     except (DynquantError, ImportError) as error:
         sys.exit(f"error: {error}")
 

@@ -72,6 +72,8 @@ class RenderedModel:
 class ScoredInputs:
     """Text or samples with pictures, the original's distributions on them, and the KL of whatever is installed.
 
+    The original is `rendered` as it is, or `original`: a running model with the experts that `rendered` lacks.
+
     Scored are all positions of text windows, and of pictures every text token that is followed by one.
 
     Raises:
@@ -79,7 +81,7 @@ class ScoredInputs:
         StatsError: the decoder layers of a language model cannot be found.
     """
 
-    def __init__(self, rendered: RenderedModel, inputs: ModelInputs) -> None:
+    def __init__(self, rendered: RenderedModel, inputs: ModelInputs, original: nn.Module | None = None) -> None:
         if rendered.types:
             raise ValueError("`rendered` holds a plan's weights; make its texts before anything is installed")
         self.rendered, self.name, self._inputs = rendered, inputs.name, inputs
@@ -91,8 +93,11 @@ class ScoredInputs:
             vocab_size, device = rendered.hf_model.config.get_text_config().vocab_size, rendered.hf_model.device
             groups = max(1, windows_at_once(inputs.longest, vocab_size, device) // group)
             self._group_tokens = group * inputs.longest
-            self.replay = LayerReplay(rendered.hf_model, inputs.windows.split(groups * group))
+            batches = inputs.windows.split(groups * group)
+            self.replay = LayerReplay(original or rendered.hf_model, batches)
         self._targets = [Distributions.of(logits, seed=seed) for seed, logits in enumerate(self._logits())]
+        if original is not None:
+            self.replay = LayerReplay(rendered.hf_model, batches)
         is_text = self.replay is not None
         self.lengths = [inputs.longest] * len(inputs) if is_text else [len(target) for target in self._targets]
         """Scored positions of each window or sample."""

@@ -6,7 +6,7 @@ row order. Routed experts become one linear layer each, whether the checkpoint s
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,9 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
-from dynquant.errors import ExportError
+from dynquant.errors import ExportError, PlanError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.formats.vllm_schemes import SCHEMES, Scheme
+from dynquant.formats.vllm_schemes import GROUP_SIZES, SCHEMES, Scheme
 
 _FUSED: dict[str, tuple[Role, ...]] = {
     "qkv": (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),
@@ -28,6 +28,14 @@ _FUSED: dict[str, tuple[Role, ...]] = {
 }
 """Linear layers that vLLM fuses into one in each layer."""
 _EXPERT_PARTS = {Role.EXPERT_GATE: "gate_proj", Role.EXPERT_UP: "up_proj", Role.EXPERT_DOWN: "down_proj"}
+_CUT_ROLES = {
+    **dict.fromkeys((Role.ATTN_OUT, Role.FFN_DOWN, Role.SHARED_DOWN, Role.EXPERT_DOWN), -1),
+    **dict.fromkeys((Role.SSM_OUT, Role.SHORTCONV_OUT), -1),
+    **dict.fromkeys((Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_QKV, Role.MLA_Q_B, Role.MLA_KV_B), -2),
+    **dict.fromkeys((Role.FFN_GATE, Role.FFN_UP, Role.SHARED_GATE, Role.SHARED_UP), -2),
+    **dict.fromkeys((Role.EXPERT_GATE, Role.EXPERT_UP, Role.ATTN_GATE, Role.SSM_IN, Role.SHORTCONV_IN), -2),
+}
+"""Dimension that vLLM shares out among the GPUs of `--tensor-parallel-size`; it keeps the others whole on each."""
 _KEPT_ROLES = (
     Role.EMBEDDING, Role.PER_LAYER_EMBEDDING, Role.OUTPUT, Role.NORM, Role.ROUTER, Role.CONV, Role.MIXING,
     Role.SSM_STATE, Role.INDEXER, Role.MTP, Role.OTHER,
@@ -45,6 +53,15 @@ class LinearLayer:
     sources: tuple[str, ...]
     """The checkpoint's tensors that it replaces."""
     load: Callable[[int], torch.Tensor]
+    tensor_parallel: int = 1
+    """GPUs among which vLLM shares it out."""
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """The matrix [R, C], or an expert's, that each GPU has."""
+        rows, columns = self.shape[-2:]
+        is_cut_in_rows, count = _CUT_ROLES.get(self.role) == -2, self.tensor_parallel
+        return (rows // count, columns) if is_cut_in_rows else (rows, columns // count)
 
     @property
     def is_expert(self) -> bool:
@@ -81,6 +98,14 @@ class LinearCheckpoint:
     linears: tuple[LinearLayer, ...]
     others: tuple[StoredTensor, ...]
     """Stored as they are, but for matrices, which become BF16."""
+    group_size: int = GROUP_SIZES[0]
+    """The largest group of integers that is wanted."""
+
+    def scheme(self, name: str) -> Scheme:
+        """Return a scheme with the group sizes that are wanted."""
+        scheme = SCHEMES[name]
+        sizes = tuple(size for size in scheme.group_sizes if size <= self.group_size)
+        return replace(scheme, group_sizes=sizes) if scheme.group_sizes == GROUP_SIZES else scheme
 
     def units(self, *, mixed_experts: bool) -> dict[str, list[LinearLayer]]:
         """Return the linear layers that share a scheme, by the name of their unit."""
@@ -93,28 +118,31 @@ class LinearCheckpoint:
         """Return the schemes among `schemes` that each linear layer may have, grouped; BF16 when there is none."""
         units = self.units(mixed_experts=mixed_experts).values()
         return {
-            linear.name: _candidates(linears, schemes, mixed_experts=mixed_experts)
+            linear.name: _candidates(linears, map(self.scheme, schemes), mixed_experts=mixed_experts)
             for linears in units
             for linear in linears
         }
 
 
-def _candidates(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> list[Scheme]:
-    candidates = [SCHEMES[name] for name in schemes]
+def _candidates(linears: Sequence[LinearLayer], schemes: Iterable[Scheme], *, mixed_experts: bool) -> list[Scheme]:
+    candidates = list(schemes)
     if linears[0].is_expert:
         candidates = [scheme for scheme in candidates if scheme.holds_experts]
         if not mixed_experts:  # then only schemes that transformers merges
             candidates = [scheme for scheme in candidates if scheme.merges_experts and scheme.is_quantized]
-    fitting = [scheme.for_rows([linear.shape[-1] for linear in linears]) for scheme in candidates]
+    fitting = [scheme.for_shapes([linear.shard for linear in linears]) for scheme in candidates]
     return [scheme for scheme in fitting if scheme is not None] or [SCHEMES["BF16"]]
 
 
-def linear_checkpoint(model: Model) -> LinearCheckpoint:
+def linear_checkpoint(model: Model, tensor_parallel: int = 1, group_size: int = GROUP_SIZES[0]) -> LinearCheckpoint:
     """Return the linear layers of a model that vLLM can load from a Hugging Face directory.
 
     Raises:
         ExportError: the model is a GGUF file, or of a family whose linear layers are not known here.
+        PlanError: one cannot be shared out among `tensor_parallel` GPUs; no scheme has such groups.
     """
+    if group_size not in GROUP_SIZES:
+        raise PlanError(f"--group-size {group_size} is none of {', '.join(map(str, GROUP_SIZES))}, which vLLM's take.")
     source, directory = model.source, model.hf_directory
     if directory is None or not isinstance(source, ConvertedSource):
         raise ExportError(
@@ -134,11 +162,30 @@ def linear_checkpoint(model: Model) -> LinearCheckpoint:
             continue
         else:
             linear = _matrix(model, checkpoint, parts[0], name)
-        linears[linear.name] = linear
+        linears[linear.name] = _shared_out(linear, model, tensor_parallel)
     replaced = {part for linear in linears.values() for part in linear.sources}
     infos = [checkpoint.info(name) for name in checkpoint.names() if name not in replaced]
     others = tuple(StoredTensor(i.name, "BF16" if len(i.shape) >= 2 else i.dtype, i.shape) for i in infos)
-    return LinearCheckpoint(directory, checkpoint, tuple(linears.values()), others)
+    return LinearCheckpoint(directory, checkpoint, tuple(linears.values()), others, group_size)
+
+
+def _shared_out(linear: LinearLayer, model: Model, count: int) -> LinearLayer:
+    """Return a layer that `count` GPUs share. Raises PlanError: heads, rows or columns do not divide."""
+    cut = _CUT_ROLES.get(linear.role)
+    if cut is None or count == 1:
+        return linear
+    what, size = ("rows", "columns")[cut], linear.shape[cut]
+    if linear.role in (Role.ATTN_Q, Role.MLA_Q_B):
+        what, size = "heads", model.hyper.n_head
+    elif linear.role in (Role.ATTN_K, Role.ATTN_V):  # with fewer heads than GPUs, some have the same
+        what, size = "heads of keys and values", model.hyper.n_head_kv
+        count = size if count % size == 0 else count
+    if size % count or linear.shape[cut] % count:
+        raise PlanError(
+            f"`{linear.name}` has {size:,} {what}, which vLLM cannot share out among the {count} GPUs of "
+            f"--tensor-parallel {count}. Give a number that divides them."
+        )
+    return replace(linear, tensor_parallel=count)
 
 
 def _moves_columns(source: ConvertedSource, name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import NoReturn
 import gguf
 
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField, split_files
-from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.model import Model, PrunedExperts
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource, refuse_quantized
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError, ExportError, hub_failures
@@ -27,6 +27,7 @@ from dynquant.families.common.settings import Settings, differing_settings, sett
 from dynquant.families.complete_gguf import check_complete
 from dynquant.families.converter.converted import OWN_KEYS, open_converted
 from dynquant.families.converter.source_tree import find_tree, missing_tree
+from dynquant.families.pruned import COUNTS, read_pruned, write_without_experts
 from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.checkpoint import has_tower, is_vision_checkpoint, open_vision
@@ -57,7 +58,7 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None, mtp: bo
         return replace(model, **paths, settings=settings, has_family=has_family)
     if is_vision_checkpoint(directory):
         return replace(open_vision(directory), settings=settings_of(directory))
-    model = open_hf(directory, mtp=mtp)
+    model = replace(open_hf(directory, mtp=mtp), pruned=read_pruned(directory))
     if has_tower(directory):
         warnings.warn(
             f"{directory} has a vision tower of a kind that dynquant has no place for: only its language model is "
@@ -93,6 +94,27 @@ def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | N
         f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"
     )
     return model
+
+
+def open_pruned(model: Model, pruned: PrunedExperts | None, folder: Path, session: Session) -> Model:
+    """Return a model without the experts of a plan, as a checkpoint that lies in the plan's folder or is written there;
+    one that never had them, or of which none go, as it is.
+
+    Raises:
+        CheckpointError: the experts are of another model, or stored in a way that is not known.
+    """
+    if pruned is None or model.pruned == pruned:
+        return model
+    if pruned.fingerprint != model.fingerprint:
+        raise CheckpointError(
+            f"The plan is of {pruned.original} (checkpoint {pruned.fingerprint[:12]}) without some of its experts, and "
+            f"{model.name} has fingerprint {model.fingerprint[:12]}. Give that checkpoint, or plan again."
+        )
+    directory = folder / f"pruned-{pruned.hash[:12]}" / model.name  # files are named after the directory
+    if not directory.is_dir():
+        write_without_experts(model, pruned, directory)
+        session.note(f"wrote {directory}: the checkpoint without experts {pruned}")
+    return replace(open_model(directory), original=model)
 
 
 def open_language_model(path: str | Path, session: Session) -> Model:
@@ -212,10 +234,15 @@ def check_original(path: Path, original: Model, option: str = "--reference") -> 
     if is_gguf(path):
         metadata = GGUFSource(path).metadata
         fields = {field.key: str(field.value) for field in metadata}
-        recorded, settings = fields.get("dynquant.fingerprint"), settings_of_metadata(metadata)
+        fields = {key.removeprefix("dynquant."): value for key, value in fields.items()}
+        settings = settings_of_metadata(metadata)
     else:
-        provenance = quantization_of(path).get("provenance")
-        recorded, settings = provenance.get("fingerprint") if isinstance(provenance, dict) else None, settings_of(path)
+        provenance, settings = quantization_of(path).get("provenance"), settings_of(path)
+        fields = provenance if isinstance(provenance, dict) else {}
+    recorded = fields.get("fingerprint")
+    if fields.get("original_fingerprint") == original.fingerprint:  # experts were pruned
+        recorded = original.fingerprint
+        settings = {key: value for key, value in settings.items() if key not in COUNTS}
     if recorded and recorded != original.fingerprint:
         raise CheckpointError(
             f"{path} was made from the checkpoint with fingerprint {recorded[:12]}; {original.name} is another, "

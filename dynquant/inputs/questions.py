@@ -1,5 +1,6 @@
 """Multiple-choice questions: records of a file, or of a `datasets` id such as `cais/mmlu`."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +74,21 @@ def _load_from_datasets(name: str, split: str) -> list[Question]:
             "Give a .jsonl file with subject, question, choices and answer, or go online."
         ) from error
     return [_question(dict(row), f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def split_shots(questions: Sequence[Question], count: int) -> tuple[list[Question], list[Question]]:
+    """Return the first `count` questions of each subject, for examples, and the others."""
+    seen: Counter[str] = Counter()
+    shots, others = [], []
+    for question in questions:
+        (shots if seen[question.subject] < count else others).append(question)
+        seen[question.subject] += 1
+    if not others:
+        raise EvaluationError(
+            f"No subject has more than the {count} questions that are its examples. Give examples by --shots, or ask "
+            "for fewer by --num-shots."
+        )
+    return shots, others
 
 
 def take_evenly(questions: Sequence[Item], limit: int | None) -> list[Item]:

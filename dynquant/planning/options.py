@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.effort import Effort, fill
 from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Mtp, Options, Writes
 from dynquant.planning.target import Target
@@ -78,6 +79,9 @@ class SearchOptions(Options):
             raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
         if self.check_plans and self.check_plans < 5:
             raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
+
+    def refuse_idle(self) -> None:
+        """Raise OptionError for what was asked for and goes with something else that was not."""
         measures = self.select or self.frontier is not None
         if not measures and not self.check_plans:
             self.refuse_unused("it goes with --select, --frontier or --check-plans.", "text")
@@ -113,11 +117,24 @@ class PlanOptions(Options):
     exact: Exact = False
     base_gguf: BaseGguf = None
     mtp: Mtp = True
+    prune_experts: Annotated[
+        int,
+        Flag(
+            "Leave this many routed experts of every layer out: those that contribute least, never one that holds a "
+            "super weight. Pays below about 2 bits per weight; a rare subject may go with them.",
+            min=0,
+        ),
+    ] = 0
     allow_difference: AllowDifference = False
     search: SearchOptions = field(default_factory=SearchOptions)
+    effort: Effort = "normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target.serves is not None:
+            self.refuse_unused("it is for plans of GGUF types.", "effort")
+        fill(self, self.effort, without=("search",) if self.target.has_types else ())
+        self.search.refuse_idle()
         if self.target.has_types:
             self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")
         if self.target.serves is not None:
@@ -129,9 +146,16 @@ class FitOptions(Options):
     """A file, and the memory in which it is to run."""
 
     file: Annotated[Path, Flag("A .gguf file.", is_argument=True, show_default=False)]
-    ram: Annotated[str, Flag("Host memory, as 64GB.", min=1, is_size=True, show_default=False)]
+    ram: Annotated[
+        str | None, Flag("Host memory, as 64GB. Default: enough for the rest, which is told.", min=1, is_size=True)
+    ] = None
     gpu: Annotated[
-        str | None, Flag("Memory of the GPU, as 24GB or 24GiB. Default: there is none.", min=1, is_size=True)
+        str | None,
+        Flag(
+            "Memory of the GPU, as 24GB or 24GiB. Default: none with --ram, else a row for each common card.",
+            min=1,
+            is_size=True,
+        ),
     ] = None
     context: Annotated[int, Flag("Tokens of KV cache.", min=1)] = 8192
     kv_type: Annotated[str, Flag("Type of the KV cache: f16, q8_0 or q4_0.")] = "f16"

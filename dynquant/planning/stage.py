@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dynquant.analysis.errors.options import DEFAULT_TYPES, TableOptions
@@ -22,10 +23,11 @@ from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
-from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
+from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_scheme, vllm_scheme
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
+from dynquant.planning.pruning import without_experts
 from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
@@ -66,6 +68,7 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     """
     target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
+    model, options = _pruned(model, options, session)
     recipes = [_fixed_types(target, model) for target in targets]
     fixed = tuple(dict.fromkeys(choice.type for recipe in recipes for choice in (recipe or {}).values()))
     types = tuple(quant_type(name).name for name in target.types) or fixed or DEFAULT_TYPES
@@ -102,6 +105,16 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     return [_built(*each, table=table, path=path) for each in zip(choosers, recipes, results, strict=True)]
 
 
+def _pruned(model: Model, options: PlanOptions, session: Session) -> tuple[Model, PlanOptions]:
+    """Return the model without the experts that are to go, and the options for it: it has statistics of its own."""
+    if not options.prune_experts:
+        return model, options
+    model = without_experts(
+        model, options.prune_experts, options.output, options.calibration, session, stats=options.stats
+    )
+    return model, replace(options, stats=None)
+
+
 def _built(
     chooser: Chooser, recipe: dict[str, Choice] | None, result: SearchResult | None, *, table: ErrorTable, path: Path
 ) -> Plan:
@@ -126,9 +139,9 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     """Choose a scheme for every linear layer; return the plan, and leave the table of their errors in the folder."""
     _check_vllm(options)
     target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
-    schemes = tuple(vllm_scheme(name).name for name in target.types or SCHEMES)
-    model = open_language_model(str(options.model), session)
-    checkpoint = linear_checkpoint(model)
+    schemes = tuple(vllm_scheme(name).name for name in target.types) or _readable_schemes(session)
+    model, options = _pruned(open_language_model(str(options.model), session), options, session)
+    checkpoint = linear_checkpoint(model, target.tensor_parallel, target.group_size)
     chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts)
     uniform = uniform_schemes(target.preset, checkpoint) if target.preset else None
     budget = target.budget(model.num_weights)
@@ -139,13 +152,21 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
         request = {"recipe": target.recipe, "stats_hash": stats.hash}
         if uniform is not None:
             return plan_for_vllm(model, checkpoint, uniform, **request)
-        table = scheme_table(model, checkpoint, stats, path, session)
+        table = scheme_table(model, checkpoint, schemes, stats, path, session)
     _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
     others, promise = (tensor.key for tensor in checkpoint.others), _promise(table, chosen, None)
     return _of_table(plan, table, path, checkpoint.source, others, types=schemes, **promise)
+
+
+def _readable_schemes(session: Session) -> tuple[str, ...]:
+    """Return the default schemes but those for which an installed reader is too old; these are named."""
+    unread = {name: words for name in DEFAULT_SCHEMES if (words := unread_scheme(SCHEMES[name]))}
+    if unread:
+        session.note(f"left out, since the installed version does not read them: {'; '.join(unread.values())}")
+    return tuple(name for name in DEFAULT_SCHEMES if name not in unread)
 
 
 def _of_table(

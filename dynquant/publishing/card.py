@@ -3,6 +3,7 @@
 Numbers of a file are those of its report by `eval`; sizes and memories are those that `plan --fits` reckons with.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import hub_failures
 from dynquant.evaluation.report import EvalReport, markdown
 from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes
+from dynquant.planning.memory.placement import COMMON_CARDS, Placement, fit_common_cards
 from dynquant.publishing.options import REPORTS_NAME, ReleaseOptions
 from dynquant.publishing.record import Release, ReleasedFile
 from dynquant.resources import human_bytes
@@ -38,17 +40,19 @@ def release_card(
         f"so that a file of its size loses least (dynquant {record.tool_version}). A file's name says the type of most "
         "weights and the bits per weight of the whole file."
     )
+    besides = _besides(model, options)
     licence = f"The licence is that of the original: {original['license']}." if original.get("license") else ""
     parts = [
         f"---\n{_metadata(record, model, options, base, original)}---",
         f"# {name}, quantized by measurement",
         f"{about} {licence}".rstrip(),
         "## Files",
-        _files(record, reports),
+        "The largest file that fits in your memory loses least." * (count > 1),
+        _files(record, reports, next(iter(besides.values()))),
         f"![{plot.headline}]({plot.png.name})" if plot else "",
         " ".join(_explained(reports, record, is_own_text=not options.questions.text)),
         "## Memory",
-        _memory(record, model, options),
+        *_memory(record, besides, options),
         "## How to run",
         _how_to_run(record, model, options, base),
         "## How the files were made",
@@ -95,9 +99,10 @@ def _metadata(
     return f"{data.to_yaml()}\n"
 
 
-def _files(record: Release, reports: Mapping[str, EvalReport]) -> str:
-    """Return the table of files: size, bits, and what each was measured at; recipes compared with are in italics."""
-    header = ["file", "size", "bits per weight"]
+def _files(record: Release, reports: Mapping[str, EvalReport], besides: int) -> str:
+    """Return the table of files: size, bits, the memory that holds each and `besides`, and what it was measured at;
+    recipes compared with are in italics."""
+    header = ["file", "size", "bits per weight", "fits"]
     texts = next((report.texts for report in reports.values()), [])
     asked = next((report.multiple_choice for report in reports.values()), [])
     for text in texts:
@@ -107,12 +112,15 @@ def _files(record: Release, reports: Mapping[str, EvalReport]) -> str:
     rows = []
     for row in record.files:
         name = f"[{row.name}]({row.name})" if row.is_released else f"*{row.request} (not here)*"
-        cells = [name, human_bytes(row.bytes), f"{row.bits_per_weight:.2f}"]
+        fits = next((f"{size} GB" for size in _CARDS if row.bytes + besides <= size * 10**9), "several cards")
+        cells = [name, human_bytes(row.bytes), f"{row.bits_per_weight:.2f}", fits if row.is_released else ""]
         report = reports.get(row.name)
         for text in report.texts if report else ():
             cells += [text.kl.mean.shown(".4f"), text.kl.top1_agreement.shown(".1%")] if text.kl else ["", ""]
             cells.append(text.perplexity_ratio.shown(".3f"))
         cells += [result.candidate.accuracy.shown(".1%") for result in report.multiple_choice] if report else []
+        # A narrow column breaks before an interval, not in it.
+        cells[1:] = [re.sub(r"(?<=,) | (?=[GM]B)", "\N{NO-BREAK SPACE}", cell) for cell in cells[1:]]
         rows.append([*cells, *[""] * (len(header) - len(cells))])
     return markdown(header, rows).rstrip()
 
@@ -143,29 +151,51 @@ def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_tex
         yield f"[{name}]({name}) has the statistics of calibration{text}, as `llama-quantize --imatrix` reads them."
 
 
-def _memory(record: Release, model: Model, options: ReleaseOptions) -> str:
-    """Return the table of memories: file, KV cache, buffers and CUDA context on one device."""
+def _besides(model: Model, options: ReleaseOptions) -> dict[int, int]:
+    """Return what a device holds beside the file, in bytes by tokens of context, which the model can have; of the
+    context that memories are told for first."""
     limit = model.hyper.n_ctx or max(_CONTEXTS)
-    contexts = sorted({min(context, limit) for context in (*_CONTEXTS, options.context)})
-    besides = {
+    return {
         context: kv_cache_bytes(model, context, options.kv_type)
         + compute_buffer_bytes(model, context, options.kv_type)
         + CUDA_CONTEXT_BYTES
-        for context in contexts
+        for context in dict.fromkeys(min(context, limit) for context in (options.context, *_CONTEXTS))
     }
-    told = min(options.context, limit)
-    rows = []
-    for row in (row for row in record.files if row.is_released):
-        needed = row.bytes + besides[told]
-        fits = next((f"{size} GB" for size in _CARDS if needed <= size * 10**9), "several cards")
-        rows.append([row.name, *(human_bytes(row.bytes + other) for other in besides.values()), fits])
-    header = ["file", *(f"{context:,} tokens" for context in contexts), f"fits with {told:,} in"]
-    return (
-        f"{markdown(header, rows)}\n"
+
+
+def _memory(record: Release, besides: Mapping[int, int], options: ReleaseOptions) -> Iterator[str]:
+    """Yield the table of memories: file, KV cache, buffers and CUDA context on one device; and how to split files."""
+    rows, contexts, told = [row for row in record.files if row.is_released], sorted(besides), next(iter(besides))
+    sizes = [[row.name, *(human_bytes(row.bytes + besides[context]) for context in contexts)] for row in rows]
+    yield markdown(["file", *(f"with {context:,} tokens" for context in contexts)], sizes).rstrip()
+    yield (
         f"All on one device: the file, a KV cache of type {options.kv_type}, llama.cpp's buffers (at most) and "
-        f"{human_bytes(CUDA_CONTEXT_BYTES)} of CUDA context. `dynquant fit FILE --gpu 24GB --ram 64GB` splits a larger "
-        "file between GPU and host."
+        f"{human_bytes(CUDA_CONTEXT_BYTES)} of CUDA context. A file `fits` in the memory that holds all that with "
+        f"{told:,} tokens."
     )
+    flags = {
+        row.name: [
+            _shown(each) for each in fit_common_cards(file, told, options.kv_type, asks_llama_cpp=False).values()
+        ]
+        for row in rows
+        if (file := options.output / row.name).is_file()
+    }
+    different = {cell for cells in flags.values() for cell in cells}
+    if len(different) == 1:
+        yield f"Every file fits on a graphics card of {COMMON_CARDS[0]}, with {different.pop()} for llama.cpp."
+    elif different:
+        header = ["file", *(f"card of {card}" for card in COMMON_CARDS)]
+        yield markdown(header, [[name, *cells] for name, cells in flags.items()]).rstrip()
+        yield (
+            f"llama.cpp's options for {told:,} tokens on common cards, by `dynquant fit FILE`: routed experts leave "
+            "the GPU first, then layers. What stands behind a plus is in host memory."
+        )
+
+
+def _shown(placement: Placement) -> str:
+    """Return flags, and the host memory where layers or experts are there."""
+    is_split = placement.cpu_moe > 0 or placement.layers_on_gpu < placement.layers
+    return f"`{placement.offload_flags}`" + f" + {human_bytes(placement.host.total)}" * is_split
 
 
 def _how_to_run(record: Release, model: Model, options: ReleaseOptions, base: str | None) -> str:
@@ -176,20 +206,20 @@ def _how_to_run(record: Release, model: Model, options: ReleaseOptions, base: st
     mmproj = next((name for name in row.files if name.startswith("mmproj-")), None)
     eye = f" --mmproj {mmproj}" if mmproj else ""
     modelfile = next((name for name in row.files if name.endswith(".Modelfile")), None)
-    create = f"ollama create NAME -f {modelfile}        # with both files here" if modelfile else ""
+    create = f"\n# or, with both files here:\nollama create NAME -f {modelfile}" if modelfile else ""
     packed = _packed_words(row, released)
     return f"""llama.cpp:
 
 ```
-llama-cli -hf {repo} -hff {row.name} -c {context}        # or, once it is downloaded:
+llama-cli -hf {repo} -hff {row.name} -c {context}
+# or, once it is downloaded:
 llama-server -m {row.name}{eye} -c {context}
 ```
 
 Ollama, by name or with a file's Modelfile, which has stop texts, parameters and, if the model has one, the template:
 
 ```
-ollama run hf.co/{repo}:{row.name}
-{create}
+ollama run hf.co/{repo}:{row.name}{create}
 ```
 
 LM Studio finds the repository by name ({repo}); a file that is there already: `lms import {row.name}`.
@@ -213,6 +243,11 @@ def _packed_words(row: ReleasedFile, released: Iterable[ReleasedFile]) -> str:
     return f"needs dynquant; `{folder}/` is a checkpoint for `from_pretrained` after `import dynquant`"
 
 
+def _command_lines(words: Iterable[str]) -> str:
+    """Return a command with a line for each option, since a long line is cut off in a browser."""
+    return f"dynquant release {shlex.join(words)}".replace(" --", " \\\n  --")
+
+
 def _how_made(record: Release) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     hashes = {name: digest for row in record.files if row.is_released for name, digest in row.files.items()}
@@ -225,8 +260,9 @@ def _how_made(record: Release) -> str:
         for row in record.files
         if row.is_released
     )
+    commands = "\n".join(map(_command_lines, record.commands))
     return f"""```
-{shlex.join(["dynquant", "release", *record.command])}
+{commands}
 ```
 
 dynquant {record.tool_version}, {versions}. Checkpoint `{record.fingerprint}`, statistics `{statistics}`.

@@ -1,7 +1,8 @@
 """Options of a release: the sizes of a family of files, how they are made and measured, and where they go."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ CARD_NAME, RECORD_NAME, PLOT_NAME = "README.md", "release.json", "kl_against_siz
 WORK_NAME, REPORTS_NAME = "work", "evaluation"
 """Folders in a release: what is measured and encoded on the way, and the reports of `eval`."""
 DEFAULT_POINTS = 6
+_FITS = re.compile(r"fits (\d+), context (\d+), KV (\w+)")  # as `Target.recipe` says it
 
 
 def _in_release(output: Path, typed: Mapping[str, Any]) -> list[Path]:
@@ -122,6 +124,21 @@ class ReleaseOptions(Options):
         bits = _evenly(self.sizes) if self.sizes else [_number(size, "--bpw") for size in self.bpw]
         with typed_fields(()):  # what was typed is the release's: its card tells of --context
             return [Target(bpw=size, types=self.types) for size in bits]
+
+    def asking_for(self, requests: Iterable[str]) -> list["ReleaseOptions"]:
+        """Return options of one run or more that ask for all of these sizes, which runs before may have made."""
+        requests = list(requests)
+        if {target.recipe for target in self.targets} >= set(requests):
+            return [self]
+        bits = tuple(request.removeprefix("bpw ") for request in requests if request.startswith("bpw "))
+        runs = [replace(self, sizes=None, fits=(), bpw=bits)] if bits else []
+        memories: dict[tuple[str, str], list[str]] = {}
+        for size, *room in (match.groups() for request in requests if (match := _FITS.fullmatch(request))):
+            memories.setdefault(tuple(room), []).append(f"{size}B")
+        for (context, kv_type), sizes in memories.items():
+            of_memory = {"fits": tuple(sizes), "context": int(context), "kv_type": kv_type}
+            runs.append(replace(self, sizes=None, bpw=(), **of_memory))
+        return runs
 
 
 def _evenly(sizes: str) -> list[float]:

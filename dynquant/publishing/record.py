@@ -41,7 +41,7 @@ class ReleasedFile(FrozenRecord):
 
 
 class Release(FrozenRecord):
-    """release.json: `settings` decide the bytes of every file, `command` made the last of them."""
+    """release.json: `settings` decide the bytes of every file, `command` is the last run's, and `commands` make all."""
 
     schema_version: Literal[1] = 1
     tool_version: str = __version__
@@ -51,6 +51,7 @@ class Release(FrozenRecord):
     num_weights: int
     settings: dict[str, Any]
     command: tuple[str, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
     versions: dict[str, str] = Field({})
     stats_hash: str = ""
     calibration: str = ""

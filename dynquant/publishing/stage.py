@@ -13,7 +13,9 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -27,7 +29,7 @@ from dynquant.calibration.imatrix import export_imatrix
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME
-from dynquant.errors import OptionError
+from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.report import EvalReport
@@ -44,7 +46,7 @@ from dynquant.planning.selection import Candidate, Selection
 from dynquant.planning.stage import make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing.card import release_card
-from dynquant.publishing.hub import Upload, fetch_recipe, push
+from dynquant.publishing.hub import Upload, push, recipe_file
 from dynquant.publishing.options import CARD_NAME, PLOT_NAME, RECORD_NAME, REPORTS_NAME, WORK_NAME, ReleaseOptions
 from dynquant.publishing.record import Release, ReleasedFile
 from dynquant.recipes.build_plan import plan_from_types
@@ -82,10 +84,12 @@ def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
     """
     model = open_model(options.model)
     record = _begun(options, model, session)
-    record.save(options.output / RECORD_NAME)  # before plans, which are of these settings
-    making = _Making(options, model, session, _texts(options, model, session))
-    making.check(record)
-    for request, path in (making.plans(record) | making.followed(record)).items():
+    with _nothing_left_of_a_refusal(options.output):
+        record.save(options.output / RECORD_NAME)  # before plans, which are of these settings
+        making = _Making(options, model, session, _texts(options, model, session))
+        making.check(record)
+        plans = making.plans(record) | making.followed(record)
+    for request, path in plans.items():
         row = making.row(request, Plan.load(path), record)
         if row is not None:
             record = record.with_file(making.exported(row, path))
@@ -96,6 +100,21 @@ def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
     record = making.finished(record)
     uploads = [] if options.push is None else push(options.output, record, options.push, session, is_real=options.yes)
     return Released(record, uploads)
+
+
+@contextmanager
+def _nothing_left_of_a_refusal(folder: Path) -> Iterator[None]:
+    """Context manager: an error before anything was measured leaves the folder as it was before the release."""
+    is_begun = (folder / RECORD_NAME).is_file()
+    try:
+        yield
+    except DynquantError:
+        if not is_begun and not (folder / WORK_NAME / STATS_NAME).is_file():
+            shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+            (folder / RECORD_NAME).unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+        raise
 
 
 def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
@@ -197,10 +216,11 @@ class _Making:
             self.session.note("--like: nothing is measured without --text or --mmlu-data, so there is no comparison")
             return {}
         likes = {}
-        for recipe in map(fetch_recipe, self.options.like):
-            types = like_types(recipe, self.model)
+        for path in self.options.like:
+            with recipe_file(path) as recipe:
+                types = like_types(recipe, self.model)
             digest = hashlib.sha256(repr(sorted((name, each.type) for name, each in types.items())).encode())
-            likes[f"{Target(like=recipe).recipe}, types {digest.hexdigest()[:6]}"] = types
+            likes[f"{Target(like=path).recipe}, types {digest.hexdigest()[:6]}"] = types
         return likes
 
     def check(self, record: Release) -> None:
@@ -298,7 +318,9 @@ class _Making:
         """Return the record with what belongs to all files; card, plot and imatrix are written."""
         options, stats_path = self.options, self.work / STATS_NAME
         imatrix = f"{options.name or self.model.name}-imatrix.gguf"
-        update: dict[str, Any] = {"command": _command(options), "versions": _versions()}
+        requests = [row.request for row in record.files if row.is_released]
+        commands = tuple(map(_command, options.asking_for(requests)))
+        update: dict[str, Any] = {"command": _command(options), "commands": commands, "versions": _versions()}
         is_recorded = imatrix in record.extra_files and (self.folder / imatrix).is_file()
         if stats_path.is_file() and not is_recorded:
             stats = StatsFile(stats_path)

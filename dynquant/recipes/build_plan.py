@@ -17,7 +17,7 @@ from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice, StorageFormat
-from dynquant.formats.vllm_schemes import SCHEMES, Scheme, fit_to_rows, vllm_scheme
+from dynquant.formats.vllm_schemes import SCHEMES, Scheme, fit_to_shapes, vllm_scheme
 from dynquant.recipes.held_types import is_matrix, kept
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.plan_notes import notes_of
@@ -71,7 +71,7 @@ def plan_from_types(
 
 def _plan(model: Model, entries: Sequence[PlanEntry], **fields: Any) -> Plan:
     identity = {"model": model.name, "arch": model.arch, "fingerprint": model.fingerprint}
-    identity["settings"] = dict(model.settings)
+    identity |= {"settings": dict(model.settings), "pruned": model.pruned}
     return Plan(**identity, entries=tuple(entries), **fields)
 
 
@@ -225,9 +225,9 @@ def plan_for_vllm(
     entries: list[PlanEntry] = []
     for unit, linears in checkpoint.units(mixed_experts=mixed_experts).items():
         choice = schemes[linears[0].name]
-        asked = SCHEMES[choice.type]
-        row_lengths = [linear.shape[-1] for linear in linears]
-        scheme, why = fit_to_rows(asked, row_lengths, is_expert=linears[0].is_expert)
+        asked = checkpoint.scheme(choice.type)
+        shards = [linear.shard for linear in linears]
+        scheme, why = fit_to_shapes(asked, shards, is_expert=linears[0].is_expert)
         reason, wanted_type = _with_fallback(choice.reason, why, asked.name)
         of_unit = {"reason": reason, "wanted_type": wanted_type, "group_size": scheme.group_size, "unit": unit}
         for linear in linears:
@@ -272,6 +272,13 @@ def check_linears(plan: Plan, checkpoint: LinearCheckpoint, model: Model) -> Non
         if (entry.shape, entry.modules, entry.unit) != (linear.shape, linear.modules, unit):
             raise PlanError(
                 f"The plan describes `{entry.name}` of {model.name} otherwise than it is stored. Plan again."
+            )
+        if not entry.scheme.fits(*linear.shard):
+            rows, columns = linear.shard
+            raise PlanError(
+                f"`{entry.name}` is planned as {entry.type} in groups of {entry.group_size}, and of its matrices "
+                f"{entry.shape[-2]} x {entry.shape[-1]} each GPU of --tensor-parallel {linear.tensor_parallel} has "
+                f"{rows} x {columns}, which vLLM's kernel for that does not take. Plan with the same --tensor-parallel."
             )
     size = safetensors_bytes(tensors_of_checkpoint(checkpoint, schemes_of(plan)))
     if size != plan.predicted_bytes:

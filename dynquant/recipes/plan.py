@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dynquant import __version__
-from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.model import Model, PrunedExperts
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
 from dynquant.families.common.settings import Setting, differing_settings
@@ -83,6 +83,7 @@ class Plan(FrozenRecord):
     arch: str
     fingerprint: str
     settings: dict[str, Setting] = Field({}, exclude_if=_is_empty)  # what decides the computation beside the weights
+    pruned: PrunedExperts | None = Field(None, exclude_if=_is_empty)  # experts that the planned model lacks
     stats_hash: str | None = None  # SHA-256 of stats.safetensors; None for presets that read no statistics
     errors_hash: str | None = None
     recipe: str  # the request: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`

@@ -6,6 +6,8 @@ STATS_NAME = "stats.safetensors"
 """Statistics beside a plan, and wherever no other name is given."""
 IMAGE, TEXT = KINDS = ("image", "text")
 """Kinds of tokens that are told apart where pictures are seen."""
+ORIGINAL_STATS_NAME = "original-stats.safetensors"
+"""Statistics by which experts are pruned."""
 ERRORS_NAME = "errors.json"
 SCHEME_ERRORS_NAME = "serving_errors.json"
 PLAN_NAME = "plan.json"
@@ -40,5 +42,8 @@ def table_beside(errors: Path) -> Path:
 def files_of_plan(folder: Path) -> list[Path]:
     """Return all files that planning may write into a folder."""
     stats, tables = folder / STATS_NAME, [folder / name for name in (ERRORS_NAME, SCHEME_ERRORS_NAME)]
-    others = (PLAN_NAME, SUPER_NAME, SELECTION_NAME, TOKEN_ERRORS_NAME, REPORT_NAME, SAME_COMPUTATION_NAME)
+    others = (
+        PLAN_NAME, SUPER_NAME, SELECTION_NAME, TOKEN_ERRORS_NAME, REPORT_NAME, SAME_COMPUTATION_NAME,
+        ORIGINAL_STATS_NAME,
+    )  # fmt: skip
     return [stats, *files_beside(stats), *tables, *map(table_beside, tables), *(folder / name for name in others)]

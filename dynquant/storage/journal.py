@@ -36,7 +36,7 @@ class Journal:
         self._sync = sync
         self._file: BinaryIO | None = None
         if path.is_file():
-            self._read(path.read_text(errors="replace").splitlines())  # a kill may cut a character in two
+            self._read(path.read_text("utf-8", errors="replace").splitlines())  # a kill may cut a character in two
 
     def __enter__(self) -> Self:
         return self

@@ -2,9 +2,9 @@
 
 How long: steps fall with the square root of their number, and the average over all of them, later ones counting more,
 is about what a schedule that ends there would reach. It is measured on windows kept apart for that, after 16 steps and
-then whenever the text has grown by 40 %, until it gets no better twice in a row, or text or time end. How far: the same
-windows choose a fraction of the way. Whether: other windows, which decided nothing yet, must show that the KL clearly
-falls, and on no kind of text clearly rises.
+then whenever the text has grown by 40 %, until `patience` looks in a row find it no better, or text or time end. How
+far: the same windows choose a fraction of the way. Whether: other windows, which decided nothing yet, must show that
+the KL clearly falls, and on no kind of text clearly rises.
 
 The loss is the lower bound of `kl_lower_bound`; what is compared is the unbiased KL. The original's distributions are
 kept as a few probabilities of every token, so only one model is in memory: float32 weights, their gradients, and the
@@ -45,7 +45,6 @@ _TRAINED_TOP = 1024
 _STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "all text was used", "time was over"
 _FULL_RATE_STEPS = 16
 _GROWTH = 1.4  # of the text between two looks at the held-out KL
-_PATIENCE = 2  # looks without a gain before training ends
 _LATE = 8  # power by which later steps count more in the average
 _FRACTIONS = (0.25, 0.5, 0.75)
 _CLEARLY = 1.64  # standard errors by which the KL must fall: one chance in twenty that it did not
@@ -67,6 +66,8 @@ class TuneOptions:
     """Tokens that the original writes itself, beside those of the text; a part of them is held out."""
     parts: tuple[str, ...] = TUNED_PARTS
     """Parts that are trained; the rest stays as it is."""
+    patience: int = 2
+    """Looks at the held-out KL without a gain before training ends."""
     step_tokens: int = 1024
     scale_rate: float = 0.025
     norm_rate: float = 0.01
@@ -154,11 +155,13 @@ def tune(
     windows: Tensor,
     options: TuneOptions,
     *,
+    original: Any = None,
     progress: Progress = ignore_progress,
 ) -> Tuned:
     """Tune `file` towards `hf_model`, its original in float32, which ends up holding tuned weights.
 
     Args:
+        original: The running model that it is tuned towards instead, which has experts that `hf_model` lacks.
         windows: token ids [n, window] to train on, apart from those that are held out.
 
     Raises:
@@ -167,8 +170,8 @@ def tune(
     """
     with recorded_routes(hf_model) as routes:
         live = LiveWeights(model, hf_model)
-        tuning = _Tuning(hf_model, routes, options, progress)
-        split = _split(windows.long(), _written(hf_model, windows, options, progress), options)
+        tuning = _Tuning(hf_model, routes, options, progress, original)
+        split = _split(windows.long(), _written(original or hf_model, windows, options, progress), options)
         start, limit = time.monotonic(), 60 * options.minutes
         choice = tuning.original(split.choice, until=start + _CHOICE_SHARE * limit)
         decision = tuning.original(split.decision, until=start + (_CHOICE_SHARE + _DECISION_SHARE) * limit)
@@ -252,8 +255,9 @@ def _split(given: Tensor, written: Tensor, options: TuneOptions) -> _Split:
 class _Tuning:
     """A running model whose tensors `trained` are moved."""
 
-    def __init__(self, hf_model: Any, routes: Routes, options: TuneOptions, progress: Progress) -> None:
-        self._model, self._routes, self._options, self._progress = hf_model, routes, options, progress
+    def __init__(self, hf_model: Any, routes: Routes, options: TuneOptions, progress: Progress, towards: Any) -> None:
+        self._model, self._towards, self._routes = hf_model, towards, routes
+        self._options, self._progress = options, progress
         self._device = next(hf_model.parameters()).device
         self.trained: list[Tunable] = []
 
@@ -263,7 +267,10 @@ class _Tuning:
         total = sum(ids.numel() for _, ids in batches)
         self._progress("original", 0, total, unit="tokens")
         for kind, ids in batches:
-            target = Distributions.of(self._logits(ids), **reduction)
+            logits = self._logits(ids)  # also for the routes, which are those of the experts that are there
+            if self._towards is not None:
+                logits = _logits(self._towards, ids.to(self._device))
+            target = Distributions.of(logits, **reduction)
             seen.append(_Batch(kind, ids, target, self._small_routes()))
             self._progress("original", sum(batch.ids.numel() for batch in seen), total, unit="tokens")
             if time.monotonic() > until:
@@ -312,7 +319,7 @@ class _Tuning:
             idle = 0 if kl < lowest else idle + 1
             if kl < lowest:
                 best, lowest = [mean.clone() for mean in average], kl
-            if is_late or idle == _PATIENCE:
+            if is_late or idle == self._options.patience:
                 ended = _TIME_ENDED if is_late else _STOPPED_FALLING
                 break
             self._place(current)
@@ -354,11 +361,15 @@ class _Tuning:
             tensor.apply()
 
     def _logits(self, ids: Tensor) -> Tensor:
-        with tf32_products(self._device):
-            return self._model(input_ids=ids.to(self._device), use_cache=False).logits.float().flatten(0, 1)
+        return _logits(self._model, ids.to(self._device))
 
     def _small_routes(self) -> Routes:
         return {layer: ids.short().cpu() for layer, ids in self._routes.items()}
+
+
+def _logits(hf_model: Any, ids: Tensor) -> Tensor:
+    with tf32_products(ids.device):
+        return hf_model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
 
 
 def _step_size(step: int) -> float:

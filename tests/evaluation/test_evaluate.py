@@ -59,7 +59,10 @@ def test_gguf_candidate_against_hugging_face_reference(run) -> None:
     for result in (letter, cloze):
         right = [p == a for p, a in zip(result.candidate.predictions, result.right_answers, strict=True)]
         assert result.candidate.accuracy.value == pytest.approx(np.mean(right))
-        assert sum(s.questions for s in result.subjects.values()) == result.questions == 6
+        subjects = result.subjects.values()
+        assert sum(s.questions for s in subjects) == result.questions == 6
+        assert sum(s.only_reference_right for s in subjects) == result.only_reference_right
+        assert sum(s.only_candidate_right for s in subjects) == result.only_candidate_right
     assert letter.candidate.summed_accuracy == letter.candidate.accuracy
     assert calls[5] == ("reference, demo_text.txt", 5, 5)
     assert calls[-1] == ("candidate, cloze questions", 6, 6)
@@ -122,10 +125,10 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tasks": {"kl", "speed"}}, r"Unknown tasks \['speed'\]"),
+        ({"tasks": set()}, r"choose from generate, kl"),
         ({"tasks": {"kl"}, "text": []}, "need a text"),
         ({"tasks": {"kl"}, "window": 4096}, "does not fit the context of 1024"),
-        ({"tasks": {"mmlu"}, "shots": None}, "give --shots"),
+        ({"tasks": {"mmlu"}, "shots": None, "num_shots": 1000}, "No subject has more than the 1000 questions"),
         ({"tasks": {"mmlu"}, "scoring": ["digits"]}, "Unknown scoring"),
         ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "There is no text"),
     ],

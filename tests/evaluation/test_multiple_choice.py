@@ -1,6 +1,7 @@
 """Prompts, tokenization and scores of multiple-choice questions, against lm-evaluation-harness itself."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dynquant.evaluation.tasks.multiple_choice import (
     render_prompt,
     score_questions,
 )
-from dynquant.inputs.questions import Question, load_questions, take_evenly
+from dynquant.inputs.questions import Question, load_questions, split_shots, take_evenly
 
 SHOT = Question(subject="high_school_physics", question=" What falls? ", choices=("up", "a stone"), answer=1)
 ASKED = Question(subject="high_school_physics", question="What is hot?", choices=("the sun", "ice"), answer=0)
@@ -73,6 +74,32 @@ def test_oldest_shots_are_dropped_to_fit_and_counted() -> None:
 def test_a_subject_without_enough_shots_is_named() -> None:
     with pytest.raises(EvaluationError, match="'high_school_physics' has 1 example questions, but 2"):
         encode_questions([ASKED], [SHOT], "letter", encode_words, num_shots=2, context_length=1000)
+
+
+def test_the_first_of_each_subject_are_examples_where_no_others_are_given() -> None:
+    questions = [ASKED.model_copy(update={"subject": str(i % 3), "question": f"{i}?"}) for i in range(10)]
+    shots, others = split_shots(questions, 2)
+    assert [shot.question for shot in shots] == [f"{i}?" for i in range(6)] and shots + others == questions
+    with pytest.raises(EvaluationError, match="No subject has more than the 4 questions"):
+        split_shots(questions, 4)
+
+
+def test_a_prompt_is_encoded_behind_the_last_lines_of_its_shots() -> None:
+    """Also by tokenizers that join a newline to the full stop before it, as those of Qwen and Llama 3."""
+    lengths: list[int] = []
+
+    def encode(text: str, *, add_special: bool = True) -> list[int]:
+        lengths.append(len(text))
+        return [hash(piece) % 1000 for piece in re.findall(r" ?\w+|[^\w\s]+\n*|\s+", text)]
+
+    long = SHOT.model_copy(update={"question": "Of two bodies, which one falls?" * 10, "choices": ("up.", "a stone.")})
+    asked = [ASKED.model_copy(update={"choices": (f"the sun {i}.", "ice.")}) for i in range(20)]
+    encoded = encode_questions(asked, [long], "letter", encode, num_shots=1, context_length=1000)
+    assert sum(length > 300 for length in lengths) == 1
+    for item in encoded:
+        text = render_prompt(item.question, [long], "letter")
+        assert list(item.prompt) == encode(text)
+        assert [[*item.prompt, *answer] for answer in item.answers] == [encode(f"{text} A"), encode(f"{text} B")]
 
 
 def test_limit_keeps_every_subject() -> None:

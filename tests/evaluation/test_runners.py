@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.evaluation import runners
 from dynquant.evaluation.llama_cpp import llama_vocabulary
 from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, tokenizer_notes
 from dynquant.families.open import locate_model, open_config, open_model
@@ -79,6 +80,19 @@ def test_both_tokenizers_agree(small_moe, small_gguf) -> None:
             ids.append((encode(TEXT), encode(TEXT, add_special=False)))
     assert ids[0] == ids[1]
     assert len(ids[0][0]) > 20
+
+
+def test_transformers_reads_the_tokenizer_of_a_file_where_there_is_no_llama_cpp(
+    small_gguf, tiny_text, tmp_path, monkeypatch
+) -> None:
+    path = write_f32(open_model(tiny_text("qwen2")), tmp_path / "model.gguf")
+    with open_encoder(path) as encode:
+        ids = encode(TEXT), encode(TEXT, add_special=False)
+    monkeypatch.setattr(runners, "is_installed", lambda: False)
+    with open_encoder(path) as encode:
+        assert (encode(TEXT), encode(TEXT, add_special=False)) == ids
+    with pytest.raises(EvaluationError, match=r"no llama\.cpp here .*deepseek2 is not supported"):
+        open_encoder(small_gguf).__enter__()
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.encoding.vllm import EncodedLayer
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import Scheme, codes_of, zero_points_of
 from dynquant.recipes.plan import Plan
 
 TOKENS = torch.arange(7, 71)[None]
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -30,8 +29,10 @@ def stored_parts(directory: Path, plan: Plan) -> dict[str, dict[str, torch.Tenso
     return found
 
 
-def filled(directory: Path, plan: Plan, target: Path, dtype: torch.dtype) -> Path:
-    """An ordinary checkpoint of the decoded weights; experts as transformers merges them, in bfloat16."""
+def filled(
+    directory: Path, plan: Plan, target: Path, dtype: torch.dtype, experts: torch.dtype = torch.bfloat16
+) -> Path:
+    """An ordinary checkpoint of the decoded weights; experts are by default as transformers merges them."""
     parts = stored_parts(directory, plan)
     tensors = stored_tensors(directory)
     for entry in plan.entries:
@@ -39,7 +40,7 @@ def filled(directory: Path, plan: Plan, target: Path, dtype: torch.dtype) -> Pat
             for suffix in parts[module]:
                 tensors.pop(f"{module}.{suffix}")
             decoded = from_stored(entry.scheme, parts[module])
-            tensors[f"{module}.weight"] = decoded.decoded(torch.bfloat16 if entry.is_expert_stack else dtype).to(dtype)
+            tensors[f"{module}.weight"] = decoded.decoded(experts if entry.is_expert_stack else dtype).to(dtype)
     target.mkdir()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
@@ -72,24 +73,5 @@ def from_stored(scheme: Scheme, parts: dict[str, torch.Tensor]) -> EncodedLayer:
     """Return what `EncodedLayer.stored` was called on."""
     if scheme.strategy == "none":
         return EncodedLayer(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
-    if scheme.kind == "int":
-        codes = _unpacked_integers(parts["weight_packed"], scheme.num_bits)
-    elif scheme.num_bits == 8:
-        codes = parts["weight"].to(torch.float32)
-    else:
-        codes = _unpacked_e2m1(parts["weight_packed"])
     global_scale = float(parts["weight_global_scale"]) if "weight_global_scale" in parts else None
-    return EncodedLayer(scheme, codes, parts["weight_scale"], global_scale)
-
-
-def _unpacked_integers(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
-    bytes_ = packed.contiguous().view(torch.uint8)
-    if num_bits == 4:
-        bytes_ = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(-2)
-    return bytes_.to(torch.float32) - (1 << (num_bits - 1))
-
-
-def _unpacked_e2m1(packed: torch.Tensor) -> torch.Tensor:
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
-    magnitudes = torch.tensor(_E2M1)[nibbles & 7]
-    return torch.where(nibbles >= 8, -magnitudes, magnitudes)
+    return EncodedLayer(scheme, codes_of(parts), parts["weight_scale"], zero_points_of(parts), global_scale)

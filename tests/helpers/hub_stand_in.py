@@ -32,6 +32,7 @@ class StandIn:
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # large files by their SHA-256
     commits_left: int = 1000
+    sent: int = 0  # bytes of files
     url: str = ""
 
 
@@ -64,8 +65,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         owner, name, *path = self.path.strip("/").split("/")
         if path[:1] == ["resolve"]:
-            content = self.hub.repositories[f"{owner}/{name}"].files["/".join(path[2:])]
-            self.send_response(200)
+            content = self.hub.repositories[f"{owner}/{name}"].files.get("/".join(path[2:]))
+            if content is None:
+                self._answer({}, 404, **{"X-Error-Code": "EntryNotFound"})
+                return
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            content = content[int(part[1]) : int(part[2]) + 1] if part else content
+            self.hub.sent += len(content) * (self.command == "GET")
+            self.send_response(206 if part else 200)
             about = {"X-Repo-Commit": "0" * 40, "ETag": f'"{git_hash(content)}"', "Content-Length": str(len(content))}
             for header, value in about.items():
                 self.send_header(header, value)

@@ -86,5 +86,41 @@ def test_what_does_not_fit_is_refused_with_what_would(file, no_llama_cpp):
 def test_the_command_prints_flags_and_bytes(file, no_llama_cpp):
     said = json.loads(succeed("fit", file, "--gpu", "630MB", "--ram", "1GB", "--context", "2048", "--json"))
     assert said["flags"].startswith("-ngl 7") and said["gpu"]["cuda_context"] == CUDA_CONTEXT_BYTES
+    assert said["gpu"]["total"] == sum(size for part, size in said["gpu"].items() if part != "total")
     bound = placed(file, "630MB", context=2048).gpu
     assert bound.kv_cache == said["gpu"]["kv_cache"] and bound.compute_buffer >= said["gpu"]["compute_buffer"]
+
+
+def test_without_memories_there_is_a_row_for_each_common_card(file, no_llama_cpp):
+    cards = json.loads(succeed("fit", file, "--json"))
+    assert list(cards) == ["8GB", "12GB", "16GB", "24GB"]
+    alone = json.loads(succeed("fit", file, "--gpu", "12GB", "--json"))  # the host has room for whatever it gets
+    assert cards["12GB"] == alone and alone["host"]["total"] == placed(file, "12GB").host.total
+
+
+PARSE = """
+import ctypes, sys, xllamacpp
+from xllamacpp import xllamacpp as library
+parse = ctypes.CDLL(library.__file__)._Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E
+parse.restype = ctypes.c_bool
+params, words = xllamacpp.CommonParams(), [word.encode() for word in ("llama-server", "-m", "FILE", *sys.argv[1:])]
+LLAMA_EXAMPLE_SERVER, HEAD_OF_OBJECT = 5, 16
+parsed = parse(len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None),
+               ctypes.c_void_p(id(params) + HEAD_OF_OBJECT), LLAMA_EXAMPLE_SERVER, None)
+on_host = params.tensor_buft_overrides.count("=CPU")
+types = params.cache_type_k.name, params.cache_type_v.name
+print(parsed, params.n_gpu_layers, on_host, params.n_ctx, *types)
+"""
+
+
+@pytest.mark.nightly
+def test_the_flags_are_read_by_the_parser_of_llama_cpp(file, no_llama_cpp):
+    pytest.importorskip("xllamacpp", reason="llama-cpp-python has no parser of command lines")
+    cache = {"context": 2048, "kv_type": "q8_0"}
+    part = placed(file, f"{placed(file, '1GB', **cache).gpu.total - 1}B", **cache)
+    command = [sys.executable, "-c", PARSE, *part.flags(2048, "q8_0").split()]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert part.cpu_moe == 2
+    assert said == ["True", "7", "2", "2048", "GGML_TYPE_Q8_0", "GGML_TYPE_Q8_0"]
+    refused = subprocess.run([*command, "--n-cpu-mo", "1"], capture_output=True, text=True).stdout.split()
+    assert refused[0] == "False"

@@ -8,6 +8,7 @@ from unittest.mock import Mock, patch
 import pytest
 from huggingface_hub import constants
 
+from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
@@ -19,6 +20,7 @@ from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing import stage
 from dynquant.publishing.hub import push
+from dynquant.publishing.options import ReleaseOptions
 from dynquant.publishing.record import Release
 from dynquant.session import SILENT
 from tests.helpers.commands import linked_copy, refused, succeed
@@ -34,6 +36,11 @@ REPO = "somebody/tiny-GGUF"
 def files_in(folder):
     """Names of the sizes of a release."""
     return sorted(file.name for file in folder.glob("*bpw.gguf"))
+
+
+def shown(folder):
+    """The card of a release, of whose spaces some keep a line together."""
+    return (folder / "README.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def test_a_size_has_its_file_its_card_and_its_way_to_the_hub(tiny_moe, text, tmp
     (name,) = files_in(tmp_path)
     assert {name, "README.md", "release.json", f"{tiny_moe.name}-imatrix.gguf"} <= sent.keys()
     kl = json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())["texts"][0]["kl"]["mean"]
-    assert f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]" in (tmp_path / "README.md").read_text()
+    assert f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]" in shown(tmp_path)
 
 
 @pytest.mark.nightly
@@ -87,7 +94,7 @@ def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
 
 @pytest.mark.nightly
 def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
-    card = (released / "README.md").read_text()
+    card = shown(released)
     for name in files_in(released):
         questions = QuestionOptions(text=(text,), max_tokens=512)
         options = EvalOptions(candidate=str(released / name), reference=str(tiny_moe), questions=questions)
@@ -122,24 +129,28 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
 
 
 @pytest.mark.nightly
-def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text, tmp_path):
+def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text, tmp_path, monkeypatch):
     small, large = ((released / name).read_bytes() for name in files_in(released))
-    with hub_stand_in() as hub, patch.object(constants, "HF_HUB_CACHE", str(tmp_path / "cache")):
+    with hub_stand_in() as hub:
         hub.repositories["some/body"] = Repository(files={"low/published.gguf": small})
         hub.repositories["some/other"] = Repository(files={"published.gguf": large})
         call = ("release", tiny_moe, "--bpw", "4", *OPTIONS, "--text", text, "-o", again)
         likes = ("--like", "some/body/low/published.gguf", "--like", "some/other/published.gguf")
+        monkeypatch.setattr("dynquant.publishing.hub._HEADER_BYTES", 1 << 20)
         succeed(*call, *likes, "--packed")
+        assert hub.sent <= 2 << 20 < len(small)  # headers alone
         assert "no file here" in refused(*call, "--like", "some/body")
+        assert "Entry Not Found" in refused(*call, "--like", "some/body/other.gguf")
     names = files_in(again)
     assert len(names) == 3 and set(files_in(released)) < set(names)
     card = (again / "README.md").read_text()
     rows = [line for line in card.splitlines() if line.startswith(("| [", "| *"))]
     assert len(rows) == 5
-    likes = [row.split("|")[4:] for row in rows if row.startswith("| *like published.gguf, types ")]
-    same = [row.split("|")[4:] for name in files_in(released) for row in rows if name in row]
+    likes = [row.split("|")[5:] for row in rows if row.startswith("| *like published.gguf, types ")]
+    same = [row.split("|")[5:] for name in files_in(released) for row in rows if name in row]
     assert sorted(likes) == sorted(same)  # the same types, so the same numbers
     assert len(list(again.glob("*bpw/model.safetensors"))) == 1
+    assert "--bpw 3.4,4,5" in card  # one command for the files of both runs
 
 
 @pytest.mark.nightly
@@ -162,6 +173,7 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     )
     assert "is no repository" in refused(*call, "--bpw", 3, "--push", "name")
     assert "--yes would do nothing" in refused(*call, "--bpw", 3, "--yes")
+    assert not (tmp_path / "first").exists() and not (tmp_path / "n").exists()
     short = tmp_path / "short.txt"
     short.write_text("A few words only. " * 20)
     assert "leaves 0 tokens" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
@@ -200,7 +212,16 @@ def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(tiny_moe, tmp_
 def test_that_llama_cpp_is_missing_is_said_before_anything_is_planned(tiny_moe, text, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "llama_cpp", Mock(side_effect=LibraryError("Neither is installed.")))
     assert "Neither is installed." in refused("release", tiny_moe, "--bpw", 3, "--text", text, "-o", tmp_path / "out")
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_a_card_ask_for_the_sizes_of_all_runs(tmp_path):
+    options = ReleaseOptions(model="m", output=tmp_path, bpw=("3", "4"))
+    assert options.asking_for(["bpw 3", "bpw 4"]) == [options]
+    requests = ["bpw 2.5", "bpw 3", *(Target(fits=size, context=4096).recipe for size in ("8GB", "1GiB"))]
+    of_bits, of_memories = options.asking_for(requests)
+    asked = [target.recipe for each in (of_bits, of_memories) for target in each.targets]
+    assert asked == requests
 
 
 def test_a_lost_connection_is_told_of(tmp_path):
@@ -211,12 +232,17 @@ def test_a_lost_connection_is_told_of(tmp_path):
 
 
 @pytest.mark.nightly
-def test_sizes_that_are_planned_together_have_the_plans_that_they_have_alone(tiny_moe, tmp_path):
+def test_sizes_that_are_planned_together_are_as_good_as_those_planned_alone(tiny_moe, tmp_path, monkeypatch):
     search = SearchOptions(select=True, probes=2, selection_tokens=512)
     calibration = CalibrationOptions(tokens=4096, window=128, hessians="none")
     asked = PlanOptions(model=str(tiny_moe), output=tmp_path, calibration=calibration, encoder="ggml", search=search)
     targets = [Target(bpw=bits, types=("q2_k", "q4_k", "q6_k")) for bits in (3.6, 5.0)]
     alone = [make_plan(replace(asked, target=target)) for target in targets]
+    rounds = Mock(wraps=unit_kl.unit_worth)
+    monkeypatch.setattr(unit_kl, "unit_worth", rounds)
     together = make_plans(asked, targets)
-    assert [plan.entries for plan in together] == [plan.entries for plan in alone]
-    assert [plan.selected_kl for plan in together] == pytest.approx([plan.selected_kl for plan in alone], rel=1e-5)
+    assert rounds.call_count <= 2 + 1  # the smaller size goes on from the larger one's prices
+    assert together[1].entries == alone[1].entries
+    assert [plan.recipe for plan in together] == [plan.recipe for plan in alone]
+    assert together[0].predicted_bytes <= 3.6 * alone[0].num_weights / 8
+    assert together[0].selected_kl <= 1.1 * alone[0].selected_kl

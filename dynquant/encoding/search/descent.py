@@ -141,10 +141,8 @@ def refit(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Fields
 
         if refit_kernels.serves(rows):
             return refit_kernels.refit(rows, fields, values, hessian)
-    units = [rows.wide(layout.multiplier_table(rows.x.device)[fields.scales]) * (values + rows.offsets(fields.shifts))]
-    if fields.mins is not None:
-        units.append(-rows.wide(fields.mins.to(torch.float32)))
-    solution = _solve_scales(torch.stack(units, dim=2), rows.x, hessian, layout.super_block)
+    units = torch.stack(rows.units(fields, values), dim=2)
+    solution = _solve_scales(units, rows.x, hessian, layout.super_block)
     solution = rows.rounded(solution)
     blocks = fields.d.shape[-1]
     new = replace(fields, d=solution[..., :blocks], dmin=None if fields.dmin is None else solution[..., blocks:])

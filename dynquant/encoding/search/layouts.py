@@ -8,7 +8,7 @@ scale fitting and error feedback are written once, for all types.
 
 The schemes that vLLM reads have one scale `d` for a group of weights, in a number format of their own: bfloat16 for
 integers and E4M3 codewords (compressed-tensors multiplies in the model's own type), E4M3 over one number for the tensor
-for NVFP4, powers of two for MXFP4.
+for NVFP4, powers of two for MXFP4. Those with zero points have b = d * min.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Fields:
     """Numbers that blocks store beside the codewords. In a tensor [E, R, C] with B super-blocks and S sub-blocks a row:
 
     `d` [E, R, B] as float32; `scales` [E, R, S] indices of the layout's multipliers; `shifts` [E, R, C / shift_width]
-    signs as +1 or -1; `dmin` and `mins` as `d` and `scales`, for types with minimums.
+    signs as +1 or -1; `dmin` and `mins` as `d` and `scales`, for types with minimums, and without `dmin` zero points.
     """
 
     d: Tensor
@@ -66,6 +66,8 @@ class BlockLayout:
     """Block bytes from the fields of n super-blocks and their values [n, C]; None for schemes, which have no blocks."""
     num_mins: int = 0
     """Stored minimums run from 0 to this, exclusive; 0 for a type without minimums."""
+    has_zero_points: bool = False
+    """There is no `dmin`: minimums count in `d`."""
     shift_width: int = 0
     has_power_of_two_scale: bool = False
     """There is no `d`: the scale code itself is an exponent."""
@@ -280,20 +282,26 @@ class SchemeLayout(BlockLayout):
         return stored.to(torch.float32) / (2 * self.global_scale)
 
 
+_FRACTIONS = {2: (0.5, 1.0), 3: (0.6, 1.1), 4: (0.6, 1.1), 5: (0.8, 1.05)}
+"""Fractions of symmetric integers of few bits."""
+
+
 def scheme_layout(scheme: Scheme, columns: int, global_scale: float | None = None) -> BlockLayout:
     """Return the layout of rows of `columns` weights in a scheme that vLLM reads."""
     codebook: Codebook
-    is_int = scheme.kind == "int"
+    count = 1 << scheme.num_bits
     if scheme.strategy == "tensor_group":
         codebook, fractions = Values("MXFP4"), (0.6, 1.1)
-    elif is_int:
-        half = 1 << (scheme.num_bits - 1)
-        codebook, fractions = Integers(-half, half - 1), (0.6, 1.1) if scheme.num_bits == 4 else (0.9, 1.02)
+    elif scheme.has_zero_points:
+        codebook, fractions = Integers(0, count - 1), (0.6, 1.0)
+    elif scheme.kind == "int":
+        codebook, fractions = Integers(-count // 2, count // 2 - 1), _FRACTIONS.get(scheme.num_bits, (0.9, 1.02))
     elif scheme.num_bits == 8:
         codebook, fractions = Float8(), (1.0, 1.9)
     else:
         return LAYOUTS["MXFP4"]
     return SchemeLayout(
-        scheme.name, codebook, scheme.group_size or columns, (1.0,), fractions=fractions,
-        tries_negative_scales=is_int, global_scale=global_scale,
+        scheme.name, codebook, scheme.group_size or columns, (1.0,), fractions=fractions, global_scale=global_scale,
+        num_mins=count * scheme.has_zero_points, has_zero_points=scheme.has_zero_points,
+        tries_negative_scales=isinstance(codebook, Integers) and not scheme.has_zero_points,
     )  # fmt: skip

@@ -33,14 +33,9 @@ def serves(rows: Rows) -> bool:
 
 def refit(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Fields:
     """As `descent.refit`, for types that store scales."""
-    layout = rows.layout
-    units = [rows.wide(layout.multiplier_table(rows.x.device)[fields.scales]) * (values + rows.offsets(fields.shifts))]
-    old = [fields.d]
-    if fields.mins is not None and fields.dmin is not None:
-        units.append(-rows.wide(fields.mins.to(torch.float32)))
-        old.append(fields.dmin)
-    left, right = _equations(torch.stack(units), rows.x - rows.decoded(fields, values), hessian, layout.super_block)
-    present = torch.cat(old, dim=-1)
+    units, errors = torch.stack(rows.units(fields, values)), rows.x - rows.decoded(fields, values)
+    left, right = _equations(units, errors, hessian, rows.layout.super_block)
+    present = fields.d if fields.dmin is None else torch.cat((fields.d, fields.dmin), dim=-1)
     solution = rows.rounded(present + _solved(left, right))
     step = (solution - present).unsqueeze(-1)
     change = ((left @ step - 2 * right.unsqueeze(-1)) * step).sum((-2, -1))

@@ -64,9 +64,19 @@ class Rows:
 
     def minimums(self, fields: Fields) -> Tensor | None:
         """`b` of every sub-block [E, R, S]; None for types without."""
-        if fields.dmin is None or fields.mins is None:
+        if fields.mins is None:
             return None
-        return self._per_sub_block(fields.dmin, fields.mins.to(fields.dmin.dtype))
+        d = fields.d if fields.dmin is None else fields.dmin
+        return self._per_sub_block(d, fields.mins.to(d.dtype))
+
+    def units(self, fields: Fields, values: Tensor) -> list[Tensor]:
+        """Return the factors of `d` and, where there is one, of `dmin`, [E, R, C]: decoded weights are their sum."""
+        multipliers = self.layout.multiplier_table(self.x.device)[fields.scales]
+        units = self.wide(multipliers) * (values + self.offsets(fields.shifts))
+        if fields.mins is None:
+            return [units]
+        minimums = self.wide(fields.mins.to(torch.float32))
+        return [units - minimums] if fields.dmin is None else [units, -minimums]
 
     def _per_sub_block(self, d: Tensor, codes: Tensor) -> Tensor:
         return (d.unsqueeze(-1) * codes.unflatten(-1, (d.shape[-1], -1))).flatten(-2)

@@ -21,6 +21,8 @@ from dynquant.encoding.search.rows import Rows
 _TINY = 1e-30
 _SUPER_SCALES = 24
 """Candidates for `d`, from the largest scale over the largest multiplier to 2.5 times that."""
+_ZERO_SHARES = (0.8, 0.9, 1.0, 1.1, 1.25)
+"""Shares of the scale of a free line that are tried beside each zero point near its own."""
 
 
 def fit(rows: Rows, metric: Tensor, *, candidates: int, rounds: int) -> tuple[Fields, Tensor]:
@@ -147,6 +149,9 @@ def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
         a, b, curvature = kernels.free_lines(rows, metric, fractions)
     else:
         a, b, curvature = _free_lines(x, w, fractions, layout.codebook.peak)
+    if layout.has_zero_points:
+        a, zeros = zero_points(x, w, a, b, layout.codebook.peak)
+        return Fields(*round_scales(rows, a, curvature), mins=zeros)
     d, scales = round_scales(rows, a, curvature)
     fields = Fields(d, scales)
     a = rows.scales(fields).unsqueeze(-1)
@@ -177,6 +182,20 @@ def _free_lines(x: Tensor, w: Tensor, fractions: list[float], levels: float) -> 
         best = _lower(best, (error, a, b))
     _, a, b = best
     return a, b, (w * nearest(a, b).square()).sum(-1)
+
+
+def zero_points(x: Tensor, w: Tensor, a: Tensor, b: Tensor, levels: float) -> tuple[Tensor, Tensor]:
+    """Scales and integer zero points near the free lines x = a q - b of groups [..., n], all [...]."""
+    best, middle = None, (b / a).round_()
+    for step, share in product((-1, 0, 1), _ZERO_SHARES):
+        zeros, d = (middle + step).clamp_(0, levels), a * share
+        for _ in range(2):
+            wide = zeros.unsqueeze(-1)
+            units = (x / d.unsqueeze(-1) + wide).round_().clamp_(0, levels).sub_(wide)
+            moment, square = (w * x * units).sum(-1), (w * units * units).sum(-1)
+            d = (moment / square.clamp_min(_TINY)).clamp_min(_TINY)
+        best = _lower(best, (-moment * d, d, zeros))  # the first is what the squared error grows by
+    return best[1], best[2].to(torch.int64)
 
 
 def _line(x: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,16 +274,14 @@ def _neighbours(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> t
 def _refit(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> Fields:
     """`d` (and `dmin`) by weighted least squares over each super-block, as they will be stored."""
     layout = rows.layout
-    units = rows.wide(layout.multiplier_table(rows.x.device)[fields.scales]) * (values + rows.offsets(fields.shifts))
-    b = rows.minimums(fields)
+    units, *downs = rows.units(fields, values)
+    b = rows.minimums(fields) if downs else None
     x = rows.x if b is None else rows.x + rows.wide(b)
-    d = _least_squares(x, units, metric, layout.super_block, fields.d)
-    d = rows.rounded(d)
-    if fields.mins is None or fields.dmin is None:
-        return replace(fields, d=d)
-    fields = replace(fields, d=d)
+    fields = replace(fields, d=rows.rounded(_least_squares(x, units, metric, layout.super_block, fields.d)))
+    if fields.dmin is None:
+        return fields
     ups = rows.wide(rows.scales(fields)) * values
-    dmin = _least_squares(ups - rows.x, rows.wide(fields.mins.float()), metric, layout.super_block, fields.dmin)
+    dmin = _least_squares(rows.x - ups, *downs, metric, layout.super_block, fields.dmin)
     return replace(fields, dmin=rows.rounded(dmin.clamp_min(0)))
 
 

@@ -9,17 +9,19 @@ left out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import log_probs_at
+from dynquant.evaluation.options import QuestionOptions
 from dynquant.evaluation.runners import LogitRunner
-from dynquant.inputs.branches import Branches
-from dynquant.inputs.questions import Question
+from dynquant.inputs.branches import Branches, num_shared
+from dynquant.inputs.questions import Question, load_questions, split_shots, take_evenly
 from dynquant.inputs.text import TextEncoder
 
 Scoring = Literal["letter", "cloze"]
@@ -66,10 +68,13 @@ class AnswerScores:
 
 def render_prompt(question: Question, shots: Sequence[Question], scoring: Scoring) -> str:
     """Description, answered shots and the open question, ending in "Answer:"."""
+    return _render_start(question.subject, shots, scoring) + _render(question, scoring)
+
+
+def _render_start(subject: str, shots: Sequence[Question], scoring: Scoring) -> str:
     kind = "multiple choice questions" if scoring == "letter" else "questions"
-    description = f"The following are {kind} (with answers) about {question.subject.replace('_', ' ')}.\n\n"
-    answered = "".join(f"{_render(s, scoring)} {answer_texts(s, scoring)[s.answer]}\n\n" for s in shots)
-    return description + answered + _render(question, scoring)
+    description = f"The following are {kind} (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return description + "".join(f"{_render(s, scoring)} {answer_texts(s, scoring)[s.answer]}\n\n" for s in shots)
 
 
 def answer_texts(question: Question, scoring: Scoring) -> list[str]:
@@ -83,6 +88,22 @@ def _render(question: Question, scoring: Scoring) -> str:
         return f"Question: {text}\nAnswer:"
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
     return f"{text}\n{listed}\nAnswer:"
+
+
+def read_questions(
+    options: QuestionOptions, encode: TextEncoder, context_length: int
+) -> dict[Scoring, list[EncodedQuestion]]:
+    """Return the questions that were asked for, with their shots, in every way of scoring."""
+    data = options.mmlu_data or "cais/mmlu"
+    asked, shots = load_questions(data), []
+    if options.num_shots and options.shots is None and Path(data).is_file():
+        shots, asked = split_shots(asked, options.num_shots)
+    elif options.num_shots:
+        shots = load_questions(options.shots or data, split="dev")
+    questions = take_evenly(asked, options.limit or None)
+    limits = {"num_shots": options.num_shots, "context_length": context_length}
+    scorings = dict.fromkeys(options.scoring)
+    return {name: encode_questions(questions, shots, name, encode, **limits) for name in scorings}
 
 
 def encode_questions(
@@ -102,7 +123,7 @@ def encode_questions(
     by_subject: dict[str, list[Question]] = {}
     for shot in shots:
         by_subject.setdefault(shot.subject, []).append(shot)
-    encoded = []
+    encoded, encode_start = [], cache(encode)  # questions of a subject have the same shots
     for question in questions:
         examples = by_subject.get(question.subject, [])[:num_shots]
         if len(examples) < num_shots:
@@ -110,17 +131,23 @@ def encode_questions(
                 f"Subject {question.subject!r} has {len(examples)} example questions, but {num_shots} shots were asked "
                 "for. Add examples to the shots file, or ask for fewer shots."
             )
-        encoded.append(_encode_question(question, examples, scoring, encode, context_length))
+        encoded.append(_encode_question(question, examples, scoring, encode, encode_start, context_length))
     return encoded
 
 
 def _encode_question(
-    question: Question, shots: list[Question], scoring: Scoring, encode: TextEncoder, context_length: int
+    question: Question,
+    shots: list[Question],
+    scoring: Scoring,
+    encode: TextEncoder,
+    encode_start: Callable[[str], list[int]],
+    context_length: int,
 ) -> EncodedQuestion:
     for dropped in range(len(shots) + 1):
-        text = render_prompt(question, shots[dropped:], scoring)
-        prompt = encode(text)
-        answers = _encode_answers(text, prompt, answer_texts(question, scoring), encode)
+        start, asked = _render_start(question.subject, shots[dropped:], scoring), _render(question, scoring)
+        (prompt,) = _encode_behind(start, encode_start(start), [asked], encode)
+        endings = [f" {answer}" for answer in answer_texts(question, scoring)]
+        answers = [tuple(ids[len(prompt) :]) for ids in _encode_behind(start + asked, prompt, endings, encode)]
         if not all(answers):
             raise EvaluationError(f"An answer to {question.question[:60]!r} has no tokens of its own after the prompt.")
         if len(prompt) + max(map(len, answers)) - 1 <= context_length:
@@ -131,23 +158,20 @@ def _encode_question(
     )
 
 
-def _encode_answers(text: str, prompt: list[int], answers: list[str], encode: TextEncoder) -> list[tuple[int, ...]]:
-    """Return what an answer adds to the ids of a prompt.
+def _encode_behind(text: str, ids: list[int], endings: Sequence[str], encode: TextEncoder) -> list[list[int]]:
+    """Return the ids of a text with each ending, where those of the text are known.
 
-    The two are encoded together and split at the prompt's length, as the harness does: a tokenizer may merge characters
-    across the seam. Where the prompt's last lines have the same ids by themselves, they stand for all of it, which is
-    four fifths of the work with five shots.
+    The two are encoded together, as the harness does: a tokenizer may merge characters across the seam. Where the last
+    lines of the text have the same ids by themselves, they stand for all of it, which is nine tenths of the work with
+    five shots.
     """
-    start = text.rfind("\n", 0, text.rfind("\n"))
-    end = encode(text[start:], add_special=False) if start > 0 else []
-    if end and prompt[-len(end) :] == end:
-        return [tuple(encode(f"{text[start:]} {answer}", add_special=False)[len(end) :]) for answer in answers]
-    return [tuple(encode(f"{text} {answer}")[len(prompt) :]) for answer in answers]
-
-
-def tokens_in_memory(encoded: Sequence[EncodedQuestion]) -> int:
-    """The largest number of key/value cells that any question and its answers occupy together."""
-    return max(len(e.prompt) + sum(len(answer) - 1 for answer in e.answers) for e in encoded)
+    newline = text.rfind("\n", 0, max(0, text.rfind("\n", 0, len(text.rstrip("\n")))))
+    # Some tokenizers join a newline to what is before it, and others begin a text with a space.
+    for start in (newline + 1, newline) if newline > 0 else ():
+        end = encode(text[start:], add_special=False)
+        if ids[-len(end) :] == end:
+            return [ids[: -len(end)] + encode(text[start:] + ending, add_special=False) for ending in endings]
+    return [encode(text + ending) for ending in endings]
 
 
 def score_questions(
@@ -157,26 +181,45 @@ def score_questions(
     groups: dict[tuple[str, int], list[int]] = {}
     for i, item in enumerate(encoded):
         groups.setdefault((item.question.subject, item.dropped_shots), []).append(i)
-    runner.reserve(tokens_in_memory(encoded))
-    scores: dict[int, AnswerScores] = {}
-    progress(0, len(encoded))
-    for indices in groups.values():
-        # At least one token must be left to run, because the answer's first logits come from it.
-        columns = zip(*(encoded[i].prompt[:-1] for i in indices), strict=False)
-        shared = tuple(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
-        runner.hold_prefix(shared)
-        trees = {i: Branches(encoded[i].prompt[len(shared) :], encoded[i].answers) for i in indices}
+    whole = [Branches(item.prompt, item.answers) for item in encoded]
+    scores = score_answers(runner, whole, list(groups.values()), num_columns, progress)
+    return [AnswerScores(item.question, score.log_probs) for item, score in zip(encoded, scores, strict=True)]
+
+
+class TreeScores(NamedTuple):
+    """Scores of the answers of one tree."""
+
+    log_probs: np.ndarray  # float64 [answers], summed over their tokens
+    are_greedy: np.ndarray  # bool [answers]: every token is the most likely one
+
+
+def score_answers(
+    runner: LogitRunner,
+    whole: Sequence[Branches],
+    groups: Sequence[Sequence[int]],
+    num_columns: int,
+    progress: Callable[[int, int], None],
+) -> list[TreeScores]:
+    """Return scores of answers to whole prompts, in their order; those of a group share the start that they have in
+    common, whose keys and values are computed once."""
+    runner.reserve(max(tree.num_tokens for tree in whole))
+    scores: dict[int, TreeScores] = {}
+    progress(0, len(whole))
+    for indices in groups:
+        shared = num_shared([whole[i].suffix for i in indices])
+        runner.hold_prefix(whole[indices[0]].suffix[:shared])
+        trees = {i: Branches(whole[i].suffix[shared:], whole[i].answers) for i in indices}
         order = sorted(indices, key=lambda i: trees[i].num_tokens)  # those that are run together need little padding
         unscored = iter(order)
         for group, logits in runner.branch_logits([trees[i] for i in order]):
-            for log_probs, i in zip(_answer_log_probs(group, logits[:, :num_columns]), unscored, strict=False):
-                scores[i] = AnswerScores(encoded[i].question, log_probs)
-            progress(len(scores), len(encoded))
-    return [scores[i] for i in range(len(encoded))]
+            for score, i in zip(_tree_scores(group, logits[:, :num_columns]), unscored, strict=False):
+                scores[i] = score
+            progress(len(scores), len(whole))
+    return [scores[i] for i in range(len(whole))]
 
 
-def _answer_log_probs(trees: Sequence[Branches], logits: torch.Tensor) -> list[np.ndarray]:
-    """Return the log-probabilities of every tree's answers, from its rows of logits [rows, columns]."""
+def _tree_scores(trees: Sequence[Branches], logits: torch.Tensor) -> list[TreeScores]:
+    """Return the scores of every tree's answers, from its rows of logits [rows, columns]."""
     ids = torch.zeros(len(logits), max(len(tree.answers) for tree in trees), dtype=torch.int64)
     start = 0
     for tree in trees:
@@ -185,13 +228,19 @@ def _answer_log_probs(trees: Sequence[Branches], logits: torch.Tensor) -> list[n
         later = [token for answer in tree.answers for token in answer[1:]]
         ids[start + 1 : start + tree.num_rows, 0] = torch.tensor(later, dtype=torch.int64)
         start += tree.num_rows
-    parts = log_probs_at(logits, ids).cpu().split([tree.num_rows for tree in trees])
-    return [_sums(tree, part) for tree, part in zip(trees, parts, strict=True)]
+    num_rows = [tree.num_rows for tree in trees]
+    log_probs = log_probs_at(logits, ids).cpu().split(num_rows)
+    is_top = (logits.argmax(1, keepdim=True).cpu() == ids).split(num_rows)
+    return [
+        TreeScores(_over_tokens(tree, ours, torch.sum), _over_tokens(tree, top, torch.all))
+        for tree, ours, top in zip(trees, log_probs, is_top, strict=True)
+    ]
 
 
-def _sums(tree: Branches, log_probs: torch.Tensor) -> np.ndarray:
-    later = log_probs[1:, 0].split([len(answer) - 1 for answer in tree.answers])
-    return np.array([float(first + rest.sum()) for first, rest in zip(log_probs[0], later, strict=False)])
+def _over_tokens(tree: Branches, values: torch.Tensor, reduced: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    """Return the sum, or whatever `reduced` makes, of the values [rows, answers] of every answer's tokens."""
+    later = values[1:, 0].split([len(answer) - 1 for answer in tree.answers])
+    return np.array([reduced(torch.cat([values[:1, i], rest])).item() for i, rest in enumerate(later)])
 
 
 def is_right(answer: str, right: str) -> bool:

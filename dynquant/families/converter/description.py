@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import signal
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -142,7 +141,7 @@ def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> 
     if refusal.is_file():
         shapes = {name: shape for name, _, shape, _ in request["tensors"]}
         raise _refused(directory, tree, shapes, **parse_json(refusal.read_bytes()))
-    if -done.returncode == signal.SIGKILL:
+    if done.returncode == -9:  # SIGKILL, of which Windows has no name
         raise CheckpointError(
             f"The system killed llama.cpp's converter on {directory}, as it does where memory runs out. Free memory, "
             f"or take a machine with more. {WAY_OUT}"

@@ -29,6 +29,9 @@ from dynquant.planning.memory.budget import (
 from dynquant.planning.options import FitOptions
 from dynquant.resources import human_bytes, parse_size
 
+COMMON_CARDS = ("8GB", "12GB", "16GB", "24GB")
+"""Memories of graphics cards that most people have."""
+
 
 @dataclass(frozen=True)
 class Buffers:
@@ -57,30 +60,30 @@ class Placement:
     cpu_moe: int
     """Experts of so many layers, from the first, stay in host memory; 0 where all layers are treated alike."""
 
+    @property
+    def offload_flags(self) -> str:
+        """llama.cpp's options that say what goes to the GPU."""
+        words = f"-ngl {self.layers_on_gpu + bool(self.gpu.total)}"  # the output counts as a layer
+        return f"{words} --n-cpu-moe {self.cpu_moe}" if self.cpu_moe else words
+
     def flags(self, context: int, kv_type: str) -> str:
         """Return what llama.cpp's programs are started with."""
-        words = f"-ngl {self.layers_on_gpu + bool(self.gpu.total)}"  # the output counts as a layer
-        if self.cpu_moe:
-            words += f" --n-cpu-moe {self.cpu_moe}"
-        words += f" -c {context}"
+        words = f"{self.offload_flags} -c {context}"
         return words if kv_type == "f16" else f"{words} -ctk {kv_type} -ctv {kv_type} -fa on"
 
 
 def fit(options: FitOptions) -> Placement:
-    """Return the placement that has as much on the GPU as fits.
+    """Return the placement that has as much on the GPU as fits; without `ram` the host has room for the rest.
 
     Raises:
         PlanError: the file and what runs it take more than both memories; the message says what would do.
         CheckpointError: the file is no whole GGUF model.
     """
-    check_cache(options.kv_type)
-    if options.file.suffix != ".gguf":
-        raise PlanError(f"{options.file} is no GGUF file, which llama.cpp runs. Export the model first.")
-    file, reserved = _File(options.file), reserved_bytes(options.file, options.context, options.kv_type)
-    gpu, ram = parse_size(options.gpu) if options.gpu else 0, parse_size(options.ram)
+    file, reserved = _opened(options.file, options.context, options.kv_type)
+    gpu = parse_size(options.gpu) if options.gpu else 0
     placement = file.placement(gpu, options.context, options.kv_type, reserved)
-    host = placement.host
-    if host.total <= ram:
+    host, ram = placement.host, options.ram and parse_size(options.ram)
+    if ram is None or host.total <= ram:
         return placement
     context = options.context // 2
     while context >= UBATCH and file.placement(gpu, context, options.kv_type).host.total > ram:
@@ -92,6 +95,25 @@ def fit(options: FitOptions) -> Placement:
         f"{host.total:,} bytes{f', --context {context}' if context >= UBATCH else ''}, a larger --gpu, a smaller "
         "--kv-type or a smaller file."
     )
+
+
+def fit_common_cards(path: Path, context: int, kv_type: str, *, asks_llama_cpp: bool = True) -> dict[str, Placement]:
+    """Return the placement on each of COMMON_CARDS, with all that is left in host memory.
+
+    Without `asks_llama_cpp`, cache and buffers are those of `plan --fits`. Raises as `fit`.
+    """
+    file, reserved = _opened(path, context, kv_type, asks_llama_cpp=asks_llama_cpp)
+    return {card: file.placement(parse_size(card), context, kv_type, reserved) for card in COMMON_CARDS}
+
+
+def _opened(
+    path: Path, context: int, kv_type: str, *, asks_llama_cpp: bool = True
+) -> tuple["_File", tuple[int, int] | None]:
+    """Return a file and what llama.cpp reserves for it, where one is installed."""
+    check_cache(kv_type)
+    if path.suffix != ".gguf":
+        raise PlanError(f"{path} is no GGUF file, which llama.cpp runs. Export the model first.")
+    return _File(path), reserved_bytes(path, context, kv_type) if asks_llama_cpp else None
 
 
 class _File:

@@ -76,7 +76,7 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_p
         weights = torch.stack([linear.load(expert) for expert in range(linear.num_experts)])
         weights = weights[:, :: weights.shape[1] // 64]
         scale = importance(stats, name, linear.shape)
-        encoded = encode_layers(scheme.for_rows([weights.shape[-1]]), weights, importance=scale)
+        encoded = encode_layers(scheme.for_shapes([linear.shape[-2:]]), weights, importance=scale)
         weights, decoded = weights.double(), torch.stack([one.decoded() for one in encoded]).double()
         counts = stats.input_of(name).counts.double()
         metric = (counts / counts.sum()).reshape(-1, 1, 1) * scale.double().unsqueeze(1)

@@ -18,6 +18,7 @@ from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.feedback import upper_factor
 from dynquant.encoding.search.layouts import SHIFT, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
+from dynquant.encoding.search.scales import zero_points
 from dynquant.workers import side_by_side
 
 _RIDGE = 1e-7
@@ -95,7 +96,7 @@ class TileLoss:
         self.solvers = _inverses(_diagonal_blocks(hessian, group))
         self.folded = np.zeros((0, 0), np.float32)
         """The hessian [C, S] with its columns summed over sub-blocks, for types with minimums."""
-        if layout.num_mins:
+        if layout.num_mins and not layout.has_zero_points:
             self.folded = hessian.unflatten(-1, (-1, layout.sub_block)).sum(-1).numpy()
         if len(layout.multipliers) > 1:
             cut = _diagonal_blocks(hessian, layout.sub_block)
@@ -151,9 +152,8 @@ class _Results:
         if layout.shift_width:
             self.fields = replace(self.fields, shifts=empty(layout.shift_width))
         if layout.num_mins:
-            self.fields = replace(
-                self.fields, dmin=empty(layout.super_block), mins=empty(layout.sub_block, torch.int64)
-            )
+            dmin = None if layout.has_zero_points else empty(layout.super_block)
+            self.fields = replace(self.fields, dmin=dmin, mins=empty(layout.sub_block, torch.int64))
 
     def take(self, expert: int, part: slice, fields: _Fields, values: Array) -> None:
         """Write what was found for some rows of an expert."""
@@ -228,7 +228,8 @@ class _Tile:
         return self._wide(fields, fields.d) * self._multipliers[fields.scales]
 
     def _minimums(self, fields: _Fields) -> Array:
-        return self._wide(fields, fields.dmin) * fields.mins.astype(np.float32)
+        d = fields.d if self._layout.has_zero_points else fields.dmin
+        return self._wide(fields, d) * fields.mins.astype(np.float32)
 
     def _spread(self, fields: _Fields) -> tuple[Any, ...]:
         a = self._scales(fields)
@@ -246,9 +247,10 @@ class _Tile:
 
     def _units(self, fields: _Fields, values: Array) -> tuple[Array, Array]:
         """Factors of `d`, [C, ROWS], and of `dmin` where there is one, [S, ROWS]: what decoded weights are sums of."""
-        offsets, minimums = fields.shifts * np.float32(SHIFT), -fields.mins.astype(np.float32)
-        spread = self._multipliers[fields.scales], _NONE, _NONE, offsets, *self._spread_widths
-        return columns.decoded(spread, values), minimums
+        offsets, minimums = fields.shifts * np.float32(SHIFT), fields.mins.astype(np.float32)
+        in_d, apart = (minimums, _NONE) if self._layout.has_zero_points else (_NONE, -minimums)
+        spread = self._multipliers[fields.scales], _NONE, in_d, offsets, *self._spread_widths
+        return columns.decoded(spread, values), apart
 
     def _refit_all(self, fields: _Fields, values: Array, slope: Array) -> _Fields:
         """All `d` (and `dmin`) of each row by least squares under the hessian, where that is better once stored."""
@@ -344,6 +346,11 @@ class _Tile:
         width, high = layout.sub_block, np.float32(layout.codebook.peak)
         fractions = torch.linspace(0.6, 1.0, max(2, candidates // 2)).numpy()
         a, b, curvature = fits.fit_affine(self._x, metric, width, high, fractions)
+        if layout.has_zero_points:
+            groups = (torch.from_numpy(t).unflatten(0, (-1, width)) for t in (self._x, metric[:, None]))
+            lines = (torch.from_numpy(t) for t in (a, b))
+            a, zeros = (t.numpy() for t in zero_points(*(t.movedim(1, -1) for t in groups), *lines, float(high)))
+            return _Fields(*self._round_scales(a, curvature), _NONE, _NONE, zeros.astype(np.int32))
         fields = _Fields(*self._round_scales(a, curvature), _NONE, _NONE, _NONE.astype(np.int32))
         weights = fits.fit_minimums(self._x, metric, width, high, self._scales(fields), b)
         dmin, mins = self._round_scales(b, np.repeat(weights[:, None], ROWS, axis=1))

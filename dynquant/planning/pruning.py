@@ -1,0 +1,105 @@
+"""Experts of no bits: the same number of the least contributing ones of every layer is left out before planning.
+
+What an expert contributes is the mean, over the tokens routed to it, of the norm of its output times the router's
+weight (REAP, arXiv 2510.13999). Experts that hold a super weight or drive massive activations are never left out. A
+router that chooses among groups first needs groups of equal size, so each loses as many.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dynquant.analysis.outliers.options import SuperWeightOptions
+from dynquant.analysis.outliers.stage import look_for_super_weights
+from dynquant.analysis.outliers.super_experts import find_super_experts
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import StatsFile, statistics_at, streaming_limit
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.model import Model, PrunedExperts
+from dynquant.checkpoints.tensor_roles import Role, layer_of
+from dynquant.errors import PlanError
+from dynquant.families.open import open_pruned
+from dynquant.resources import chosen_device
+from dynquant.session import Session
+from dynquant.storage.file_names import ORIGINAL_STATS_NAME
+
+
+def without_experts(
+    model: Model, count: int, folder: Path, options: CalibrationOptions, session: Session, *, stats: Path | None = None
+) -> Model:
+    """Return the model without `count` experts of every layer, as a checkpoint in a plan's folder.
+
+    Statistics of the original, which say what experts contribute, are those of `stats` or are measured beside it.
+
+    Raises:
+        PlanError: the model has no experts, or too few of them, or statistics do not rank them.
+        CheckpointError: its experts are stored in a way that is not known.
+    """
+    if stats is None:
+        measured = statistics_at(folder / ORIGINAL_STATS_NAME, model, replace(options, hessians="none"), session)
+    else:
+        measured = StatsFile(stats).of(model)
+    experts = least_contributing(model, measured.stats, count, _protected(model, measured.stats, options, session))
+    pruned = PrunedExperts(
+        original=model.name, fingerprint=model.fingerprint, num_experts=model.hyper.n_expert, experts=experts
+    )
+    return open_pruned(model, pruned, folder, session)
+
+
+def least_contributing(
+    model: Model, stats: CalibrationStats, count: int, protected: set[tuple[str, int]]
+) -> dict[int, tuple[int, ...]]:
+    """Return by layer the `count` experts that contribute least, in ascending order, but none that is protected.
+
+    Raises:
+        PlanError: there are not so many, or nothing ranks them.
+    """
+    num_experts, used = model.hyper.n_expert, model.hyper.n_expert_used
+    downs = [name for name, role in model.roles.items() if role is Role.EXPERT_DOWN]  # none of layers that look ahead
+    values = {field.key.removeprefix(f"{model.arch}."): field.value for field in model.metadata}
+    groups, used_groups = (int(values.get(key) or 1) for key in ("expert_group_count", "expert_group_used_count"))
+    if not downs:
+        raise PlanError(f"{model.name} has no routed experts; leave --prune-experts out.")
+    if count % groups:
+        raise PlanError(
+            f"--prune-experts {count}: the router of {model.name} chooses among {groups} groups of experts, which have "
+            f"to stay of one size. Give a multiple of {groups}."
+        )
+    needed = max(used, -(-used // min(groups, used_groups)) * groups, 2 * groups if groups > 1 else 0)
+    if num_experts - count < needed:
+        raise PlanError(
+            f"--prune-experts {count}: {model.name} has {num_experts} experts in a layer and needs {needed}, of which "
+            f"it uses {used} for a token. Give at most {num_experts - needed}."
+        )
+    least = {}
+    for name in downs:
+        inputs = stats.input_of(name)
+        if inputs is None or inputs.contribution is None:
+            raise PlanError(
+                f"--prune-experts: the statistics do not say what the experts of `{name}` contribute; they were "
+                "imported, or made by an older version. Calibrate anew (leave --stats out)."
+            )
+        means = inputs.contribution / inputs.counts.clamp_min(1)
+        ranked = [e for e in torch.argsort(means, stable=True).tolist() if (name, e) not in protected]
+        size = num_experts // groups
+        gone = [e for group in range(groups) for e in [x for x in ranked if x // size == group][: count // groups]]
+        if len(gone) < count:
+            raise PlanError(
+                f"--prune-experts {count}: all but {len(ranked)} experts of `{name}` hold super weights or drive "
+                "massive activations, and are never left out. Give a lower number."
+            )
+        least[layer_of(name) or 0] = tuple(sorted(gone))
+    return least
+
+
+def _protected(
+    model: Model, stats: CalibrationStats, options: CalibrationOptions, session: Session
+) -> set[tuple[str, int]]:
+    """Return down-projection and number of the experts that hold a super weight or drive massive activations."""
+    experts = {(found.name, found.expert) for found in find_super_experts(stats)}
+    if options.data is None and streaming_limit(model, options, chosen_device(session.device)) is None:
+        search = SuperWeightOptions(model=str(model.path), text=options.text, ablation=False)
+        weights = (weight for weight, _ in look_for_super_weights(search, session).weights)
+        experts |= {(weight.name, weight.expert) for weight in weights if weight.expert is not None}
+    return experts
