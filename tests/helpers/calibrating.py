@@ -1,9 +1,10 @@
 """Calibration of a model that is loaded whole, on text, in one call; and text like it that it does not see."""
 
+import json
+from importlib import resources
 from pathlib import Path
 
 from dynquant.calibration.run import Calibration, collect_statistics, provenance_of, text_inputs
-from dynquant.inputs.text import read_text
 from dynquant.running.load import load_hf
 from dynquant.running.weight_inputs import weight_inputs
 
@@ -18,7 +19,9 @@ def calibrate(model, text=None, *, tokens=131_072, window=512, device="cpu", see
 
 
 def unseen_text(folder: Path) -> Path:
-    """Write a text of all domains of the mix, from its last documents: calibration on few tokens does not get there."""
+    """Write prose like that of demo_text.txt, on which `calibrated_16m` calibrates: the novels of the mix."""
+    lines = resources.files("dynquant").joinpath("data/dynquant-mix-1.jsonl").read_text("utf-8").splitlines()
+    prose = [record["text"] for record in map(json.loads, lines) if record["domain"] == "prose"]
     text = folder / "unseen.txt"
-    text.write_text("\n\n".join(document[:400] for document in read_text(None).documents[-48:]), encoding="utf-8")
+    text.write_text("\n\n".join(prose), encoding="utf-8")
     return text
