@@ -132,9 +132,10 @@ def judge_options(doc: str | None, **more: Any) -> Namespace:
         calibration=(str, "Text; the built-in one without any."), tokens=(131072, "Tokens of calibration."),
         text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
         questions=(str, "Multiple-choice questions."), shots=(str, "Examples; the first of each subject without any."),
-        limit=(0, "Questions at most."), prompts=(0, "Starts of each text that files go on from; 0 for none."),
-        runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
-        device=(str, "cpu or cuda."), side_by_side=(0, "Rows at a time; as many as GPUs have room for, else one."),
+        limit=(0, "Questions at most."), scoring=("letter", "How they are scored: letter, cloze or both."),
+        prompts=(0, "Starts of each text that files go on from; 0 for none."),
+        runner=("", "llama.cpp or transformers; the latter with a GPU by default."), device=(str, "cpu or cuda."),
+        side_by_side=(0, "Rows at a time; as many as GPUs have room for, else one."),
         minutes=(0.0, "Begin nothing after so many; the same command goes on. 0 for no limit."), **more,
     )  # fmt: skip
 
@@ -145,7 +146,7 @@ def judged_models(asked: Namespace) -> Iterator[Judged]:
     tasks = ("kl", *["mmlu"] * bool(asked.questions), *["generate"] * bool(asked.prompts))
     questions = QuestionOptions(
         text=tuple(map(Path, asked.text)), tasks=tasks, max_tokens=asked.score, mmlu_data=asked.questions,
-        shots=asked.shots, limit=asked.limit, scoring=("letter",), prompts=asked.prompts or 64,
+        shots=asked.shots, limit=asked.limit, scoring=(*asked.scoring.split(","),), prompts=asked.prompts or 64,
     )  # fmt: skip
     questions.check_text()
     on_gpu = chosen_device(asked.device) != "cpu"
@@ -153,7 +154,7 @@ def judged_models(asked: Namespace) -> Iterator[Judged]:
     calibration = ("--tokens", str(asked.tokens), *(("--calibration", asked.calibration) if asked.calibration else ()))
     files = [*asked.text, asked.questions, asked.shots, asked.calibration]
     settings = {"texts": [file_hash(Path(file)) for file in files if file], "runner": runner}
-    settings |= {name: getattr(asked, name) for name in ("score", "tokens", "limit", "prompts")}
+    settings |= {name: getattr(asked, name) for name in ("score", "tokens", "limit", "prompts", "scoring")}
     until = time.monotonic() + 60 * asked.minutes if asked.minutes else math.inf
     for model in asked.model:
         path = locate_model(model)
@@ -255,8 +256,7 @@ def _rows_at_once(path: Path) -> int:
 
 def _begin_worker(gpus: Any) -> None:
     """Take one of the GPUs, and end with the judge: a killed one would leave its locks and memory taken."""
-    judge_itself = parent_process()
-    threading.Thread(target=lambda: (judge_itself.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()  # CUDA begins later
 
 
@@ -325,7 +325,7 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
     write_atomically(judged.report_path(recipe, method), report.to_json())
     measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}
     measured["kl_blocks"] = {text.name: list(text.kl.block_sums) for text in report.texts}
-    for result in report.multiple_choice:
+    for result in report.multiple_choice[:1]:
         pairs = zip(result.candidate.predictions, result.right_answers, strict=True)
         measured["is_right"] = [predicted == right for predicted, right in pairs]
     return measured
