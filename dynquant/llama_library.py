@@ -104,6 +104,7 @@ llama_model_is_hybrid b p
 llama_model_n_layer i p
 llama_model_n_embd i p
 llama_tokenize i psipibb
+llama_detokenize i ppipibb
 llama_vocab_eos i p
 llama_vocab_bos i p
 llama_vocab_n_tokens i p

@@ -12,10 +12,11 @@ import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 from dynquant.errors import OptionError
 from dynquant.resources import parse_size
@@ -86,6 +87,7 @@ class Options:
     """Base of options dataclasses: whoever makes one, numbers lie in the ranges of their flags."""
 
     _typed = frozenset[str]()  # no field: names of fields that stood on the command line, be it with their defaults
+    _filled = frozenset[str]()  # no field: names of fields whose values are those of an effort
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_typed", _TYPED.get())
@@ -97,9 +99,23 @@ class Options:
     def changed(self, *names: str) -> list[str]:
         """Return the flags of fields, among these or all, that were typed or have another value than their default."""
         shown, defaults = flags(type(self)), {field.name: field.default for field in fields(self)}
-        asked = [name for name in names or shown if name in self._typed or getattr(self, name) != defaults[name]]
+        asked = [
+            name
+            for name in names or shown
+            if name in self._typed or (name not in self._filled and getattr(self, name) != defaults[name])
+        ]
         is_off = {name: defaults[name] is True and not getattr(self, name) for name in asked}
         return [shown[name][1].option(f"no_{name}" if is_off[name] else name) for name in asked]
+
+    def filled(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with these values of fields that are at their defaults and were not typed; to `changed` they
+        stay as they were."""
+        defaults, copied = {field.name: field.default for field in fields(self)}, copy(self)
+        free = {name for name in values if name not in self._typed and getattr(self, name) == defaults[name]}
+        for name in free:
+            object.__setattr__(copied, name, values[name])
+        object.__setattr__(copied, "_filled", self._filled | free)
+        return copied
 
     def refuse_unused(self, why: str, *names: str) -> None:
         """Raise OptionError for fields that were asked for, and that nothing would read."""
@@ -208,6 +224,14 @@ TensorParallel = Annotated[
     int,
     Flag(
         "GPUs of vLLM's --tensor-parallel-size: groups and zero points divide what each of them has of a layer.", min=1
+    ),
+]
+GroupSize = Annotated[
+    int,
+    Flag(
+        "With schemes of vLLM: at most so many weights share a scale, 128, 64 or 32; fewer take more bits.",
+        min=32,
+        max=128,
     ),
 ]
 EncoderName = Annotated[

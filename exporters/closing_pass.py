@@ -87,7 +87,7 @@ def check_original(model: Model, file: GGUFSource, path: Path) -> None:
 def tune_options(options: ClosingPassOptions, **others: int) -> TuneOptions:
     """Return the settings that options stand for."""
     asked = {"minutes": options.tune_minutes, "sampled_tokens": options.tune_sampled, "parts": options.tune_parts}
-    return TuneOptions(**asked, **others)  # type: ignore[arg-type]
+    return TuneOptions(**asked, patience=options.patience, **others)  # type: ignore[arg-type]
 
 
 def obstacle(encoding: Encoding) -> str | None:
@@ -120,7 +120,7 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
     elif tokens is None and len(moments.tokens) < FEWEST_WINDOWS:
         reason = "the calibration text is too short"
     if reason is None:
-        return tune_options(options, tokens=TuneOptions.tokens if tokens is None else tokens)
+        return tune_options(options, tokens=options.most_tokens if tokens is None else tokens)
     if tokens is not None:
         raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. Export with --tune 0.")
     encoding.session.note(f"no closing pass: {reason}")

@@ -197,6 +197,8 @@ def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping
     config.pop("torch_dtype", None)  # the former name of `dtype`
     quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
     config |= {"dtype": "bfloat16", "quantization_config": quantization}
+    if config.get("model_type") == "deepseek_v3":
+        config.setdefault("topk_method", "noaux_tc")  # transformers 5 drops it; without it vLLM knows no router bias
     if encoding.model.has_own_output:
         config["tie_word_embeddings"] = False  # vLLM would believe a configuration that ties them
     rounding = "rounded by their own squared error"

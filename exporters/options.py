@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.effort import Effort, fill
 from dynquant.errors import ExportError
 from dynquant.options import (
     AllowDifference,
@@ -15,6 +16,7 @@ from dynquant.options import (
     EncoderName,
     Fallback,
     Flag,
+    GroupSize,
     ModelPath,
     Mtp,
     Only,
@@ -77,6 +79,10 @@ class ClosingPassOptions(Options):
         tuple[str, ...],
         Flag("What the closing pass trains, of scales, norms, biases and routers (which hurt where measured)."),
     ] = TUNED_PARTS
+    most_tokens: int = 131_072
+    """Tokens that are trained on at most where no number is asked for."""
+    patience: int = 2
+    """Looks at the held-out KL without a gain before training ends."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +123,8 @@ class ExportOptions(Options):
         int | None,
         Flag(
             "Tokens of the closing pass at most, which tunes what has no codes (scales, norms, biases) on the KL "
-            "to the original; 0 for none. Default: as many as help, up to 131072, with the dynquant encoder, "
+            "to the original; 0 for none. Default: as many as help, up to 131072 (524288 with --effort high), with the "
+            "dynquant encoder, "
             "where the model fits in memory.",
             min=0,
         ),
@@ -146,9 +153,15 @@ class ExportOptions(Options):
     base_gguf: BaseGguf = None
     mtp: Mtp = True
     tensor_parallel: TensorParallel = 1
+    group_size: GroupSize = 128
     allow_difference: AllowDifference = False
+    effort: Effort = "normal"
     blocks: Path | None = None
     """Folder of `encoding.store` that keeps every tensor's blocks for other exports of the model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fill(self, self.effort)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 import tomllib
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import model_fingerprint
-from dynquant.evaluation.report import markdown
+from dynquant.evaluation.report import EvalReport, markdown
 from dynquant.evaluation.runners import LLAMA_CPP, TRANSFORMERS
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired
 from dynquant.exporters.options import ClosingPassOptions, ExportOptions
@@ -96,10 +97,15 @@ class Judged:
         return replace(options, stats=self.folder / f"calibration-{_digest(options.calibration)}" / STATS_NAME)
 
     def export_options(self, recipe: str, method: Method) -> ExportOptions:
-        output, folder = self.folder / f"{recipe}-{method.name}.gguf", self.plan_options(method).output
+        folder = self.plan_options(method).output
+        output = self.folder / f"{recipe}-{method.name}-{_digest(self.row_settings(method))}.gguf"
         types = ("--preset", recipe) if method.name == STOCK else ("--plan", str(folder / recipe / PLAN_NAME))
         words = (self.model, "-o", str(output), "--stats", str(folder / STATS_NAME), *types, *method.export)
         return replace(parsed(ExportOptions, words), blocks=self.folder / ENCODED_NAME)
+
+    def report_path(self, recipe: str, method: Method) -> Path:
+        """Return where the whole evaluation of a row is kept."""
+        return self.folder / f"{recipe}-{method.name}.json"
 
     def row_settings(self, method: Method) -> dict[str, Any]:
         """Return what a row depends on; another makes it stale."""
@@ -108,24 +114,37 @@ class Judged:
 
 def main() -> None:
     """Parse, measure what is missing, write the report."""
-    asked = options(
-        __doc__, model=[], output=(Path("judge"), "Plans, files and rows, a folder a model."),
+    asked = judge_options(__doc__)
+    for _ in judged_models(asked):
+        pass
+    write_report(asked, "damage.md", "Damage by method, at the same bytes", report_of(asked.output))
+
+
+def judge_options(doc: str | None, **more: Any) -> Namespace:
+    """Parse the command line; `more` are flags of another script that has rows judged."""
+    return options(
+        doc, model=[], output=(Path("judge"), "Plans, files and rows, a folder a model."),
         report=(str, "The Markdown file; what stands in it before the judge's mark stays. Default: in the output."),
         methods=(str(METHODS), "Flags by method."),
         only=("", "Methods to measure, as default,routers; all without any."),
         recipes=(RECIPES, "Stock recipes whose bytes are taken."),
         calibration=(str, "Text; the built-in one without any."), tokens=(131072, "Tokens of calibration."),
         text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
-        questions=(str, "Multiple-choice questions."), shots=(str, "Examples for them."),
-        limit=(0, "Questions at most."), runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
+        questions=(str, "Multiple-choice questions."), shots=(str, "Examples; the first of each subject without any."),
+        limit=(0, "Questions at most."), prompts=(0, "Starts of each text that files go on from; 0 for none."),
+        runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
         device=(str, "cpu or cuda."), side_by_side=(0, "Rows at a time; a quarter of the cores with a GPU, else one."),
-        minutes=(0.0, "Begin nothing after so many; the same command goes on. 0 for no limit."),
+        minutes=(0.0, "Begin nothing after so many; the same command goes on. 0 for no limit."), **more,
     )  # fmt: skip
+
+
+def judged_models(asked: Namespace) -> Iterator[Judged]:
+    """Measure what is missing of one model after the other."""
     methods = read_methods(Path(asked.methods), [name for name in asked.only.split(",") if name])
-    tasks = ("kl", "mmlu") if asked.questions else ("kl",)
+    tasks = ("kl", *["mmlu"] * bool(asked.questions), *["generate"] * bool(asked.prompts))
     questions = QuestionOptions(
         text=tuple(map(Path, asked.text)), tasks=tasks, max_tokens=asked.score, mmlu_data=asked.questions,
-        shots=asked.shots, limit=asked.limit, scoring=("letter",),
+        shots=asked.shots, limit=asked.limit, scoring=("letter",), prompts=asked.prompts or 64,
     )  # fmt: skip
     questions.check_text()
     on_gpu = chosen_device(asked.device) != "cpu"
@@ -134,7 +153,7 @@ def main() -> None:
     calibration = ("--tokens", str(asked.tokens), *(("--calibration", asked.calibration) if asked.calibration else ()))
     files = [*asked.text, asked.questions, asked.shots, asked.calibration]
     settings = {"texts": [file_hash(Path(file)) for file in files if file], "runner": runner}
-    settings |= {"score": asked.score, "tokens": asked.tokens, "limit": asked.limit}
+    settings |= {name: getattr(asked, name) for name in ("score", "tokens", "limit", "prompts")}
     until = time.monotonic() + 60 * asked.minutes if asked.minutes else math.inf
     for model in asked.model:
         path = locate_model(model)
@@ -144,9 +163,14 @@ def main() -> None:
             device=asked.device, settings=settings | {"model": model_fingerprint(path)},
         )  # fmt: skip
         judge(judged, methods, at_once, until)
-    report = Path(asked.report) if asked.report else asked.output / "damage.md"
-    before = report.read_text().partition(_MARK)[0] if report.is_file() else "# Damage by method, at the same bytes\n\n"
-    write_atomically(report, f"{before}{_MARK}\n{report_of(asked.output)}")
+        yield judged
+
+
+def write_report(asked: Namespace, name: str, title: str, content: str) -> None:
+    """Write what was measured behind what stands in the report, or behind a title."""
+    report = Path(asked.report) if asked.report else asked.output / name
+    before = report.read_text().partition(_MARK)[0] if report.is_file() else f"# {title}\n\n"
+    write_atomically(report, f"{before}{_MARK}\n{content}")
     print(f"{report} has the table")
 
 
@@ -214,14 +238,15 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float 
         for method, recipe in [row for row in todo if row[1] in refused and row[0].name != STOCK]:
             enter(recipe, method, {"refused": refused[recipe]})
             todo.remove((method, recipe))
-        for method, recipe in todo[: 1 if at_once > 1 else None]:  # it leaves what the original says to the others
-            if time.monotonic() < until:
-                enter(recipe, method, _measured(judged, recipe, method, cores))
-        if at_once > 1 and todo[1:]:
+        if at_once == 1:
+            for method, recipe in todo:
+                if time.monotonic() < until:
+                    enter(recipe, method, _measured(judged, recipe, method, cores))
+        elif todo:
             with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
                 futures = {
                     pool.submit(_measured, judged, recipe, method, max(1, cores // at_once)): (recipe, method)
-                    for method, recipe in todo[1:]
+                    for method, recipe in todo
                 }
                 for future in as_completed(futures):
                     if time.monotonic() > until:
@@ -282,22 +307,18 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
         seconds = json.loads(options.plan.with_name(_SECONDS).read_text())
     try:
         if not options.asymmetric:  # blocks of that are one export's own
-            file, seconds["encode"] = _untuned(options, session)
+            alike = replace(options, output=Path(), tune=0, closing=ClosingPassOptions())
+            file = options.output.with_name(f"untuned-{_digest(alike)}.gguf")
+            seconds["encode"] = _exported(replace(alike, output=file), session)
         if options.tune != 0 or options.asymmetric:
-            start = time.perf_counter()
-            (file, *_) = export(options, session).files
-            seconds["export"] = time.perf_counter() - start
-        report = evaluate(
-            EvalOptions(
-                candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
-                reference_cache=judged.folder / "reference",
-            ),
-            session,
-        )  # fmt: skip
+            file = options.output
+            seconds["export"] = _exported(options, session)
+        report = _evaluated(judged, file, session)
     except Exception as error:  # of one method, be it a bug in it: the others are judged all the same
         return {"refused": f"{type(error).__name__}: {error}"}
-    finally:
-        options.output.unlink(missing_ok=True)
+    for path in (options.output, options.output.with_suffix(".json")):
+        path.unlink(missing_ok=True)
+    write_atomically(judged.report_path(recipe, method), report.to_json())
     measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}
     measured["kl_blocks"] = {text.name: list(text.kl.block_sums) for text in report.texts}
     for result in report.multiple_choice:
@@ -306,17 +327,31 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
     return measured
 
 
-def _untuned(options: ExportOptions, session: Session) -> tuple[Path, float]:
-    """Export without the closing pass, once for all methods that do not differ before it; return file and seconds."""
-    alike = replace(options, output=Path(), tune=0, closing=ClosingPassOptions())
-    file = options.output.with_name(f"untuned-{_digest(alike)}.gguf")
-    took = file.with_suffix(".json")
-    with _waiting_for(file):
+def _exported(options: ExportOptions, session: Session) -> float:
+    """Export a file that is not there yet; return the seconds that it took. Methods that do not differ before the
+    closing pass share what they export without it, and a judge that was stopped finds the file."""
+    took = options.output.with_suffix(".json")
+    with _waiting_for(options.output):
         if not took.is_file():
             start = time.perf_counter()
-            export(replace(alike, output=file), session)
+            export(options, session)
             write_atomically(took, json.dumps(time.perf_counter() - start))
-    return file, json.loads(took.read_text())
+    return json.loads(took.read_text())
+
+
+def _evaluated(judged: Judged, file: Path, session: Session) -> EvalReport:
+    """Score a file. The first one has the original say what the others, which wait for it, are compared with."""
+    options = EvalOptions(
+        candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
+        reference_cache=judged.folder / "reference",
+    )  # fmt: skip
+    said = judged.folder / f"original-{_digest(judged.settings)}"
+    with _waiting_for(said):
+        if not said.is_file():
+            report = evaluate(options, session)
+            said.touch()
+            return report
+    return evaluate(options, session)
 
 
 @contextmanager
@@ -412,7 +447,7 @@ def _summary(compared: Mapping[str, list[_Compared]]) -> str:
 
 
 def _section(name: str, content: Mapping[str, Any]) -> str:
-    rows, recipes, lines, refused = content["rows"], content["recipes"], [], []
+    rows, recipes, lines, refused, closing = content["rows"], content["recipes"], [], [], []
     measured = [row for row in rows.values() if "bytes" in row]
     texts = list(dict.fromkeys(text for row in measured for text in row["kl_blocks"]))
     others = list(dict.fromkeys(m for row in measured for m in row["metrics"] if m.endswith(("accuracy", "P(right)"))))
@@ -434,6 +469,7 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
             if metric.endswith("accuracy") and side and side.p is not None:
                 cells[-1] += f" (p {side.p:.2g})"
         lines.append([*cells, f"{_total(row):.1f}"])
+        closing += [f"\n{recipe} {method}: {note}\n" for note in row.get("notes", ()) if "closing pass on" in note]
     titles = [title for text in texts for title in (f"KL {text}", "change")]
     before = [f"{metric} {100 * row['metrics'][metric]['reference']:.1f}" for row in measured[:1] for metric in others]
     return (
@@ -443,6 +479,7 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
         "planning\n(an equal share of what all sizes took), encoding and closing pass. Changes are paired with the "
         "default's row; p is McNemar's.\n\n"
         + markdown(["recipe", "method", "bytes", *titles, *others, "s"], lines)
+        + "".join(closing)
         + "".join(f"\nNot measured: {reason}" for reason in refused)
     )
 

@@ -15,4 +15,7 @@ class SuperWeightOptions(Options):
         str | None, Flag("Text to run, as --calibration of plan takes it. Default: a small built-in text.")
     ] = None
     tokens: Annotated[int, Flag("Tokens of the text to run.", min=2)] = 512
+    min_effect: Annotated[
+        float, Flag("Least mean change of a token's log-probability, in nats, where a weight is zeroed.", min=0)
+    ] = 0.1
     ablation: Annotated[bool, Flag("Measure perplexity with each super weight set to zero.")] = True

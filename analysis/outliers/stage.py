@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dynquant.analysis.outliers.options import SuperWeightOptions
-from dynquant.analysis.outliers.super_weights import Ablation, ablation, find_super_weights
+from dynquant.analysis.outliers.super_weights import Ablation, Criteria, ablation, find_super_weights
 from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
@@ -31,6 +31,7 @@ def look_for_super_weights(options: SuperWeightOptions, session: Session) -> Sup
     check_context(model, len(window))
     device = chosen_device(session.device)
     hf_model = load_hf(model, dtype=probing_type(model, device), device=device)
-    weights = find_super_weights(hf_model, weight_inputs(model, hf_model), window)
+    criteria = Criteria(min_effect=options.min_effect)
+    weights = find_super_weights(hf_model, weight_inputs(model, hf_model), window, criteria=criteria)
     effects = [ablation(hf_model, weight, window) if options.ablation else None for weight in weights]
     return SuperWeights(model.name, len(window), list(zip(weights, effects, strict=True)))

@@ -35,6 +35,7 @@ _PACKAGES_OF = {
     "report": {"matplotlib"},
     "train": {"peft", "trl"},
     "ray": {"ray"},
+    "tasks": {"lm_eval"},
     "vision": {"PIL"},
     "gpu": {"triton"},
 }

@@ -10,6 +10,7 @@ from dynquant.evaluation.options import EvalOptions
 from dynquant.options import Former, Only, Writes
 from dynquant.session import Session
 from dynquant.storage.atomic import write_atomically
+from dynquant.storage.file_names import PLAN_NAME, REPORT_NAME
 
 if TYPE_CHECKING:
     from dynquant.evaluation.report import EvalReport, PictureReport
@@ -29,12 +30,13 @@ def evaluate(
 
     Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
 
+    Example: dynquant eval model.gguf --reference ./model --tasks gsm8k,ifeval --chat --limit 200
+
     Example: dynquant eval plan/ --reference ./vision-model --tasks kl,vqa --data questions.jsonl
 
     Example: dynquant eval model.gguf --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
     from dynquant.evaluation.evaluate import evaluate as compare
-    from dynquant.evaluation.report import PictureReport
 
     report = compare(options, session)
     print_report(report)
@@ -43,17 +45,22 @@ def evaluate(
         console.note(f"wrote {output}")
     candidate = Path(options.candidate)
     directory = candidate if candidate.is_dir() else candidate.parent
-    if isinstance(report, PictureReport) and all((directory / n).is_file() for n in ("report.html", "plan.json")):
-        _draw_pictures(report, options.reference, directory, session)
+    if all((directory / name).is_file() for name in (REPORT_NAME, PLAN_NAME)):
+        from dynquant.analysis.report.stage import write_plan_report
+
+        write_plan_report(options.reference, directory, session, measured=_section(report))
 
 
-def _draw_pictures(report: "PictureReport", reference: str, directory: Path, session: Session) -> None:
+def _section(report: "EvalReport | PictureReport") -> str:
+    """Return the part of report.html that shows what was measured."""
     from dynquant.analysis.report.pictures import picture_section
-    from dynquant.analysis.report.stage import write_plan_report
+    from dynquant.analysis.report.tables import evaluation_table
+    from dynquant.evaluation.report import PictureReport
 
-    title = f"{report.samples} samples of {report.data}"
+    if not isinstance(report, PictureReport):
+        return evaluation_table(report_tree(report))
     answers = report.questions.answers if report.questions else ()
-    write_plan_report(reference, directory, session, measured=picture_section(report.rows(), title, answers))
+    return picture_section(report.rows(), f"{report.samples} samples of {report.data}", answers)
 
 
 def print_report(report: "EvalReport | PictureReport") -> None:

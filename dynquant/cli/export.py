@@ -25,6 +25,10 @@ def export(options: ExportOptions, session: Annotated[Session, Only(("device", "
     """
     from dynquant.exporters import stage
 
+    if options.effort == "high":
+        from dynquant.publishing.effort_time import effort_time
+
+        console.note(effort_time(options, session))
     print_exported(stage.export(options, session))
 
 

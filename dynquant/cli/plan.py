@@ -61,6 +61,10 @@ def plan(
         return
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
+    if options.effort == "high":
+        from dynquant.publishing.effort_time import effort_time
+
+        console.note(effort_time(options, session))
     decided = stage.make_plan(options, session)
     if report and options.target.serves is None:
         from dynquant.analysis.report.stage import write_plan_report

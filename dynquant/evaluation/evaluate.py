@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import CONTEXT_SCORED, TEXT_TASKS, EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.evaluation.tasks import multiple_choice
@@ -45,8 +45,7 @@ from dynquant.families.open import is_gguf, locate_model, open_model, settings_o
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
-from dynquant.inputs.questions import load_questions, split_shots, take_evenly
-from dynquant.inputs.text import TextEncoder, evaluation_windows
+from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.recipes.folder import stats_of_plan
 from dynquant.recipes.plan import Plan
@@ -54,6 +53,9 @@ from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.file_names import STATS_NAME
+
+if TYPE_CHECKING:
+    from dynquant.evaluation.tasks.harness import Harness, Samples
 
 SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 
@@ -83,12 +85,13 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     asked = options.questions
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     _check_program(options, candidate)
+    harness = _harness(asked, reference) if asked.harness_tasks else None
     of_kinds = _notes_on_kinds(options, reference, candidate)
     where = {"runner": options.runner, "base": reference}
     infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
-    if options.window > context_length:
+    if options.window > context_length and not options.contexts:
         raise EvaluationError(
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
@@ -96,18 +99,21 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     if difference := settings_note(settings_of(reference), settings_of(candidate)):
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
-        texts, prompts, questions = _inputs(asked, options.window, encode, context_length)
-    run = _Run(options, session, progress, num_columns, reference)
+        texts, prompts, questions = _inputs(options, encode, context_length, notes)
+    run = _Run(options, session, progress, num_columns, reference, context_length)
     torch_threads = torch.get_num_threads()  # open_runner sets those of the session
     try:
+        run.check_cache(candidate)
         with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
             written = [run.written(runner, "reference", starts) for starts in prompts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
-        with run.opening(candidate, adapter=options.adapter, kv_types=(options.kv_type * 2)[:2]) as runner:
+            asked_before = run.asked(runner, "reference", harness) if harness else {}
+        with run.opening(candidate, is_candidate=True) as runner:
             scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
             pairs = [(first, run.written(runner, "candidate", *first)) for first in zip(prompts, written, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
+            asked_after = run.asked(runner, "candidate", harness) if harness else {}
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
@@ -130,7 +136,8 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             reports.summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
         generated=tuple(summarize_generation(*first, second, asked.new_tokens) for first, second in pairs),
-        notes=notes,
+        harness=harness.results(asked_before, asked_after) if harness else (),
+        notes=[*notes, *(harness.notes if harness else ())],
         seconds=run.seconds,
     )  # fmt: skip
 
@@ -146,23 +153,49 @@ def _check_program(options: EvalOptions, candidate: Path) -> None:
         raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
 
 
+def _harness(asked: QuestionOptions, reference: Path) -> "Harness":
+    """Return the tasks of lm-evaluation-harness that were asked for, with their data."""
+    try:
+        from dynquant.evaluation.tasks.harness import Harness
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"{', '.join(asked.harness_tasks)} is none of {', '.join(sorted(TEXT_TASKS))}, and tasks of "
+            f"lm-evaluation-harness need the package {error.name}, which is not there: pip install "
+            "'dynquant-toolchain[tasks]'."
+        ) from error
+    return Harness(asked, reference)
+
+
 class _Inputs(NamedTuple):
     texts: list[ModelInputs]
     prompts: list[Prompts]
     questions: dict[Scoring, list[EncodedQuestion]]
 
 
-def _inputs(asked: QuestionOptions, window: int, encode: TextEncoder, context_length: int) -> _Inputs:
-    inputs = _Inputs([], [], {})
+def _inputs(options: EvalOptions, encode: TextEncoder, context_length: int, notes: list[str]) -> _Inputs:
+    inputs, asked = _Inputs([], [], {}), options.questions
     if {"kl", "ppl"} & set(asked.tasks):
-        limits = {"window": window, "max_tokens": asked.max_tokens}
-        inputs.texts.extend(evaluation_windows(path, encode, **limits) for path in asked.text)
+        contexts = [length for length in sorted({*map(int, options.contexts)}) if length <= context_length]
+        if len(contexts) < len({*options.contexts}):
+            left_out = f"--contexts {','.join(options.contexts)}: the models have {context_length:,} tokens of context"
+            if not contexts:
+                raise EvaluationError(f"{left_out}; give shorter ones.")
+            notes.append(f"{left_out}, and longer ones were left out.")
+        for path in asked.text:
+            if contexts:
+                inputs.texts.extend(
+                    context_windows(path, encode, contexts, CONTEXT_SCORED, max_tokens=asked.max_tokens)
+                )
+            else:
+                inputs.texts.append(
+                    evaluation_windows(path, encode, window=options.window, max_tokens=asked.max_tokens)
+                )
     if "generate" in asked.tasks:
         check_fits(asked.new_tokens, context_length)
         limits = {"count": asked.prompts, "max_tokens": asked.max_tokens}
         inputs.prompts.extend(read_prompts(path, encode, **limits) for path in asked.text)
     if "mmlu" in asked.tasks:
-        inputs.questions.update(_encoded_questions(asked, encode, context_length))
+        inputs.questions.update(multiple_choice.read_questions(asked, encode, context_length))
     return inputs
 
 
@@ -195,21 +228,6 @@ def common_columns(reference: runners.ModelInfo, candidate: runners.ModelInfo) -
     return small.vocab_size, [f"{large.path.name}: {dropped}."]
 
 
-def _encoded_questions(
-    options: QuestionOptions, encode: TextEncoder, context_length: int
-) -> dict[Scoring, list[EncodedQuestion]]:
-    data = options.mmlu_data or "cais/mmlu"
-    asked, shots = load_questions(data), []
-    if options.num_shots and options.shots is None and Path(data).is_file():
-        shots, asked = split_shots(asked, options.num_shots)
-    elif options.num_shots:
-        shots = load_questions(options.shots or data, split="dev")
-    questions = take_evenly(asked, options.limit or None)
-    limits = {"num_shots": options.num_shots, "context_length": context_length}
-    scorings = dict.fromkeys(options.scoring)
-    return {name: multiple_choice.encode_questions(questions, shots, name, encode, **limits) for name in scorings}
-
-
 Opener = Callable[[], runners.LogitRunner]  # gives the running model
 
 
@@ -222,6 +240,7 @@ class _Run:
     progress: Progress
     num_columns: int | None = None  # leading logits that both models have; None for all
     reference: Path | None = None  # whose distributions are cached, if any are
+    context_length: int = 0  # that both models have
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -232,10 +251,11 @@ class _Run:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     @contextmanager
-    def opening(self, path: Path, *, adapter: Path | None = None, kv_types: tuple[str, ...] = ()) -> Iterator[Opener]:
+    def opening(self, path: Path, *, is_candidate: bool = False) -> Iterator[Opener]:
         """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
-        where = {"threads": self.session.threads, "device": self.session.device, "adapter": adapter}
-        where["kv_types"] = kv_types
+        where: dict[str, Any] = {"threads": self.session.threads, "device": self.session.device}
+        if is_candidate:
+            where |= {"adapter": self.options.adapter, "kv_types": (self.options.kv_type * 2)[:2]}
         how = {"runner": self.options.runner, "rounded": self.options.rounded, "base": self.reference}
         opener = cache(partial(runners.open_runner, path, **where, **how))  # loads once
         try:
@@ -243,6 +263,12 @@ class _Run:
         finally:
             if opener.cache_info().currsize:
                 opener().close()
+
+    def check_cache(self, candidate: Path) -> None:
+        """Refuse types of the key/value cache that llama.cpp does not take, before the reference runs for nothing."""
+        if self.options.kv_type:
+            with self.opening(candidate, is_candidate=True) as runner:
+                runner().reserve(1)
 
     def reduced(self, runner: Opener, inputs: ModelInputs) -> tuple[Distributions, Tensor]:
         """Return the reference's distributions at all scored positions, and log-probabilities of what follows."""
@@ -319,6 +345,15 @@ class _Run:
         ends = np.cumsum([len(e.answers) for e in encoded])[:-1]
         return [AnswerScores(e.question, part) for e, part in zip(encoded, np.split(log_probs, ends), strict=True)]
 
+    def asked(self, runner: Opener, side: str, harness: "Harness") -> "Samples":
+        """Return what the harness logs of every question of its tasks."""
+        limits, cache = {"context_length": self.context_length, "num_columns": self.num_columns}, None
+        if side == "reference" and self.options.reference_cache is not None:
+            name = self._cache_key([], {"kind": "harness", "context_length": self.context_length})
+            cache = self.options.reference_cache / f"{name}.sqlite"
+        with self.timed(f"{side}, {', '.join(harness.tasks)}", "questions") as report:
+            return harness.ask(runner, report, cache, **limits)
+
     def answers(self, runner: runners.PictureRunner, side: str, asked: Sequence["_Asked"], tokenizer: Any) -> list[str]:
         """Return a model's greedy answers to questions about pictures."""
         answers = []
@@ -335,11 +370,15 @@ class _Run:
         directory = self.options.reference_cache
         if directory is None or self.reference is None:
             return run()
+        return cached(directory, self._cache_key(tokens, key), run)
+
+    def _cache_key(self, tokens: list[int], key: dict[str, Any]) -> str:
+        assert self.reference is not None
         # Only what is not the default is part of a name.
         more: dict[str, object] = {"rounded": True} if self.options.rounded else {}
         if is_gguf(self.reference) and self.options.runner != runners.LLAMA_CPP:
             more["runner"] = self.options.runner
-        return cached(directory, cache_key(self.reference, tokens, columns=self.num_columns, **key, **more), run)
+        return cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
 
 
 def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:

@@ -27,7 +27,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, DynquantError, EvaluationError
 from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.inputs.branches import Branches, neighbours_that
+from dynquant.inputs.branches import Branches, neighbours_that, num_shared
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.llama_library import llama_cpp
@@ -50,6 +50,8 @@ _CONTEXTS_SHARE = 0.25
 
 _Window = tuple[Sequence[int], Collection[int]]
 """Token ids, and the places after which logits are wanted."""
+IsDone = Callable[[Sequence[int]], bool]
+"""Says of the tokens that a model wrote whether it should stop."""
 Entry = tuple[int, int, Sequence[int], bool]
 """A token, its position, the sequences that it belongs to, and True where its logits are wanted."""
 
@@ -124,14 +126,27 @@ def llama_vocabulary(path: Path) -> Iterator[tuple[ctypes.c_void_p, ctypes.c_voi
         llama_cpp().llama_model_free(model)
 
 
-def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True) -> list[int]:
+def llama_encode(
+    vocab: ctypes.c_void_p, text: str, *, add_special: bool = True, parse_special: bool = False
+) -> list[int]:
     data = text.encode("utf-8")
     capacity = len(data) + 8  # a byte a token at most, and special ones
     tokens = (llama_cpp().llama_token * capacity)()
-    count = llama_cpp().llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
+    count = llama_cpp().llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, parse_special)
     if count < 0:
         raise EvaluationError(f"llama.cpp's tokenizer failed on a text of {len(data)} bytes.")
     return list(tokens[:count])
+
+
+def llama_decode_text(vocab: ctypes.c_void_p, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, without special ones."""
+    ids, capacity = (llama_cpp().llama_token * len(tokens))(*tokens), 16 * len(tokens) + 16
+    while True:
+        buffer = ctypes.create_string_buffer(capacity)
+        size = llama_cpp().llama_detokenize(vocab, ids, len(tokens), buffer, capacity, False, False)
+        if size >= 0:
+            return buffer.raw[:size].decode("utf-8", "replace")
+        capacity = -size
 
 
 def llama_tokens(vocab: ctypes.c_void_p) -> tuple[dict[str, int | None], dict[int, str]]:
@@ -200,9 +215,14 @@ class LlamaCppRunner:
         params.flash_attn_type = flash
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
+            way_out = "Use a smaller window, or a machine with more memory."
+            if not is_exact:
+                way_out = (
+                    "Where it refuses the --kv-type: quantized values need flash attention, quantized rows of a head "
+                    "whole blocks of 32, and some models one type for both. Give another, as q8_0, q8_0,f16 or f16."
+                )
             raise EvaluationError(
-                f"{self._path.name}: llama.cpp cannot make a context of {num_tokens} tokens: {llama_log()}. "
-                "Use a smaller window, or a machine with more memory."
+                f"{self._path.name}: llama.cpp cannot make a context of {num_tokens} tokens: {llama_log()}. {way_out}"
             )
         self._memory = self._api.llama_get_memory(self._context)
 
@@ -274,29 +294,35 @@ class LlamaCppRunner:
         return frozenset(i for i in range(self.vocab_size) if self._api.llama_vocab_is_eog(vocab, i))
 
     def write(
-        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int], is_done: IsDone | None = None
     ) -> Iterator[list[list[int]]]:
-        at_once = 1 if self._has_state else max(1, _WRITTEN_TOKENS // len(prompts[0]))
-        for start in range(0, len(prompts), at_once):
-            yield self._written(prompts[start : start + at_once], num_tokens, stop)
+        for group in neighbours_that(self._are_written_together, prompts):
+            yield self._written(group, num_tokens, stop, is_done)
 
-    def _written(self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]) -> list[list[int]]:
-        length = len(prompts[0])
-        self._clear(len(prompts) * (length + num_tokens))
-        entries = [
-            (token, place, (sequence,), place == length - 1)
+    def _are_written_together(self, prompts: Sequence[Sequence[int]]) -> bool:
+        num_tokens = sum(map(len, prompts)) - len(prompts) * num_shared(prompts)
+        return not self._has_state and len(prompts) <= _SEQUENCES and num_tokens <= _WRITTEN_TOKENS
+
+    def _written(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int], is_done: IsDone | None
+    ) -> list[list[int]]:
+        shared, everyone = num_shared(prompts), range(len(prompts))
+        self._clear(sum(map(len, prompts)) + len(prompts) * (num_tokens - shared) + shared)
+        entries: list[Entry] = [(token, place, everyone, False) for place, token in enumerate(prompts[0][:shared])]
+        entries += [
+            (prompt[place], place, (sequence,), place == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
-            for place, token in enumerate(prompt)
+            for place in range(shared, len(prompt))
         ]
         written: list[list[int]] = [[] for _ in prompts]
-        going_on = list(range(len(prompts)))
-        for place in range(length, length + num_tokens):
+        going_on = list(everyone)
+        for count in range(num_tokens):
             for sequence, token in zip(going_on, self._decode(entries).argmax(1).tolist(), strict=True):
                 written[sequence].append(token)
-            going_on = [sequence for sequence in going_on if written[sequence][-1] not in stop]
+            going_on = [i for i in going_on if written[i][-1] not in stop and not (is_done and is_done(written[i]))]
             if not going_on:
                 break
-            entries = [(written[sequence][-1], place, (sequence,), True) for sequence in going_on]
+            entries = [(written[i][-1], len(prompts[i]) + count, (i,), True) for i in going_on]
         return written
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.errors import EvaluationError
-from dynquant.options import Flag, Former, ModelPath, Options, Strict, Window
+from dynquant.options import LARGEST, Flag, Former, ModelPath, Options, Strict, Window
 
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu", "generate"}), frozenset({"kl", "vqa"})
 READ_TASKS = frozenset({"kl", "ppl", "generate"})
 """Tasks that need a text."""
+CONTEXT_SCORED = 256
+"""Tokens that are scored at the end of every length of context."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Types of llama.cpp's key/value cache (`kv_cache_types` of its common/arg.cpp)."""
 
@@ -21,7 +23,13 @@ class QuestionOptions(Options):
     text: Annotated[
         tuple[Path, ...], Flag("Text for kl and ppl, as --calibration of plan takes it. May be repeated.")
     ] = ()
-    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu, generate; with --data kl and vqa.")] = ("kl", "ppl")
+    tasks: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Any of kl, ppl, mmlu, generate, and tasks of lm-evaluation-harness by name or .yaml, as gsm8k,ifeval; "
+            "with --data kl and vqa."
+        ),
+    ] = ("kl", "ppl")
     max_tokens: Annotated[int, Flag("Tokens of each text.", ("--tokens",), min=2), Former("--max-tokens")] = 8192
     prompts: Annotated[
         int,
@@ -30,20 +38,38 @@ class QuestionOptions(Options):
             min=1,
         ),
     ] = 64
-    new_tokens: Annotated[int, Flag("For generate: tokens that both models write after each.", min=1)] = 128
+    new_tokens: Annotated[
+        int, Flag("Tokens that both models write: for generate, and in place of a harness task's own.", min=1)
+    ] = 128
     mmlu_data: Annotated[
         str | None, Flag("Questions, .jsonl, .json, .parquet or a datasets id. Default: cais/mmlu.")
     ] = None
     shots: Annotated[
         str | None, Flag("Few-shot questions, in the same forms. Default: a file's first of each subject, not asked.")
     ] = None
-    num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
+    num_shots: Annotated[int, Flag("Shots before each question; of harness tasks in place of their own.", min=0)] = 5
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly; 0 for all.", min=0)] = None
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
+    task_data: Annotated[
+        Path | None,
+        Flag(
+            "Data of harness tasks: a folder with TASK.jsonl or TASK/SPLIT.parquet, or the file of one. "
+            "Default: the hub."
+        ),
+    ] = None
+    chat: Annotated[bool, Flag("Ask harness tasks in the original's chat template.", ("--chat",))] = False
+    allow_code_execution: Annotated[
+        bool, Flag("Run harness tasks that execute what models write, as humaneval.", ("--allow-code-execution",))
+    ] = False
 
-    def check_text(self) -> None:
+    @property
+    def harness_tasks(self) -> list[str]:
+        """Tasks that are none of our own."""
+        return [name for name in dict.fromkeys(self.tasks) if name not in TEXT_TASKS]
+
+    def check_text(self, *, takes_harness: bool = False) -> None:
         """Raise EvaluationError for tasks that these inputs do not serve."""
-        unknown = sorted(set(self.tasks) - TEXT_TASKS)
+        unknown = [] if takes_harness else sorted(self.harness_tasks)
         if unknown or not self.tasks:
             raise EvaluationError(f"Unknown tasks {unknown}; choose from {', '.join(sorted(TEXT_TASKS))}.")
         if READ_TASKS & set(self.tasks) and not self.text:
@@ -76,6 +102,14 @@ class EvalOptions(Options):
     strict: Strict = False
     encoder: Annotated[str, Flag("What renders a plan with --data: dynquant or ggml.")] = "dynquant"
     window: Window = 512
+    contexts: Annotated[
+        tuple[str, ...],
+        Flag(
+            f"Lengths of context in place of --window, as 512,4096,16384: the last {CONTEXT_SCORED} tokens of each are "
+            "scored, which are the same. Those longer than the models' are left out.",
+            show_default=False,
+        ),
+    ] = ()
     reference_cache: Annotated[Path | None, Flag("Keep the reference's distributions here.")] = None
     runner: Annotated[
         str,
@@ -108,19 +142,38 @@ class EvalOptions(Options):
                 f"--kv-type {','.join(self.kv_type)}: give one type, or those of keys and of values, of "
                 f"{', '.join(KV_TYPES)}."
             )
+        if any(not length.isdecimal() or not 2 * CONTEXT_SCORED <= int(length) <= LARGEST for length in self.contexts):
+            raise EvaluationError(
+                f"--contexts {','.join(self.contexts)}: give whole numbers of tokens from {2 * CONTEXT_SCORED} on, as "
+                "512,4096,16384."
+            )
+        if self.contexts:
+            self.refuse_unused("--contexts says how long windows are.", "window")
         tasks = self.questions.tasks
         if self.data is None:
             if self.mmproj is not None:
                 raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
             if "vqa" in tasks:
                 raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
-            self.questions.check_text()
+            self.questions.check_text(takes_harness=True)
             return
         why = "with --data, all tasks run on its samples, and the models with pictures."
-        text_only = ("text", "mmlu_data", "max_tokens", "shots", "num_shots", "scoring", "prompts", "new_tokens")
+        text_only = (
+            "text",
+            "mmlu_data",
+            "max_tokens",
+            "shots",
+            "num_shots",
+            "scoring",
+            "prompts",
+            "new_tokens",
+            "task_data",
+            "chat",
+            "allow_code_execution",
+        )
         self.questions.refuse_unused(why, *text_only)
         self.refuse_unused(
-            why, "window", "reference_cache", "runner", "rounded", "adapter", "kv_type", "allow_difference"
+            why, "window", "reference_cache", "runner", "rounded", "adapter", "kv_type", "allow_difference", "contexts"
         )
         unknown = sorted(set(tasks) - PICTURE_TASKS)
         if unknown or not tasks:
@@ -135,9 +188,13 @@ class EvalOptions(Options):
         if not READ_TASKS & tasks:
             idle += asked.changed("text", "max_tokens")
         if not {"kl", "ppl"} & tasks:
-            idle += self.changed("window")
+            idle += self.changed("window", "contexts")
         if "generate" not in tasks:
-            idle += asked.changed("prompts", "new_tokens")
+            idle += asked.changed("prompts")
         if "mmlu" not in tasks:
-            idle += asked.changed("mmlu_data", "shots", "num_shots", "limit", "scoring")
+            idle += asked.changed("mmlu_data", "shots", "scoring")
+        if not asked.harness_tasks:
+            idle += asked.changed("task_data", "chat", "allow_code_execution")
+            idle += asked.changed("new_tokens") if "generate" not in tasks else []
+            idle += asked.changed("num_shots", "limit") if "mmlu" not in tasks else []
         return idle

@@ -17,6 +17,7 @@ from dynquant.evaluation.statistics import (
     wilson_interval,
 )
 from dynquant.evaluation.tasks.generation import GenerationResult
+from dynquant.evaluation.tasks.harness_results import TaskMetric, TaskResult
 from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import Sample
@@ -69,6 +70,8 @@ class TextResult(FrozenRecord):
     sha256: str
     scored_tokens: int
     windows: int
+    window: int = 0
+    """Tokens of the longest."""
     reference_perplexity: Estimate
     candidate_perplexity: Estimate
     perplexity_ratio: Estimate
@@ -128,6 +131,7 @@ class EvalReport(FrozenRecord):
     texts: list[TextResult]
     multiple_choice: list[MultipleChoiceResult]
     generated: tuple[GenerationResult, ...] = ()
+    harness: tuple[TaskResult, ...] = ()
     notes: list[str]
     seconds: dict[str, float]
 
@@ -143,7 +147,7 @@ class EvalReport(FrozenRecord):
         before, after = self.reference.file_bytes, self.candidate.file_bytes
         sections = {"file": [("bytes", f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%} of the reference")]}
         generated, asked = map(_generation_section, self.generated), map(_choice_section, self.multiple_choice)
-        for name, rows in (*map(_text_section, self.texts), *generated, *asked):
+        for name, rows in (*map(_text_section, self.texts), *generated, *asked, *map(_task_section, self.harness)):
             sections.setdefault(name, []).extend(rows)
         return sections
 
@@ -233,7 +237,7 @@ def summarize_text(
     before, after = reference_log_prob, scores.target_log_prob
     perplexities = {"reference_perplexity": perplexity(before), "candidate_perplexity": perplexity(after)}
     perplexities["perplexity_ratio"] = perplexity(after - before)
-    counts = {"scored_tokens": len(before), "windows": len(lengths)}
+    counts = {"scored_tokens": len(before), "windows": len(lengths), "window": text.longest}
     kl_result = divergence if with_kl else None
     return TextResult(name=text.name, sha256=text.sha256, kl=kl_result, **counts, **perplexities)
 
@@ -344,16 +348,31 @@ def _choice_section(result: MultipleChoiceResult) -> tuple[str, list[Row]]:
     section = f"{result.questions:,} questions, {result.scoring} scoring"
     if result.questions_with_dropped_shots:
         section += f", shots dropped from {result.questions_with_dropped_shots:,}"
-    paired = (
-        f"only reference right {result.only_reference_right}, only candidate right {result.only_candidate_right}, "
-        f"McNemar p = {result.mcnemar_p:.3g}"
-    )
-    measures = [("accuracy", "accuracy", paired)]
+    measures = [("accuracy", "accuracy", _paired(result))]
     if result.scoring == "cloze":
         measures.append(("accuracy, not per byte", "summed_accuracy", ""))
     measures.append(("P(right) among choices", "right_probability_among_choices", ""))
     sides = result.reference, result.candidate
     return section, [(name, *(getattr(side, key).shown(".1%") for side in sides), note) for name, key, note in measures]
+
+
+def _paired(result: MultipleChoiceResult | TaskMetric) -> str:
+    return (
+        f"only reference right {result.only_reference_right}, only candidate right {result.only_candidate_right}, "
+        f"McNemar p = {result.mcnemar_p:.3g}"
+    )
+
+
+def _task_section(result: TaskResult) -> tuple[str, list[Row]]:
+    of_tasks = f" in {len(result.tasks)} tasks" if len(result.tasks) > 1 else ""
+    rows = []
+    for metric in result.metrics:
+        form = ".4g" if metric.mcnemar_p is None else ".1%"
+        name = metric.name if metric.filter == "none" else f"{metric.name}, {metric.filter}"
+        difference = f"difference {metric.difference.shown(form)}"
+        paired = "" if metric.mcnemar_p is None else f"; {_paired(metric)}"
+        rows.append((name, metric.reference.shown(form), metric.candidate.shown(form), difference + paired))
+    return f"{result.name}, {result.num_questions:,} questions{of_tasks}, {result.num_shots} shots", rows
 
 
 def markdown(columns: list[str], lines: list[list[str]]) -> str:

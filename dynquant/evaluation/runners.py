@@ -23,6 +23,7 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.llama_cpp import (
+    IsDone,
     LlamaCppRunner,
     llama_encode,
     llama_facts,
@@ -35,7 +36,7 @@ from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_
 from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import is_gguf, open_model
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
-from dynquant.inputs.branches import Branches, groups_within, tree_batch
+from dynquant.inputs.branches import Branches, groups_within, neighbours_that, tree_batch
 from dynquant.inputs.continuation import cache_name
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
@@ -109,12 +110,12 @@ class LogitRunner(Protocol):
         """Tokens that end a text."""
 
     def write(
-        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int], is_done: IsDone | None = None
     ) -> Iterator[list[list[int]]]:
-        """Yield what the model writes after each of the next few prompts, greedily, up to a token of `stop` or
-        `num_tokens` of them.
+        """Yield what the model writes after each of the next few prompts, greedily, up to a token of `stop`,
+        `num_tokens` of them, or where `is_done` is true of what it wrote.
 
-        Prompts are of one length. Drops the held prefix.
+        Prompts of similar length that follow each other are run together. Drops the held prefix.
         """
 
     def close(self) -> None:
@@ -188,11 +189,11 @@ def open_runner(
 @contextmanager
 def open_encoder(path: Path) -> Iterator[TextEncoder]:
     """Context manager: the tokenizer of a resolved model; of a GGUF file it is llama.cpp's, where that is there."""
-    if _is_read_by_llama_cpp(path):
+    if is_read_by_llama_cpp(path):
         with llama_vocabulary(path) as (_, vocab):
             yield partial(llama_encode, vocab)
         return
-    tokenizer = _transformers_tokenizer(path)
+    tokenizer = transformers_tokenizer(path)
 
     def encode(text: str, *, add_special: bool = True) -> list[int]:
         # verbose=False: it would warn that a whole text is longer than the context; windows are cut later.
@@ -201,11 +202,11 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
     yield encode
 
 
-def _is_read_by_llama_cpp(path: Path) -> bool:
+def is_read_by_llama_cpp(path: Path) -> bool:
     return is_gguf(path) and is_installed()
 
 
-def _transformers_tokenizer(path: Path) -> Any:
+def transformers_tokenizer(path: Path) -> Any:
     try:
         return load_tokenizer(open_model(str(path)) if is_gguf(path) else path)
     except CheckpointError as error:
@@ -256,11 +257,11 @@ class _Tokenization:
 
 
 def _tokenization(path: Path) -> _Tokenization:
-    if _is_read_by_llama_cpp(path):
+    if is_read_by_llama_cpp(path):
         with llama_vocabulary(path) as (_, vocab):
             special, tokens = llama_tokens(vocab)
     else:
-        tokenizer = _transformers_tokenizer(path)
+        tokenizer = transformers_tokenizer(path)
         special = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id}
         tokens = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
     with open_encoder(path) as encode:
@@ -311,22 +312,32 @@ class HuggingFaceRunner:
 
     @torch.inference_mode()
     def write(
-        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int]
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int], is_done: IsDone | None = None
     ) -> Iterator[list[list[int]]]:
         self._prefix_cache = None
-        at_once = max(1, ROW_TOKENS.get(self.device.type, ROW_TOKENS["cpu"]) // len(prompts[0]))
         ends = sorted(stop) or None
-        for start in range(0, len(prompts), at_once):
-            ids = torch.tensor(prompts[start : start + at_once], device=self.device)
+        filler = ends[0] if ends else 0
+        for group in neighbours_that(self._are_written_together, prompts):
+            length = max(map(len, group))
+            ids = torch.tensor([[filler] * (length - len(prompt)) + list(prompt) for prompt in group])
+            places = torch.arange(length).expand(len(group), -1)
+            starts = torch.tensor([[length - len(prompt)] for prompt in group])
             rows = self.hf_model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                ids.to(self.device),
+                attention_mask=(places >= starts).long().to(self.device),
                 max_new_tokens=num_tokens,
                 eos_token_id=ends,
-                pad_token_id=ends[0] if ends else 0,
+                pad_token_id=filler,
+                stopping_criteria=[partial(_are_done, length, is_done)] if is_done else None,
                 **_GREEDY,
             )
-            yield [until_end(row, stop) for row in rows[:, ids.shape[1] :].tolist()]
+            yield [until_end(row, stop) for row in rows[:, length:].tolist()]
+
+    def _are_written_together(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Prompts of several lengths are padded before their start, which only some models look past."""
+        longest = max(map(len, prompts))
+        fits = longest * len(prompts) <= ROW_TOKENS.get(self.device.type, ROW_TOKENS["cpu"])
+        return fits and (len({*map(len, prompts)}) == 1 or self._takes_trees)
 
     def reserve(self, num_tokens: int) -> None:
         del num_tokens  # transformers' cache grows by itself
@@ -460,6 +471,11 @@ class HuggingFaceRunner:
     def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> Any:
         ids = torch.tensor(rows, device=self.device)
         return self.hf_model(input_ids=ids, **{self._cache_name: past}, use_cache=use_cache)
+
+
+def _are_done(length: int, is_done: IsDone, ids: torch.Tensor, _scores: object, **_options: object) -> torch.Tensor:
+    """Say for every row of transformers' `generate` whether it is done; prompts have `length` tokens."""
+    return torch.tensor([is_done(row) for row in ids[:, length:].tolist()], device=ids.device)
 
 
 def _is_recurrent(cache: Any) -> bool:

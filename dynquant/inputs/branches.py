@@ -6,6 +6,7 @@ which an answer sees the prefix, the question and itself. Positions go on from t
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeVar
 
 import numpy as np
@@ -82,6 +83,12 @@ def groups_within(trees: Sequence[Branches], *, tokens: int, rows: int, at_most:
         return len(group) <= at_most and longest * len(group) <= tokens and num_rows <= rows
 
     return neighbours_that(fits, trees)
+
+
+def num_shared(prompts: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that all prompts begin with; one is left of each, which the first logits come from."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
 
 
 def neighbours_that(fits: Callable[[list[Item]], bool], items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.effort import Effort, fill
 from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Mtp, Options, Writes
 from dynquant.planning.target import Target
@@ -78,6 +79,9 @@ class SearchOptions(Options):
             raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
         if self.check_plans and self.check_plans < 5:
             raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
+
+    def refuse_idle(self) -> None:
+        """Raise OptionError for what was asked for and goes with something else that was not."""
         measures = self.select or self.frontier is not None
         if not measures and not self.check_plans:
             self.refuse_unused("it goes with --select, --frontier or --check-plans.", "text")
@@ -123,9 +127,14 @@ class PlanOptions(Options):
     ] = 0
     allow_difference: AllowDifference = False
     search: SearchOptions = field(default_factory=SearchOptions)
+    effort: Effort = "normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target.serves is not None:
+            self.refuse_unused("it is for plans of GGUF types.", "effort")
+        fill(self, self.effort, without=("search",) if self.target.has_types else ())
+        self.search.refuse_idle()
         if self.target.has_types:
             self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")
         if self.target.serves is not None:

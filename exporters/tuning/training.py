@@ -2,9 +2,9 @@
 
 How long: steps fall with the square root of their number, and the average over all of them, later ones counting more,
 is about what a schedule that ends there would reach. It is measured on windows kept apart for that, after 16 steps and
-then whenever the text has grown by 40 %, until it gets no better twice in a row, or text or time end. How far: the same
-windows choose a fraction of the way. Whether: other windows, which decided nothing yet, must show that the KL clearly
-falls, and on no kind of text clearly rises.
+then whenever the text has grown by 40 %, until `patience` looks in a row find it no better, or text or time end. How
+far: the same windows choose a fraction of the way. Whether: other windows, which decided nothing yet, must show that
+the KL clearly falls, and on no kind of text clearly rises.
 
 The loss is the lower bound of `kl_lower_bound`; what is compared is the unbiased KL. The original's distributions are
 kept as a few probabilities of every token, so only one model is in memory: float32 weights, their gradients, and the
@@ -45,7 +45,6 @@ _TRAINED_TOP = 1024
 _STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "all text was used", "time was over"
 _FULL_RATE_STEPS = 16
 _GROWTH = 1.4  # of the text between two looks at the held-out KL
-_PATIENCE = 2  # looks without a gain before training ends
 _LATE = 8  # power by which later steps count more in the average
 _FRACTIONS = (0.25, 0.5, 0.75)
 _CLEARLY = 1.64  # standard errors by which the KL must fall: one chance in twenty that it did not
@@ -67,6 +66,8 @@ class TuneOptions:
     """Tokens that the original writes itself, beside those of the text; a part of them is held out."""
     parts: tuple[str, ...] = TUNED_PARTS
     """Parts that are trained; the rest stays as it is."""
+    patience: int = 2
+    """Looks at the held-out KL without a gain before training ends."""
     step_tokens: int = 1024
     scale_rate: float = 0.025
     norm_rate: float = 0.01
@@ -318,7 +319,7 @@ class _Tuning:
             idle = 0 if kl < lowest else idle + 1
             if kl < lowest:
                 best, lowest = [mean.clone() for mean in average], kl
-            if is_late or idle == _PATIENCE:
+            if is_late or idle == self._options.patience:
                 ended = _TIME_ENDED if is_late else _STOPPED_FALLING
                 break
             self._place(current)

@@ -9,14 +9,17 @@ from typing import get_args
 import pytest
 import typer
 
+from dynquant.analysis.bench.judge import parsed
 from dynquant.calibration import stage
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.app import app
 from dynquant.cli.compare import CompareEncodersOptions, CompareOptions, EncoderQuestions, RecipeQuestions, _Results
 from dynquant.errors import OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.exporters.options import ExportOptions
 from dynquant.families.open import open_model
 from dynquant.options import Flag
+from dynquant.planning.options import PlanOptions
 from dynquant.resources import parse_size
 from dynquant.session import Session
 from tests.conftest import CALIBRATION_16M
@@ -247,3 +250,19 @@ def test_former_names_of_options_work_and_are_not_shown(small_moe, tmp_path):
     for word in (["--llama-cpp"], ["--llama-cpp", tmp_path], [f"--llama-cpp={tmp_path}"], ["--for-llama-cpp"]):
         said = refused("finetune", tmp_path / "none", *word, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "a")
         assert "none.jsonl" in said, "the words behind the option are still read"
+
+
+def test_an_effort_fills_what_was_not_asked_for():
+    def planned(*words: str) -> PlanOptions:
+        return parsed(PlanOptions, ("model", *words))
+
+    high = planned("--effort", "high", "--tokens", "131072", "--selection-text", "text.txt")
+    assert high.calibration.tokens == 131072, "typed, be it the default"
+    assert high.calibration.hessians == "two-sided" and high.search.select and high.search.rounds > 2
+    assert not high.calibration.changed("hessians"), "nobody is told to leave out what the effort set"
+    assert planned("--effort", "normal") == planned() and planned().calibration.hessians == "activations"
+    assert not planned("--effort", "high", "--preset", "uniform-q4_k").search.select, "there is nothing to choose"
+    assert ExportOptions(model="model", output=Path("file.gguf"), effort="high").closing.patience > 2
+    for words in (("--effort", "higher"), ("--effort", "high", "--for", "vllm"), ("--selection-text", "text.txt")):
+        with pytest.raises(OptionError):
+            planned(*words)

@@ -6,6 +6,7 @@ import pytest
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
+from dynquant.evaluation.runners import open_runner
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
 from dynquant.families.open import open_model
 from tests.helpers.evaluating import evaluated
@@ -78,9 +79,24 @@ def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Pa
     assert abs(exact) < 1e-6 < eight < four
 
 
+@pytest.mark.nightly
+def test_the_same_tokens_are_scored_behind_every_length_of_context(small_moe: Path, f32_moe: Path, text) -> None:
+    options = text | {"tasks": {"kl"}, "max_tokens": 2048, "contexts": ("512", "1024", "16384"), "kv_type": ("q8_0",)}
+    report = evaluated(f32_moe, small_moe, **options)
+    short, long = report.texts
+    assert (short.window, long.window, short.windows, long.windows) == (512, 1024, 2, 2)
+    assert short.scored_tokens == long.scored_tokens == 2 * 256
+    assert short.reference_perplexity.value > long.reference_perplexity.value  # more is known of the same tokens
+    assert min(short.kl.mean.value, long.kl.mean.value) > 1e-6
+    assert any("have 1,024 tokens of context" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"kv_type": ("q8_0", "q4_0")}, "different K .* and V .* Give another, as q8_0"),  # of this architecture
+        ({"contexts": ("100",)}, "--contexts 100: give whole numbers of tokens from 512 on"),
+        ({"tasks": {"kl"}, "contexts": ("4096",)}, "the models have 1,024 tokens of context; give shorter ones"),
         ({"kv_type": ("q9_0",)}, "--kv-type q9_0: give one type"),
         ({"new_tokens": 100_000}, "do not fit the context"),
         ({"kv_type": ("q8_0",), "runner": "transformers"}, "no GGUF file that runs there"),
@@ -89,3 +105,19 @@ def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Pa
 def test_what_cannot_be_done_is_refused(small_moe: Path, f32_moe: Path, text, changed, said) -> None:
     with pytest.raises(EvaluationError, match=said):
         evaluated(f32_moe, small_moe, **text | changed)
+
+
+@pytest.mark.parametrize("program", ["transformers", "llama.cpp"])
+def test_prompts_of_several_lengths_are_gone_on_from_together(small_moe: Path, f32_moe: Path, program) -> None:
+    runner = open_runner(small_moe if program == "transformers" else f32_moe, threads=1, device="cpu")
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 9, 10, 11], [5, 6], [40, 41, 42, 43, 44]]
+    together = [ids for group in runner.write(prompts, 6, frozenset()) for ids in group]
+    alone = [ids for prompt in prompts for group in runner.write([prompt], 6, frozenset()) for ids in group]
+    assert together == alone and {len(ids) for ids in alone} == {6}
+    third = alone[0][2]
+    ended = [ids for group in runner.write(prompts, 6, frozenset(), lambda ids: third in ids) for ids in group]
+    runner.close()
+    for ids, whole in zip(ended, alone, strict=True):
+        end = whole.index(third) + 1 if third in whole else len(whole)
+        assert ids[:end] == whole[:end]
+    assert len(set(map(len, ended))) > 1 or program == "transformers"  # which fills rows up to the longest

@@ -10,17 +10,18 @@ left out.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import takewhile
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import log_probs_at
+from dynquant.evaluation.options import QuestionOptions
 from dynquant.evaluation.runners import LogitRunner
-from dynquant.inputs.branches import Branches
-from dynquant.inputs.questions import Question
+from dynquant.inputs.branches import Branches, num_shared
+from dynquant.inputs.questions import Question, load_questions, split_shots, take_evenly
 from dynquant.inputs.text import TextEncoder
 
 Scoring = Literal["letter", "cloze"]
@@ -87,6 +88,22 @@ def _render(question: Question, scoring: Scoring) -> str:
         return f"Question: {text}\nAnswer:"
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
     return f"{text}\n{listed}\nAnswer:"
+
+
+def read_questions(
+    options: QuestionOptions, encode: TextEncoder, context_length: int
+) -> dict[Scoring, list[EncodedQuestion]]:
+    """Return the questions that were asked for, with their shots, in every way of scoring."""
+    data = options.mmlu_data or "cais/mmlu"
+    asked, shots = load_questions(data), []
+    if options.num_shots and options.shots is None and Path(data).is_file():
+        shots, asked = split_shots(asked, options.num_shots)
+    elif options.num_shots:
+        shots = load_questions(options.shots or data, split="dev")
+    questions = take_evenly(asked, options.limit or None)
+    limits = {"num_shots": options.num_shots, "context_length": context_length}
+    scorings = dict.fromkeys(options.scoring)
+    return {name: encode_questions(questions, shots, name, encode, **limits) for name in scorings}
 
 
 def encode_questions(
@@ -157,11 +174,6 @@ def _encode_behind(text: str, ids: list[int], endings: Sequence[str], encode: Te
     return [encode(text + ending) for ending in endings]
 
 
-def tokens_in_memory(encoded: Sequence[EncodedQuestion]) -> int:
-    """The largest number of key/value cells that any question and its answers occupy together."""
-    return max(len(e.prompt) + sum(len(answer) - 1 for answer in e.answers) for e in encoded)
-
-
 def score_questions(
     runner: LogitRunner, encoded: Sequence[EncodedQuestion], num_columns: int, progress: Callable[[int, int], None]
 ) -> list[AnswerScores]:
@@ -169,26 +181,45 @@ def score_questions(
     groups: dict[tuple[str, int], list[int]] = {}
     for i, item in enumerate(encoded):
         groups.setdefault((item.question.subject, item.dropped_shots), []).append(i)
-    runner.reserve(tokens_in_memory(encoded))
-    scores: dict[int, AnswerScores] = {}
-    progress(0, len(encoded))
-    for indices in groups.values():
-        # At least one token must be left to run, because the answer's first logits come from it.
-        columns = zip(*(encoded[i].prompt[:-1] for i in indices), strict=False)
-        shared = tuple(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
-        runner.hold_prefix(shared)
-        trees = {i: Branches(encoded[i].prompt[len(shared) :], encoded[i].answers) for i in indices}
+    whole = [Branches(item.prompt, item.answers) for item in encoded]
+    scores = score_answers(runner, whole, list(groups.values()), num_columns, progress)
+    return [AnswerScores(item.question, score.log_probs) for item, score in zip(encoded, scores, strict=True)]
+
+
+class TreeScores(NamedTuple):
+    """Scores of the answers of one tree."""
+
+    log_probs: np.ndarray  # float64 [answers], summed over their tokens
+    are_greedy: np.ndarray  # bool [answers]: every token is the most likely one
+
+
+def score_answers(
+    runner: LogitRunner,
+    whole: Sequence[Branches],
+    groups: Sequence[Sequence[int]],
+    num_columns: int,
+    progress: Callable[[int, int], None],
+) -> list[TreeScores]:
+    """Return scores of answers to whole prompts, in their order; those of a group share the start that they have in
+    common, whose keys and values are computed once."""
+    runner.reserve(max(tree.num_tokens for tree in whole))
+    scores: dict[int, TreeScores] = {}
+    progress(0, len(whole))
+    for indices in groups:
+        shared = num_shared([whole[i].suffix for i in indices])
+        runner.hold_prefix(whole[indices[0]].suffix[:shared])
+        trees = {i: Branches(whole[i].suffix[shared:], whole[i].answers) for i in indices}
         order = sorted(indices, key=lambda i: trees[i].num_tokens)  # those that are run together need little padding
         unscored = iter(order)
         for group, logits in runner.branch_logits([trees[i] for i in order]):
-            for log_probs, i in zip(_answer_log_probs(group, logits[:, :num_columns]), unscored, strict=False):
-                scores[i] = AnswerScores(encoded[i].question, log_probs)
-            progress(len(scores), len(encoded))
-    return [scores[i] for i in range(len(encoded))]
+            for score, i in zip(_tree_scores(group, logits[:, :num_columns]), unscored, strict=False):
+                scores[i] = score
+            progress(len(scores), len(whole))
+    return [scores[i] for i in range(len(whole))]
 
 
-def _answer_log_probs(trees: Sequence[Branches], logits: torch.Tensor) -> list[np.ndarray]:
-    """Return the log-probabilities of every tree's answers, from its rows of logits [rows, columns]."""
+def _tree_scores(trees: Sequence[Branches], logits: torch.Tensor) -> list[TreeScores]:
+    """Return the scores of every tree's answers, from its rows of logits [rows, columns]."""
     ids = torch.zeros(len(logits), max(len(tree.answers) for tree in trees), dtype=torch.int64)
     start = 0
     for tree in trees:
@@ -197,13 +228,19 @@ def _answer_log_probs(trees: Sequence[Branches], logits: torch.Tensor) -> list[n
         later = [token for answer in tree.answers for token in answer[1:]]
         ids[start + 1 : start + tree.num_rows, 0] = torch.tensor(later, dtype=torch.int64)
         start += tree.num_rows
-    parts = log_probs_at(logits, ids).cpu().split([tree.num_rows for tree in trees])
-    return [_sums(tree, part) for tree, part in zip(trees, parts, strict=True)]
+    num_rows = [tree.num_rows for tree in trees]
+    log_probs = log_probs_at(logits, ids).cpu().split(num_rows)
+    is_top = (logits.argmax(1, keepdim=True).cpu() == ids).split(num_rows)
+    return [
+        TreeScores(_over_tokens(tree, ours, torch.sum), _over_tokens(tree, top, torch.all))
+        for tree, ours, top in zip(trees, log_probs, is_top, strict=True)
+    ]
 
 
-def _sums(tree: Branches, log_probs: torch.Tensor) -> np.ndarray:
-    later = log_probs[1:, 0].split([len(answer) - 1 for answer in tree.answers])
-    return np.array([float(first + rest.sum()) for first, rest in zip(log_probs[0], later, strict=False)])
+def _over_tokens(tree: Branches, values: torch.Tensor, reduced: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    """Return the sum, or whatever `reduced` makes, of the values [rows, answers] of every answer's tokens."""
+    later = values[1:, 0].split([len(answer) - 1 for answer in tree.answers])
+    return np.array([reduced(torch.cat([values[:1, i], rest])).item() for i, rest in enumerate(later)])
 
 
 def is_right(answer: str, right: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dynquant.analysis.bench import judge
+from dynquant.analysis.bench import judge, model_report
 from dynquant.errors import OptionError
 
 METHODS = '[default]\nexport = "--tune 1024"\n[untuned]\nexport = "--tune 0"\n[coarse]\nplan = "--types q2_k,q4_k"\n'
@@ -77,3 +77,20 @@ def test_a_judged_model_is_measured_once(small_moe: Path, tmp_path: Path, monkey
     assert "KL demo_text" not in capsys.readouterr().out, "a row was made again"
     said = (tmp_path / "report.md").read_text()
     assert said.startswith("# What people say") and said.count("## textbook-moe-16m") == 1
+
+
+@pytest.mark.nightly
+def test_a_report_of_a_model_has_answers_by_subject_and_plots(small_moe: Path, tiny_text, tmp_path: Path, monkeypatch):
+    methods, folder = tmp_path / "methods.toml", small_moe.parent
+    methods.write_text('[default]\nexport = "--tune 1024"\n')
+    words = ["report", "--model", tiny_text("qwen2"), "-o", tmp_path / "judged", "--methods", methods]
+    words += ["--recipes", "llama-q2_k", "--tokens", 4096, "--text", folder / "demo_text.txt", "--score", 512]
+    words += ["--questions", folder / "demo_questions.jsonl", "--shots", folder / "demo_shots.jsonl", "--limit", 12]
+    words += ["--prompts", 2, "--super-tokens", 256, "--report", tmp_path / "qwen.md"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--side-by-side", "1"])
+    model_report.main()
+    lines = (tmp_path / "qwen.md").read_text().splitlines()
+    assert sum(line.startswith("| llama-q2_k | dynquant |") for line in lines) == 3
+    assert any(line.startswith("| subject | questions | right % | q2_k dynquant | q2_k llama.cpp |") for line in lines)
+    pictures = [line.partition("](")[2].rstrip(")") for line in lines if line.startswith("![")]
+    assert len(pictures) == 3 and all((tmp_path / picture).stat().st_size for picture in pictures)

@@ -8,6 +8,7 @@ import pytest
 
 from dynquant.analysis.costs.machine import Machine
 from dynquant.analysis.costs.model import CostOptions, predict, streamed_cost
+from dynquant.calibration.second_moments import kind_beside
 from dynquant.errors import PlanError, StatsError
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
@@ -111,3 +112,11 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "machine.json").write_text(content)
     with pytest.raises(PlanError, match=r"machine\.json (is not a machine file|holds a speed)"):
         Machine.load(tmp_path / "machine.json")
+
+
+@pytest.mark.nightly
+def test_more_effort_says_first_how_long_it_takes(small_moe, tmp_path):
+    words = ("--effort", "high", "--preset", "uniform-q2_k", "--tokens", 2048, "--no-report", "-o", tmp_path / "plan")
+    said = run("plan", small_moe, *words).stderr
+    assert 0 <= said.index("--effort high: about") < said.index("calibrate")
+    assert kind_beside(tmp_path / "plan" / "stats.safetensors") == "two-sided"

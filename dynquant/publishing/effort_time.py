@@ -1,0 +1,101 @@
+"""Time of `plan` and `export` with more effort, estimated from a few seconds of work on this machine.
+
+The bundled model runs a window forward and back on the device, and the encoder takes some rows; operations and weights
+of the model at hand scale both. It is a bound for models that keep a GPU busier than the bundled one, and leaves out
+reading a checkpoint that does not fit into memory.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+
+import torch
+
+from dynquant.analysis.costs.measure_machine import random_layer
+from dynquant.analysis.costs.model import calibration_work
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.stream import load_encoder
+from dynquant.exporters.closing_pass import too_large_to_tune
+from dynquant.exporters.options import ExportOptions
+from dynquant.families.open import open_model
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.planning.options import PlanOptions
+from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.presets import preset_types
+from dynquant.resources import chosen_device
+from dynquant.running.load import load_hf
+from dynquant.session import Session
+
+_WINDOW = 512
+_PASSES = {"none": 1, "activations": 2, "gradients": 4, "two-sided": 6}  # forward passes that a calibrated token takes
+_BACK = 3  # forward and backward pass, in forward passes
+_TUNED = 1 + _BACK + 1  # what the original says, a step, and the looks at text that is held out
+_ENCODED = 3 + 1  # times that the search encodes all weights: types of the Fisher probe, plans; and half a time a round
+
+
+def effort_time(options: PlanOptions | ExportOptions, session: Session) -> str:
+    """Say how long a command takes that finds nothing done yet."""
+    model = open_model(str(options.model), base_gguf=options.base_gguf, mtp=options.mtp)
+    token, encoding = _speeds(model, session)
+    if isinstance(options, PlanOptions):
+        tokens, encodings = _work_of_plan(options)
+        seconds = tokens * token + encodings * encoding
+    else:
+        closing = min(_tuned(model, options, session) * token, 60 * options.closing.tune_minutes)
+        calibrated = _calibrated(options.calibration) if options.preset and not options.stats else 0
+        seconds = calibrated * token + encoding + closing
+    spent = f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+    return f"--effort {options.effort}: about {spent} on this machine when it does nothing else, from nothing"
+
+
+def _work_of_plan(options: PlanOptions) -> tuple[float, float]:
+    """Return tokens in forward passes, and encodings of all weights."""
+    search = options.search.with_methods(on_text=options.calibration.data is None)
+    calibrated = _calibrated(options.calibration)
+    if not search.runs_model:
+        return calibrated, 0
+    prices = _BACK * (search.probes * search.probe_window + search.rounds * search.unit_tokens)
+    return calibrated + prices + (4 + search.rounds) * search.selection_tokens, _ENCODED + search.rounds / 2
+
+
+def _tuned(model: Model, options: ExportOptions, session: Session) -> int:
+    """Return forward passes of a token that the closing pass is at most."""
+    tokens = options.closing.most_tokens if options.tune is None else options.tune
+    too_large = options.tune is None and too_large_to_tune(model, chosen_device(session.device))
+    return 0 if options.encoder != "dynquant" or too_large else _TUNED * tokens
+
+
+def _calibrated(options: CalibrationOptions) -> int:
+    """Return forward passes of a token that calibration is worth."""
+    return _PASSES[options.hessians] * options.tokens
+
+
+def _speeds(model: Model, session: Session) -> tuple[float, float]:
+    """Return the seconds of a token's forward pass, and of encoding all weights."""
+    device, threads = chosen_device(session.device), session.threads or torch.get_num_threads()
+    small = open_model(str(resources.files("dynquant") / "data" / "textbook-moe-16m"))
+    hf_model = load_hf(small, dtype=torch.float32, device=device)
+    window = torch.arange(_WINDOW, device=device)[None]
+
+    def seconds(work: Callable[[], object]) -> float:
+        """Return the least of three times, on the CPU as if nobody else worked there."""
+        clock, at_once = (time.process_time, threads) if device == "cpu" else (time.perf_counter, 1)
+        starts = [(clock(), work(), clock()) for _ in range(3)]
+        return min(end - start for start, _, end in starts) / at_once
+
+    @torch.inference_mode()
+    def run() -> float:
+        return hf_model(input_ids=window, use_cache=False).logits.sum().item()  # waits for a GPU
+
+    encoder, (weights, importance, hessian) = load_encoder("dynquant", device), random_layer(4, 64, 512)
+    encode = partial(encoder.encode, QUANT_TYPES["IQ2_XXS"], weights, importance, threads, hessian=hessian)
+    token = seconds(run) / _WINDOW * _operations(model) / _operations(small)
+    return token, seconds(encode) * model.num_weights / weights.numel()
+
+
+def _operations(model: Model) -> float:
+    """Return operations of a token's forward pass."""
+    plan = plan_from_types(model, preset_types("f16", model), recipe="f16")
+    return calibration_work(model, plan, {1: 1.0}, _WINDOW, _WINDOW)[0] / _WINDOW
