@@ -180,14 +180,11 @@ def test_training_ends_when_the_held_out_kl_stops_falling(model, crushed, window
     assert result.ended == "the held-out KL stopped falling" and result.tokens == 5 * 128 and result.fraction == 0.25
 
 
-def test_a_little_gain_is_not_worth_the_rest_of_the_way(model, crushed, windows, monkeypatch):
-    fractions = iter(
-        [1.0, 0.7, 0.5, 0.42, 0.45]
-    )  # at the start, and at a quarter, half, three quarters, all of the way
-    kl = lambda _self, _values, batches: next(fractions) if batches == "choice" else 0.0  # noqa: E731
-    monkeypatch.setattr("dynquant.exporters.tuning.training._Tuning._placed", kl)
-    tuning = training._Tuning(load_hf(model), {}, SHORT, ignore_progress)
-    assert tuning.move_to_best_fraction([], [], "choice") == 0.5
+def test_a_little_gain_is_not_worth_the_rest_of_the_way(model, monkeypatch):
+    kls = iter([1.0, 0.7, 0.5, 0.42, 0.45])  # at the start and at each quarter of the way
+    monkeypatch.setattr("dynquant.exporters.tuning.training._Tuning._placed", lambda *_: next(kls))
+    tuning = training._Tuning(load_hf(model), {}, SHORT, ignore_progress, None)
+    assert tuning.move_to_best_fraction([], [], []) == 0.5
 
 
 def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(model):
