@@ -16,6 +16,7 @@ from dynquant.options import (
     EncoderName,
     Fallback,
     Flag,
+    GroupSize,
     ModelPath,
     Mtp,
     Only,
@@ -152,6 +153,7 @@ class ExportOptions(Options):
     base_gguf: BaseGguf = None
     mtp: Mtp = True
     tensor_parallel: TensorParallel = 1
+    group_size: GroupSize = 128
     allow_difference: AllowDifference = False
     effort: Effort = "normal"
     blocks: Path | None = None

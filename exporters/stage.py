@@ -65,7 +65,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
         model, compared = _opened(options, plan, session)
-        checkpoint = linear_checkpoint(model, options.tensor_parallel) if is_vllm else None
+        checkpoint = linear_checkpoint(model, options.tensor_parallel, options.group_size) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
             if pool is not None:
@@ -192,7 +192,7 @@ def _check(options: ExportOptions) -> None:
     if options.asymmetric and options.ray:
         raise ExportError("--asymmetric encodes each tensor after those before it, and --ray side by side; drop one.")
     if options.format != "compressed-tensors":
-        options.refuse_unused("it goes with --format compressed-tensors.", "tensor_parallel")
+        options.refuse_unused("it goes with --format compressed-tensors.", "tensor_parallel", "group_size")
     else:
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
         flags = ("asymmetric", "tune", "base_gguf", "ray")

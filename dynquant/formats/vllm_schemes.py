@@ -109,6 +109,8 @@ class Scheme:
         return {"targets": targets, "weights": weights, **unchanged, "format": self.format}
 
 
+GROUP_SIZES = (128, 64, 32)
+"""Possible groups of integers, the most wanted first."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BF16 = Scheme("BF16", "dense", 16, "float", "none")
 
@@ -118,7 +120,7 @@ def _integers(num_bits: int, *, has_zero_points: bool = False) -> Scheme:
     versions = {8: (), 4: (("vllm", "0.23.0"),) * has_zero_points}
     recent = ("vllm", "0.31.0" if has_zero_points else "0.29.0"), ("compressed-tensors", "0.18.0")
     return Scheme(
-        name, "pack-quantized", num_bits, "int", "group", (128, 64, 32), merges_experts=not has_zero_points,
+        name, "pack-quantized", num_bits, "int", "group", GROUP_SIZES, merges_experts=not has_zero_points,
         has_zero_points=has_zero_points, read_since=versions.get(num_bits, recent),
     )  # fmt: skip
 

@@ -11,8 +11,8 @@ Melville, Stevenson, Thackeray and Trollope as found in Standard Ebooks, and of 
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from itertools import islice
@@ -226,8 +226,7 @@ def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, 
     content = "\n\n".join(documents)
     if not content.strip():
         raise EvaluationError(f"The text {name} is empty. Give one that the models have not been tuned on.")
-    plain, special = encode("a", add_special=False), encode("a")
-    bos = special[:1] if special[:1] != plain[:1] else []
+    bos = _bos(encode)
     tokens = first_tokens(partial(encode, add_special=False), content, max_tokens)[:max_tokens]
     step = window - len(bos)
     windows = [bos + tokens[start : start + step] for start in range(0, len(tokens), step)]
@@ -235,3 +234,36 @@ def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, 
     if not batches:
         raise EvaluationError(f"{name} gives {len(tokens)} tokens; at least 2 are needed to score anything.")
     return ModelInputs(batches, name=name, sha256=hashlib.sha256(content.encode()).hexdigest())
+
+
+def _bos(encode: TextEncoder) -> list[int]:
+    """Return the token that a tokenizer puts before every text, or none."""
+    plain, special = encode("a", add_special=False), encode("a")
+    return special[:1] if special[:1] != plain[:1] else []
+
+
+def context_windows(
+    source: str | Path, encode: TextEncoder, contexts: Sequence[int], num_scored: int, *, max_tokens: int
+) -> list[ModelInputs]:
+    """Return windows for each length of context, of which the last `num_scored` tokens are scored: the same ones.
+
+    There are as many windows as `max_tokens` has of the longest, and at least one. They begin as `evaluation_windows`.
+
+    Raises:
+        EvaluationError: as `evaluation_windows`, or a text is shorter than the longest context.
+    """
+    longest, bos = max(contexts), _bos(encode)
+    text = evaluation_windows(source, encode, window=longest, max_tokens=max(max_tokens, longest))
+    whole = [batch.ids for batch in text if batch.num_tokens == longest]
+    if not whole:
+        raise EvaluationError(
+            f"{text.name} has {text.num_tokens:,} tokens, fewer than a context of {longest:,}. Give a longer text, or "
+            "--contexts without that length."
+        )
+    inputs = []
+    for context in contexts:
+        is_text = torch.arange(context)[None] >= context - num_scored - 1  # what precedes the first scored one, too
+        ends = [torch.cat([ids[:, : len(bos)], ids[:, longest - context + len(bos) :]], dim=1) for ids in whole]
+        batches = tuple(Batch({"input_ids": ids}, is_text) for ids in ends)
+        inputs.append(replace(text, samples=batches, name=f"{text.name}, last {num_scored} of {context:,} tokens"))
+    return inputs

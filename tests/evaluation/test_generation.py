@@ -79,9 +79,24 @@ def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Pa
     assert abs(exact) < 1e-6 < eight < four
 
 
+@pytest.mark.nightly
+def test_the_same_tokens_are_scored_behind_every_length_of_context(small_moe: Path, f32_moe: Path, text) -> None:
+    options = text | {"tasks": {"kl"}, "max_tokens": 2048, "contexts": ("512", "1024", "16384"), "kv_type": ("q8_0",)}
+    report = evaluated(f32_moe, small_moe, **options)
+    short, long = report.texts
+    assert (short.window, long.window, short.windows, long.windows) == (512, 1024, 2, 2)
+    assert short.scored_tokens == long.scored_tokens == 2 * 256
+    assert short.reference_perplexity.value > long.reference_perplexity.value  # more is known of the same tokens
+    assert min(short.kl.mean.value, long.kl.mean.value) > 1e-6
+    assert any("have 1,024 tokens of context" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"kv_type": ("q8_0", "q4_0")}, "different K .* and V .* Give another, as q8_0"),  # of this architecture
+        ({"contexts": ("100",)}, "--contexts 100: give whole numbers of tokens from 512 on"),
+        ({"tasks": {"kl"}, "contexts": ("4096",)}, "the models have 1,024 tokens of context; give shorter ones"),
         ({"kv_type": ("q9_0",)}, "--kv-type q9_0: give one type"),
         ({"new_tokens": 100_000}, "do not fit the context"),
         ({"kv_type": ("q8_0",), "runner": "transformers"}, "no GGUF file that runs there"),

@@ -114,6 +114,8 @@ class CompressedMatrix:
     prefix: str
     shape: tuple[int, ...]
     suffixes: tuple[str, ...]
+    scheme: str
+    """Its name in `vllm_schemes`."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -189,7 +191,9 @@ def _compressed(spans: Mapping[str, FileSpan], prefix: str) -> CompressedMatrix:
             "packed as its versions before 0.18 pack 3, 5, 6 and 7 bits. Fetch the checkpoint again, or make it with a "
             "newer version."
         )
-    return CompressedMatrix(prefix, (rows, columns), tuple(stored))
+    scheme = {"F8_E4M3": "FP8", "U8": "NVFP4A16" if "weight_global_scale" in stored else "MXFP4A16"}.get(codes.dtype)
+    asymmetric = "_ASYM" * ("weight_zero_point" in stored)
+    return CompressedMatrix(prefix, (rows, columns), tuple(stored), scheme or f"W{bits:.0f}A16{asymmetric}")
 
 
 def _experts(spans: Mapping[str, FileSpan], name: str) -> Mxfp4Experts:
