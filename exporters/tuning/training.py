@@ -52,7 +52,7 @@ _GROWTH = 1.4  # of the text between two looks at the held-out KL
 _LATE = 8  # power by which later steps count more in the average
 _LEAST_KL = 1e-3  # nats that are added to a token's KL, whose root has no slope at 0
 _FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-_MOST = 0.85  # of the best fraction's gain: half the way has 0.89 where three quarters are best, and 0.75 where the end is
+_MOST = 0.85  # of the best fraction's gain: half the way has 0.89 where three quarters are best, 0.75 where all is
 _CLEARLY = 1.64  # standard errors by which the KL must fall: one chance in twenty that it did not
 # Shares of the time for what the original says to text: that which chooses, which decides (the file is measured on it
 # twice, as long), and which is trained on.
