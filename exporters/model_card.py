@@ -81,13 +81,14 @@ vllm serve PATH
 
 def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: str) -> str:
     """Return a card as Markdown with the hub's metadata block."""
+    gone = f"\n\nRouted experts of the original that are left out: {plan.pruned}." if plan.pruned else ""
     return f"""---
 library_name: transformers
 tags: [{tags}]
 ---
 # {plan.model}, {bits_per_weight:.2f} bits per weight
 
-{plan.model} ({plan.arch}, {plan.num_weights:,} weights) {about}
+{plan.model} ({plan.arch}, {plan.num_weights:,} weights) {about}{gone}
 
 {body}
 
