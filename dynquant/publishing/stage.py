@@ -184,6 +184,7 @@ class _Making:
         """All that files are measured on."""
         asked = self.options.questions
         tasks = ("kl", "ppl") * bool(self.texts) + ("mmlu",) * (asked.mmlu_data is not None)
+        tasks += ("generate",) * (bool(self.texts) and asked.prompts > 0)
         return replace(asked, text=self.texts, tasks=tasks)
 
     @cached_property

@@ -156,7 +156,8 @@ def test_our_loader_reads_what_transformers_does_not(deepseek, tmp_path):
     schemes = ("W3A16_ASYM", "NVFP4A16", "W2A16_ASYM", "FP8", "W4A16_ASYM", "BF16", "MXFP4A16")
     output = tmp_path / "out"
     plan = export(deepseek, output, lambda n, _: schemes[n % len(schemes)], mixed_experts=True)
-    assert "transformers cannot load it: it does not unpack zero points" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "take vLLM 0.31.0" in card and "transformers cannot load it: it does not unpack zero points" in card
     weights = {share.label: share.num_weights for share in inspect(output).types}
     assert all(weights[name] == sum(map(prod, (e.shape for e in entries))) for name, entries in plan.by_type().items()
                if name != "BF16")  # fmt: skip

@@ -10,7 +10,7 @@ from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.model import PrunedExperts
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.open import open_model, open_pruned
-from dynquant.planning.pruning import least_contributing
+from dynquant.planning.pruning import least_used
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT
@@ -63,24 +63,22 @@ def test_both_runtimes_agree_on_the_smaller_model(name, small_moe, tmp_path):
     assert mean_kl(hf_logits(smaller.path, TOKENS), llama_logits(file, TOKENS)) < 1e-9
 
 
-def test_the_least_contributing_experts_go_and_groups_stay_equal(grouped, tmp_path):
+def test_the_least_used_experts_go_and_groups_stay_equal(grouped, tmp_path):
     model = open_model(grouped)
     stats = calibrate(model, tokens=1024).stats
     for layer, name in enumerate(["blk.1.ffn_down_exps.weight", "blk.2.ffn_down_exps.weight"]):
-        inputs = stats.input_of(name)
-        assert bool((inputs.contribution > 0).eq(inputs.counts > 0).all())
-        inputs.contribution = inputs.counts * torch.arange(16.0).roll(layer).double()
+        stats.input_of(name).counts = torch.arange(1, 17).roll(layer)
     protected = {("blk.1.ffn_down_exps.weight", 4)}
-    gone = least_contributing(model, stats, 4, protected)
+    gone = least_used(model, stats, 4, protected)
     assert gone == {1: (0, 5, 8, 12), 2: (1, 4, 8, 12)}
     for count, reason in ((2, "multiple of 4"), (12, "Give at most 8")):
         with pytest.raises(PlanError, match=reason):
-            least_contributing(model, stats, count, set())
+            least_used(model, stats, count, set())
     with pytest.raises(PlanError, match="never left out"):
-        least_contributing(model, stats, 4, {("blk.2.ffn_down_exps.weight", expert) for expert in range(4)})
-    stats.input_of("blk.1.ffn_down_exps.weight").contribution = None
+        least_used(model, stats, 4, {("blk.2.ffn_down_exps.weight", expert) for expert in range(4)})
+    stats.input_of("blk.1.ffn_down_exps.weight").counts.zero_()
     with pytest.raises(PlanError, match="Calibrate anew"):
-        least_contributing(model, stats, 4, set())
+        least_used(model, stats, 4, set())
 
 
 @pytest.mark.nightly

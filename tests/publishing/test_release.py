@@ -64,15 +64,18 @@ def again(released, tmp_path):
 
 
 def test_a_size_has_its_file_its_card_and_its_way_to_the_hub(tiny_moe, text, tmp_path):
-    few = ("--tokens", 512, "--types", "q4_k,q6_k", "--max-tokens", 256)
+    few = ("--tokens", 512, "--types", "q4_k,q6_k", "--max-tokens", 256, "--prompts", 2, "--new-tokens", 4)
     call = ("release", tiny_moe, "--bpw", "5", *OPTIONS, *few, "--text", text, "-o", tmp_path)
     with hub_stand_in() as hub:
         succeed(*call, "--push", REPO, "--yes")
         sent = hub.repositories[REPO].files
     (name,) = files_in(tmp_path)
     assert {name, "README.md", "release.json", f"{tiny_moe.name}-imatrix.gguf"} <= sent.keys()
-    kl = json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())["texts"][0]["kl"]["mean"]
+    report = json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())
+    kl, alike = report["texts"][0]["kl"]["mean"], report["generated"][0]["shared_tokens"]
     assert f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]" in shown(tmp_path)
+    assert "| divergence@4 | loops (original 0.0%) |" in shown(tmp_path)
+    assert f"| {alike['value']:.1f} [{alike['low']:.1f}, {alike['high']:.1f}] |" in shown(tmp_path)
 
 
 @pytest.mark.nightly
@@ -104,6 +107,7 @@ def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
         assert f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}]" in row
         assert f"{top1.value:.1%} [{top1.low:.1%}, {top1.high:.1%}]" in row
         assert f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" in row
+    assert "Every file fits on a graphics card of 8 GB, with `-ngl 3`" in card
 
 
 @pytest.mark.nightly
