@@ -86,7 +86,7 @@ class Target(Options):
         str | None,
         Flag(
             "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w2a16 to w8a16, "
-            "w2a16_asym to w4a16_asym, fp8, nvfp4a16, mxfp4a16, bf16), for export -f compressed-tensors.",
+            "w2a16_asym to w7a16_asym, fp8, nvfp4a16, mxfp4a16, bf16), for export -f compressed-tensors.",
             ("--for",),
             show_default=False,
         ),

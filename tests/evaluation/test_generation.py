@@ -9,6 +9,7 @@ from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import open_runner
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
 from dynquant.families.open import open_model
+from tests.helpers.commands import succeed
 from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import write_f32
 
@@ -77,6 +78,18 @@ def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Pa
         for types in ((), ("q8_0",), ("q4_0", "q4_0"))
     )
     assert abs(exact) < 1e-6 < eight < four
+
+
+@pytest.mark.nightly
+def test_the_report_of_a_plan_shows_what_its_file_writes(small_moe: Path, tiny_moe: Path, tmp_path) -> None:
+    few = ("--tokens", 512, "--window", 128, "--hessians", "none", "--encoder", "ggml", "--types", "q4_k,q6_k")
+    succeed("plan", tiny_moe, "--bpw", "5.5", *few, "-o", tmp_path)
+    file = tmp_path / "model.gguf"
+    succeed("export", tiny_moe, "--plan", tmp_path / "plan.json", "--encoder", "ggml", "-o", file)
+    text = ("--text", small_moe.parent / "demo_text.txt", "--prompts", 2, "--new-tokens", 4)
+    succeed("eval", file, "--reference", tiny_moe, "--tasks", "generate", *text)
+    page = (tmp_path / "report.html").read_text()
+    assert "tokens until they part" in page and "end in a loop" in page
 
 
 @pytest.mark.nightly

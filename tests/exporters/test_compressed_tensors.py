@@ -27,6 +27,7 @@ from dynquant.planning.chooser import SchemeChooser
 from dynquant.recipes.build_plan import check_linears, plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.architectures import converted_model, save_architecture
+from tests.helpers.calibrating import unseen_text
 from tests.helpers.commands import run
 from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.exports import export_compressed_tensors
@@ -155,7 +156,8 @@ def test_our_loader_reads_what_transformers_does_not(deepseek, tmp_path):
     schemes = ("W3A16_ASYM", "NVFP4A16", "W2A16_ASYM", "FP8", "W4A16_ASYM", "BF16", "MXFP4A16")
     output = tmp_path / "out"
     plan = export(deepseek, output, lambda n, _: schemes[n % len(schemes)], mixed_experts=True)
-    assert "transformers cannot load it: it does not unpack zero points" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "take vLLM 0.31.0" in card and "transformers cannot load it: it does not unpack zero points" in card
     weights = {share.label: share.num_weights for share in inspect(output).types}
     assert all(weights[name] == sum(map(prod, (e.shape for e in entries))) for name, entries in plan.by_type().items()
                if name != "BF16")  # fmt: skip
@@ -392,7 +394,7 @@ def plan_with(document, entry, **changes):
 def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, calibrated_16m, tmp_path):
     """int4 experts of two layers of the bundled model, on text that calibration did not see."""
     stats = calibrated_16m / "stats.safetensors"
-    text = small_moe.parent / "demo_text.txt"
+    text = unseen_text(tmp_path)
     schemes = {f"blk.{layer}.experts": "W4A16" for layer in (1, 2)}
     measured = kl_by_rounding(small_moe, stats, text, schemes, tmp_path, tokens=1024)
     kl = {rounding: value for rounding, value, _ in measured}

@@ -107,6 +107,7 @@ def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
         assert f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}]" in row
         assert f"{top1.value:.1%} [{top1.low:.1%}, {top1.high:.1%}]" in row
         assert f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" in row
+    assert "Every file fits on a graphics card of 8 GB, with `-ngl 3`" in card
 
 
 @pytest.mark.nightly
