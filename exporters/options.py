@@ -81,7 +81,7 @@ class ClosingPassOptions(Options):
     ] = TUNED_PARTS
     most_tokens: int = 131_072
     """Tokens that are trained on at most where no number is asked for."""
-    patience: int = 2
+    patience: int = 3
     """Looks at the held-out KL without a gain before training ends."""
 
     def __post_init__(self) -> None:

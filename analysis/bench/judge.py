@@ -129,7 +129,7 @@ def judge_options(doc: str | None, **more: Any) -> Namespace:
         methods=(str(METHODS), "Flags by method."),
         only=("", "Methods to measure, as default,routers; all without any."),
         recipes=(RECIPES, "Stock recipes whose bytes are taken."),
-        calibration=(str, "Text; the built-in one without any."), tokens=(131072, "Tokens of calibration."),
+        calibration=(str, "Text; dynquant-mix-1 without any."), tokens=(131072, "Tokens of calibration."),
         text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
         questions=(str, "Multiple-choice questions."), shots=(str, "Examples; the first of each subject without any."),
         limit=(0, "Questions at most."), scoring=("letter", "How they are scored: letter, cloze or both."),

@@ -159,7 +159,8 @@ def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_tex
     if any(name.startswith("mmproj-") for row in record.files for name in row.files):
         yield "Vision tower and projector of each file are in `mmproj-` and its name, and count in its size."
     for name in record.extra_files:
-        yield f"[{name}]({name}) has the statistics of calibration, as `llama-quantize --imatrix` reads them."
+        text = f" on {record.calibration}" * bool(record.calibration)
+        yield f"[{name}]({name}) has the statistics of calibration{text}, as `llama-quantize --imatrix` reads them."
 
 
 def _besides(model: Model, options: ReleaseOptions) -> dict[int, int]:

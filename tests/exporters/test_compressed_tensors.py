@@ -27,6 +27,7 @@ from dynquant.planning.chooser import SchemeChooser
 from dynquant.recipes.build_plan import check_linears, plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.architectures import converted_model, save_architecture
+from tests.helpers.calibrating import unseen_text
 from tests.helpers.commands import run
 from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.exports import export_compressed_tensors
@@ -393,7 +394,7 @@ def plan_with(document, entry, **changes):
 def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, calibrated_16m, tmp_path):
     """int4 experts of two layers of the bundled model, on text that calibration did not see."""
     stats = calibrated_16m / "stats.safetensors"
-    text = small_moe.parent / "demo_text.txt"
+    text = unseen_text(tmp_path)
     schemes = {f"blk.{layer}.experts": "W4A16" for layer in (1, 2)}
     measured = kl_by_rounding(small_moe, stats, text, schemes, tmp_path, tokens=1024)
     kl = {rounding: value for rounding, value, _ in measured}
