@@ -14,23 +14,24 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "normal": {},
     "high": {
         "calibration.hessians": "two-sided",
-        "calibration.tokens": 262_144,
+        "calibration.tokens": 524_288,
         "search.select": True,
         "search.probes": 64,
         "search.unit_tokens": 16_384,
         "search.rounds": 4,
         "search.selection_tokens": 16_384,
         "closing.most_tokens": 524_288,
-        "closing.patience": 4,
+        "closing.tune_sampled": 131_072,
+        "closing.patience": 5,
         "closing.tune_minutes": 60.0,
     },
 }
 Effort = Annotated[
     EffortName,
     Flag(
-        "normal, or high for less damage in a multiple of the time, which is estimated before it starts: --hessians "
-        "two-sided, 262144 tokens, --select with finer prices, a closing pass of up to an hour. What you set yourself "
-        "stays."
+        "normal, or high for less damage in a multiple of the time, which is estimated first: --hessians two-sided, "
+        "524288 tokens, --select with finer prices, a closing pass of up to an hour on that text and on some of the "
+        "model's own. What you set yourself stays."
     ),
 ]
 

@@ -226,6 +226,14 @@ TensorParallel = Annotated[
         "GPUs of vLLM's --tensor-parallel-size: groups and zero points divide what each of them has of a layer.", min=1
     ),
 ]
+GroupSize = Annotated[
+    int,
+    Flag(
+        "With schemes of vLLM: at most so many weights share a scale, 128, 64 or 32; fewer take more bits.",
+        min=32,
+        max=128,
+    ),
+]
 EncoderName = Annotated[
     str, Flag("dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.", ("--encoder",))
 ]
@@ -244,7 +252,7 @@ Exact = Annotated[
 CalibrationText = Annotated[
     str | None,
     Flag(
-        "Calibration text: .txt, .jsonl, .json, .csv, .parquet or a datasets id. Default: a small built-in text.",
+        "Calibration text: .txt, .jsonl, .json, .csv, .parquet or a datasets id. Default: dynquant-mix-1, which ships.",
         ("--calibration",),
     ),
 ]

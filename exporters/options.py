@@ -16,6 +16,7 @@ from dynquant.options import (
     EncoderName,
     Fallback,
     Flag,
+    GroupSize,
     ModelPath,
     Mtp,
     Only,
@@ -80,7 +81,7 @@ class ClosingPassOptions(Options):
     ] = TUNED_PARTS
     most_tokens: int = 131_072
     """Tokens that are trained on at most where no number is asked for."""
-    patience: int = 2
+    patience: int = 3
     """Looks at the held-out KL without a gain before training ends."""
 
     def __post_init__(self) -> None:
@@ -152,6 +153,7 @@ class ExportOptions(Options):
     base_gguf: BaseGguf = None
     mtp: Mtp = True
     tensor_parallel: TensorParallel = 1
+    group_size: GroupSize = 128
     allow_difference: AllowDifference = False
     effort: Effort = "normal"
     blocks: Path | None = None

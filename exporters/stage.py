@@ -37,7 +37,7 @@ from dynquant.families.tokenizers.chat_template import format_of_metadata, lint
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
-from dynquant.inputs.text import pack_windows, read_text
+from dynquant.inputs.text import MIX, pack_windows, read_text
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, plan_of_rest, uniform_schemes
 from dynquant.recipes.folder import load_super_weights, stats_of_plan
@@ -65,7 +65,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
         model, compared = _opened(options, plan, session)
-        checkpoint = linear_checkpoint(model, options.tensor_parallel) if is_vllm else None
+        checkpoint = linear_checkpoint(model, options.tensor_parallel, options.group_size) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
             if pool is not None:
@@ -192,7 +192,7 @@ def _check(options: ExportOptions) -> None:
     if options.asymmetric and options.ray:
         raise ExportError("--asymmetric encodes each tensor after those before it, and --ray side by side; drop one.")
     if options.format != "compressed-tensors":
-        options.refuse_unused("it goes with --format compressed-tensors.", "tensor_parallel")
+        options.refuse_unused("it goes with --format compressed-tensors.", "tensor_parallel", "group_size")
     else:
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
         flags = ("asymmetric", "tune", "base_gguf", "ray")
@@ -332,7 +332,7 @@ def _plan_of_preset(
         else:
             path = stats_of_preset(output)
             calibration = replace(options.calibration, max_memory=options.max_memory)
-            session.note(f"no --stats given: those of {calibration.text or 'the built-in text'}, in {path}")
+            session.note(f"no --stats given: those of {calibration.text or MIX}, in {path}")
             stats = statistics_at(path, model, calibration, session)
     elif unused := options.calibration.changed():
         session.note(f"{' and '.join(unused)} did nothing: no type of {preset} uses statistics")

@@ -103,7 +103,7 @@ def tiny_vision(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     )
 
 
-CALIBRATION_16M = ("--tokens", 12288, "--window", 256)
+CALIBRATION_16M = ("--calibration", REPOSITORY / "dynquant/data/demo_text.txt", "--tokens", 12288, "--window", 256)
 """How `calibrated_16m` was made: commands with the same options reuse its files."""
 
 

@@ -19,6 +19,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 import tomllib
 from argparse import Namespace
@@ -27,17 +28,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import typer
 
 from dynquant.calibration.stage import statistics_at
 from dynquant.cli.compare import metrics_of
-from dynquant.cli.terminal.parameters import command_class, from_options
+from dynquant.cli.terminal.parameters import parsed
 from dynquant.encoding.store import ENCODED_NAME
 from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
@@ -63,6 +63,7 @@ METHODS = Path(__file__).with_name("methods.toml")
 RECIPES = "llama-iq1_s,llama-iq2_xxs,llama-q2_k,r1-iq1_s,llama-q4_k_m"
 DEFAULT, STOCK = "default", "stock"
 SAME_BYTES = 1e-3
+_ROW_BYTES = 24 << 30  # GPU memory beside the weights: logits of 8 GiB are held about three times
 _SECONDS = "seconds.json"
 _MARK = "<!-- What follows is written by dynquant.analysis.bench.judge. -->\n"
 
@@ -128,12 +129,13 @@ def judge_options(doc: str | None, **more: Any) -> Namespace:
         methods=(str(METHODS), "Flags by method."),
         only=("", "Methods to measure, as default,routers; all without any."),
         recipes=(RECIPES, "Stock recipes whose bytes are taken."),
-        calibration=(str, "Text; the built-in one without any."), tokens=(131072, "Tokens of calibration."),
+        calibration=(str, "Text; dynquant-mix-1 without any."), tokens=(131072, "Tokens of calibration."),
         text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
         questions=(str, "Multiple-choice questions."), shots=(str, "Examples; the first of each subject without any."),
-        limit=(0, "Questions at most."), prompts=(0, "Starts of each text that files go on from; 0 for none."),
-        runner=("", "llama.cpp or transformers; the latter with a GPU by default."),
-        device=(str, "cpu or cuda."), side_by_side=(0, "Rows at a time; a quarter of the cores with a GPU, else one."),
+        limit=(0, "Questions at most."), scoring=("letter", "How they are scored: letter, cloze or both."),
+        prompts=(0, "Starts of each text that files go on from; 0 for none."),
+        runner=("", "llama.cpp or transformers; the latter with a GPU by default."), device=(str, "cpu or cuda."),
+        side_by_side=(0, "Rows at a time; as many as GPUs have room for, else one."),
         minutes=(0.0, "Begin nothing after so many; the same command goes on. 0 for no limit."), **more,
     )  # fmt: skip
 
@@ -144,19 +146,19 @@ def judged_models(asked: Namespace) -> Iterator[Judged]:
     tasks = ("kl", *["mmlu"] * bool(asked.questions), *["generate"] * bool(asked.prompts))
     questions = QuestionOptions(
         text=tuple(map(Path, asked.text)), tasks=tasks, max_tokens=asked.score, mmlu_data=asked.questions,
-        shots=asked.shots, limit=asked.limit, scoring=("letter",), prompts=asked.prompts or 64,
+        shots=asked.shots, limit=asked.limit, scoring=(*asked.scoring.split(","),), prompts=asked.prompts or 64,
     )  # fmt: skip
     questions.check_text()
     on_gpu = chosen_device(asked.device) != "cpu"
-    at_once = asked.side_by_side or (max(1, len(os.sched_getaffinity(0)) // 4) if on_gpu else 1)
     runner = asked.runner or (TRANSFORMERS if on_gpu else LLAMA_CPP)
     calibration = ("--tokens", str(asked.tokens), *(("--calibration", asked.calibration) if asked.calibration else ()))
     files = [*asked.text, asked.questions, asked.shots, asked.calibration]
     settings = {"texts": [file_hash(Path(file)) for file in files if file], "runner": runner}
-    settings |= {name: getattr(asked, name) for name in ("score", "tokens", "limit", "prompts")}
+    settings |= {name: getattr(asked, name) for name in ("score", "tokens", "limit", "prompts", "scoring")}
     until = time.monotonic() + 60 * asked.minutes if asked.minutes else math.inf
     for model in asked.model:
         path = locate_model(model)
+        at_once = asked.side_by_side or (_rows_at_once(path) if on_gpu else 1)
         judged = Judged(
             model=model, folder=asked.output / path.name.removesuffix(".gguf"), calibration=calibration,
             recipes=_stock_bytes(path, asked.recipes.split(",")), questions=questions, runner=runner,
@@ -198,23 +200,8 @@ def read_methods(path: Path, only: Sequence[str] = ()) -> list[Method]:
     return [method for method in methods if not only or method.name in (DEFAULT, *only)]
 
 
-def parsed(kind: type, words: Sequence[str]) -> Any:
-    """Return the options that a command makes of the words behind its name."""
-    taken: list[Any] = []
-
-    def command(options: Any) -> None:
-        taken.append(options)
-
-    command.__annotations__["options"] = kind
-    function, app = from_options(command), typer.Typer()
-    app.command(cls=command_class(function))(function)
-    app(args=list(words), standalone_mode=False)
-    return taken[0]
-
-
 def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float = math.inf) -> None:
-    """Measure the rows of a model that are missing, plan by plan, and begin nothing after `until`; a refusal is entered
-    in the place of a row."""
+    """Measure the rows of a model that are missing, plan by plan, or enter why not; begin nothing after `until`."""
     path = judged.folder / "rows.json"
     content = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
     rows, tokens, cores = content["rows"], judged.questions.max_tokens, len(os.sched_getaffinity(0))
@@ -243,7 +230,11 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float 
                 if time.monotonic() < until:
                     enter(recipe, method, _measured(judged, recipe, method, cores))
         elif todo:
-            with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+            names = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1,2,3,4,5,6,7").split(",")
+            gpus = (context := get_context("spawn")).Queue()
+            for number in range(at_once):
+                gpus.put(names[number % max(1, torch.cuda.device_count())])
+            with ProcessPoolExecutor(at_once, context, _begin_worker, (gpus,)) as pool:
                 futures = {
                     pool.submit(_measured, judged, recipe, method, max(1, cores // at_once)): (recipe, method)
                     for method, recipe in todo
@@ -254,6 +245,19 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float 
                     if not future.cancelled():
                         enter(*futures[future], future.result())
     write_atomically(path, json.dumps(content) + "\n")
+
+
+def _rows_at_once(path: Path) -> int:
+    """Return how many rows the GPUs have room for, at most a quarter of the cores."""
+    needed = _ROW_BYTES + 16 * open_model(str(path)).num_weights  # original, file, gradients and what is between
+    room = torch.cuda.get_device_properties(0).total_memory // needed * torch.cuda.device_count()
+    return max(1, min(len(os.sched_getaffinity(0)) // 4, room))
+
+
+def _begin_worker(gpus: Any) -> None:
+    """Take one of the GPUs, and end with the judge: a killed one would leave its locks and memory taken."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()  # CUDA begins later
 
 
 def _planned(judged: Judged, method: Method) -> dict[str, str]:
@@ -321,7 +325,7 @@ def _measured(judged: Judged, recipe: str, method: Method, threads: int) -> dict
     write_atomically(judged.report_path(recipe, method), report.to_json())
     measured = {"bytes": report.candidate.file_bytes, "metrics": metrics_of(report), "seconds": seconds, "notes": notes}
     measured["kl_blocks"] = {text.name: list(text.kl.block_sums) for text in report.texts}
-    for result in report.multiple_choice:
+    for result in report.multiple_choice[:1]:
         pairs = zip(result.candidate.predictions, result.right_answers, strict=True)
         measured["is_right"] = [predicted == right for predicted, right in pairs]
     return measured

@@ -33,7 +33,7 @@ from dynquant.analysis.plots import style
 from dynquant.analysis.plots.errors import draw_errors
 from dynquant.analysis.plots.super_weights import draw_super_weights
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.evaluation.report import EvalReport, markdown
+from dynquant.evaluation.report import ChoiceScores, EvalReport, markdown
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired
 from dynquant.families.open import open_model
 from dynquant.recipes.folder import load_super_weights
@@ -62,9 +62,9 @@ class Row(NamedTuple):
     def size(self) -> int:
         return self.report.candidate.file_bytes
 
-    @property
-    def is_right(self) -> list[bool]:
-        asked = self.report.multiple_choice[0]
+    def is_right(self, number: int) -> list[bool]:
+        """Return which answers of one scoring are right."""
+        asked = self.report.multiple_choice[number]
         return [said == right for said, right in zip(asked.candidate.predictions, asked.right_answers, strict=True)]
 
 
@@ -101,7 +101,7 @@ def _content(judged: Judged, rows: Sequence[Row], report: Path, asked: Namespace
         "## Divergence and answers\n",
         _divergences(rows, weights),
         *shown[:1],
-        *(_answers(rows) if rows[0].report.multiple_choice else ()),
+        *(part for number in range(len(rows[0].report.multiple_choice)) for part in _answers(rows, number)),
         *(["## What they write\n", *_written(rows)] if rows[0].report.generated else ()),
         "## Super weights and errors\n",
         _super_weights(judged, str(judged.questions.text[0]), asked.super_tokens),
@@ -130,41 +130,50 @@ def _divergences(rows: Sequence[Row], weights: int) -> str:
     return note + markdown(["bytes of", "made by", "bytes", "bits", *titles], lines)
 
 
-def _answers(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the table of right answers, and the one by subject."""
-    asked = rows[0].report.multiple_choice[0]
+def _answers(rows: Sequence[Row], number: int) -> Iterator[str]:
+    """Yield the table of right answers under one scoring, and the one by subject."""
+    asked = rows[0].report.multiple_choice[number]
     before = asked.reference.accuracy
     lines = []
     for row in rows:
-        result, other = row.report.multiple_choice[0], _stock(rows, row)
+        result, other = row.report.multiple_choice[number], _stock(rows, row)
         accuracy = result.candidate.accuracy
-        kept = (accuracy.value - _CHANCE) / (before.value - _CHANCE)
+        kept = (accuracy.value - _CHANCE) / (before.value - _CHANCE) if before.low > _CHANCE else float("nan")
+        lost, won = result.only_reference_right, result.only_candidate_right
         cells = [
             *row.labels,
             _percent(accuracy),
-            f"{result.only_reference_right:,}",
-            f"{result.only_candidate_right:,}",
+            f"{lost:,}",
+            f"{won:,}",
+            f"{result.mcnemar_p:.2g}",
+            f"{kept:.0%}".replace("nan%", ""),
         ]
-        cells += [f"{result.mcnemar_p:.2g}", f"{100 * kept:.0f}", f"{100 * result.same_prediction:.1f}"]
+        cells += [_chosen(result.candidate), f"{100 * result.same_prediction:.1f}"]
         if row is not other:
-            paired = compare_paired(other.is_right, row.is_right)
+            paired = compare_paired(other.is_right(number), row.is_right(number))
             only = paired["only_candidate_right"], paired["only_reference_right"]
             cells.append(f"+{only[0]:,} -{only[1]:,} (p {paired['mcnemar_p']:.2g})")
-        lines.append([*cells, *[""] * (9 - len(cells))])
-    columns = ["bytes of", "made by", "right %", "lost", "won", "p", "kept %", "same answer %", "against llama.cpp's"]
+        lines.append([*cells, *[""] * (10 - len(cells))])
+    columns = ["bytes of", "made by", "right %", "lost", "won", "p", "kept", "chosen %", "same answer %"]
     yield (
-        f"{asked.questions:,} questions, letters by log-probability, {rows[0].report.options['num_shots']} shots; the "
-        f"original has {_percent(before)} % right. Lost and won are against it, p is McNemar's; kept is what is left "
-        f"of right answers\nabove chance ({100 * _CHANCE:.0f} %).\n\n" + markdown(columns, lines)
+        f"{asked.questions:,} questions, {asked.scoring} scoring, {rows[0].report.options['num_shots']} shots; the "
+        f"original has {_percent(before)} % right\nand chooses the first to last answer in {_chosen(asked.reference)} "
+        f"% of them. Lost and won are against it, p is McNemar's; kept is what is left of right\nanswers above chance "
+        f"({100 * _CHANCE:.0f} %).\n\n" + markdown([*columns, "against llama.cpp's"], lines)
     )
     yield "### By subject\n\nRight answers of the original, and those that each file lost and won.\n"
     files = [f"{row.recipe.removeprefix('llama-')} {row.labels[1]}" for row in rows]
     subjects = []
     for name, first in sorted(asked.subjects.items(), key=lambda item: -item[1].reference):
-        of_files = [row.report.multiple_choice[0].subjects[name] for row in rows]
+        of_files = [row.report.multiple_choice[number].subjects[name] for row in rows]
         changes = [f"-{one.only_reference_right} +{one.only_candidate_right}" for one in of_files]
         subjects.append([name, f"{first.questions}", f"{100 * first.reference:.0f}", *changes])
     yield markdown(["subject", "questions", "right %", *files], subjects)
+
+
+def _chosen(scores: ChoiceScores) -> str:
+    """Return how often each place among the choices was taken, in percent."""
+    return " ".join(f"{100 * share:.0f}" for share in np.bincount(scores.predictions) / len(scores.predictions))
 
 
 def _written(rows: Sequence[Row]) -> Iterator[str]:

@@ -140,9 +140,6 @@ class Collector:
             rows = _Rows(call.tokens, is_text, capacity, num_experts, call.expert)
             self._record(gate, rows, x, None)
             self._record(down, rows, h, call.down_output.detach())
-            if self._fill is None:
-                weights = None if call.weights is None else call.weights.detach()
-                self._recorders[_ALL][down].add_contribution(call.down_output.detach(), weights, call.expert)
         if self.moments is None or self._fill is not None:
             return
         layers = ((gate, call.x, call.gate_up_output), (down, call.down_input, call.down_output))

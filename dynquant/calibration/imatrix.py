@@ -111,6 +111,7 @@ def export_imatrix(
         writer = gguf.GGUFWriter(temporary, model.arch)
         writer.add_type("imatrix")
         writer.add_array(_METADATA[0], [provenance.text_name])
+        writer.add_string("dynquant.calibration.sha256", provenance.text_hash)
         writer.add_uint32(_METADATA[1], provenance.num_tokens // max(provenance.window, 1))
         writer.add_uint32(_METADATA[2], provenance.window)
         for weight, sums, counts in _entries(stats, model, shrink_tokens):

@@ -26,7 +26,7 @@ both sides outputs have second moments of their gradients."""
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(Options):
-    """Text or samples to run the model on (`text=None`: the built-in text), what to measure, and in how much memory.
+    """Text or samples to run the model on (`text=None`: the mix that ships), what to measure, and in how much memory.
 
     With `data`, a file of samples with images, there is no text.
     """

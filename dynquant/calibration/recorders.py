@@ -32,7 +32,6 @@ class InputRecorder:
         self._samples: torch.Tensor | None = None
         self._sample_counts = torch.zeros_like(self._counts)
         self._extremes: dict[str, torch.Tensor] = {}
-        self._contribution: torch.Tensor | None = None
 
     def add_sums(self, x: torch.Tensor, *, expert: int = 0) -> None:
         """Add tokens. `x` is [T, C] for one expert, or [T, E, C] for all experts at once."""
@@ -73,18 +72,10 @@ class InputRecorder:
                 self._extremes[f"{name}_channel"][expert] = channel
                 self._extremes[f"{name}_position"][expert] = int(positions[token])
 
-    def add_contribution(self, out: torch.Tensor, weights: torch.Tensor | None, expert: int) -> None:
-        """Add the norms of an expert's outputs [T, C] times the router's weights [T]."""
-        if self._contribution is None:
-            self._contribution = torch.zeros(self.num_experts, dtype=torch.float64, device=out.device)
-        norms = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32)
-        self._contribution[expert] += (norms if weights is None else norms * weights.abs()).sum()
-
     def finish(self) -> InputStats:
         """Return the statistics on the CPU."""
         samples = () if self._samples is None else (self._samples.cpu(), self._sample_counts)
-        contribution = None if self._contribution is None else self._contribution.cpu()
-        return InputStats(self._in_sum2.cpu(), self._counts, *samples, **self._extremes, contribution=contribution)
+        return InputStats(self._in_sum2.cpu(), self._counts, *samples, **self._extremes)
 
 
 def _on_cpu(values: torch.Tensor) -> torch.Tensor:

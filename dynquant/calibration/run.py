@@ -25,7 +25,7 @@ from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
-from dynquant.inputs.text import pack_windows, read_text
+from dynquant.inputs.text import pack_windows, read_text, refused_chats
 from dynquant.running.layer_ahead import layer_ahead_of
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_tokenizer
@@ -70,12 +70,13 @@ class Calibration:
 def text_inputs(
     model: Model, text: str | Path | None, *, tokens: int, window: int, batch_size: int = 4, seed: int = 0
 ) -> ModelInputs:
-    """Return windows of a text, or (None) of the built-in one; raise StatsError when it cannot be used."""
+    """Return windows of a text, or (None) of the mix that ships; raise StatsError when it cannot be used."""
     tokenizer = load_tokenizer(model)
     documents = read_text(text, seed=seed, max_tokens=tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
     check_context(model, windows.shape[1])
-    return ModelInputs(windows, batch_size, documents.name, documents.sha256)
+    plain = tuple(refused_chats(documents, tokenizer))
+    return ModelInputs(windows, batch_size, documents.name, documents.sha256, plain)
 
 
 def provenance_of(model: Model, inputs: ModelInputs, *, tokens: int, seed: int) -> StatsProvenance:

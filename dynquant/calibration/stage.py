@@ -5,6 +5,7 @@ The model is loaded whole where it fits, and streamed layer by layer where it do
 
 import gc
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -345,9 +346,14 @@ def calibration_inputs(
         StatsError: the text is missing or empty.
     """
     if options.data is None:
-        return text_inputs(
-            model, options.text, tokens=options.tokens, window=options.window, batch_size=batch_size, seed=session.seed
-        )
+        length = {"tokens": options.tokens, "window": options.window}
+        inputs = text_inputs(model, options.text, **length, batch_size=batch_size, seed=session.seed)
+        if plain := Counter(inputs.skipped):
+            reasons = "\n  ".join(f"{reason} ({number})" for reason, number in plain.items())
+            session.note(
+                f"{plain.total()} conversations are plain text, for the chat template refuses them:\n  {reasons}"
+            )
+        return inputs
     inputs = picture_inputs(model, Path(options.data), tokens=options.tokens, seed=session.seed, strict=options.strict)
     if inputs.skipped:
         reasons = "\n  ".join(inputs.skipped)

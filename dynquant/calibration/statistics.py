@@ -26,7 +26,6 @@ _PART_TYPES = {
     "in_sum2": torch.float64, "counts": torch.int64, "samples": torch.bfloat16, "sample_counts": torch.int64,
     "max_in": torch.float32, "max_in_channel": torch.int64, "max_in_position": torch.int64,
     "max_out": torch.float32, "max_out_channel": torch.int64, "max_out_position": torch.int64,
-    "contribution": torch.float64,
 }  # fmt: skip
 
 
@@ -37,8 +36,7 @@ class InputStats:
     `in_sum2` float64 [E, C] sum of x^2, `counts` int64 [E] tokens. `samples` bfloat16 [E, S, C] holds inputs of
     held-back tokens (never part of the sums), `sample_counts` int64 [E] how many of the S rows are filled.
     Extremes, for down-projections only, float32/int64 [E]: `max_in` and `max_out` are the signed values of largest
-    magnitude, with channel and token position inside their window. `contribution` float64 [E], for down-projections of
-    routed experts: sum of the norm of the output times the router's weight.
+    magnitude, with channel and token position inside their window.
     """
 
     in_sum2: torch.Tensor
@@ -51,14 +49,11 @@ class InputStats:
     max_out: torch.Tensor | None = None
     max_out_channel: torch.Tensor | None = None
     max_out_position: torch.Tensor | None = None
-    contribution: torch.Tensor | None = None
 
     def merge(self, other: "InputStats") -> None:
         """Add the sums of `other`, keep the larger extremes, and fill free sample rows from it."""
         self.in_sum2 += other.in_sum2
         self.counts += other.counts
-        if other.contribution is not None:  # a shard that is held back has none
-            self.contribution = other.contribution + (0 if self.contribution is None else self.contribution)
         for name in ("max_in", "max_out"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:

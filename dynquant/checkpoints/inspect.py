@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf
 
 from dynquant.checkpoints.gguf_source import read_split
+from dynquant.checkpoints.published.packed_parts import CompressedMatrix, packed_tensors
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, checkpoint_spans, read_weight_map
 from dynquant.checkpoints.tensor_roles import Role, role_ahead, role_of, roles_of
@@ -181,8 +182,14 @@ def _inspect_safetensors(directory: Path, spans: dict[str, FileSpan]) -> FileSum
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and "quant_method" in quantization:
         metadata["quant_method"] = quantization["quant_method"]
-    roles = _roles_of_parameters(spans)
-    tensors = [TensorRecord(name, span.shape, span.dtype, span.num_bytes, roles[name]) for name, span in spans.items()]
+    stored = {name: (span.shape, span.dtype, span.num_bytes) for name, span in spans.items()}
+    if metadata.get("quant_method") == "compressed-tensors" and isinstance(quantization, dict):
+        for name, matrix in packed_tensors(spans, quantization).items():
+            assert isinstance(matrix, CompressedMatrix)
+            size = sum(stored.pop(part)[2] for part in matrix.parts)
+            stored[name] = (matrix.shape, matrix.scheme, size)
+    roles = _roles_of_parameters(stored)
+    tensors = [TensorRecord(name, *of_tensor, roles[name]) for name, of_tensor in stored.items()]
     provenance: dict[str, object] = {}
     fault = ""
     if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):

@@ -105,12 +105,14 @@ class SafetensorsSource:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._spans = checkpoint_spans(directory)
-        self._scale_of = {name: f"{name}{_SCALE_SUFFIX}" for name, span in self._spans.items() if span.dtype == _FP8}
         stated = _config_of(directory) if any(s.dtype not in _FLOAT_DTYPES for s in self._spans.values()) else {}
         quantization = stated.get("quantization_config") or {}
         self._packed = packed_tensors(self._spans, quantization)
+        parts = {part for tensor in self._packed.values() for part in tensor.parts}
+        fp8 = (name for name, span in self._spans.items() if span.dtype == _FP8 and name not in parts)
+        self._scale_of = {name: f"{name}{_SCALE_SUFFIX}" for name in fp8}
         self._block, self._float = _fp8_layout(directory, stated)
-        hidden = {*self._scale_of.values(), *(part for tensor in self._packed.values() for part in tensor.parts)}
+        hidden = {*self._scale_of.values(), *parts}
         if self._scale_of:
             hidden |= {name for name in self._spans if name.endswith(_ACTIVATION_SCALES)}
         infos = {name: TensorInfo(name, tensor.shape, self._float) for name, tensor in self._packed.items()}

@@ -15,7 +15,7 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.layouts import E2M1_MAX, E4M3_MAX, MXFP4_FIRST, scheme_layout
 from dynquant.encoding.search.rows import Rows
 from dynquant.errors import EncodeError
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import Scheme, scaled
 
 _CPU_WEIGHTS = 1 << 21
 _GPU_WEIGHTS = 1 << 25
@@ -38,20 +38,10 @@ class EncodedLayer:
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights as compressed-tensors decompresses them in a model of `dtype`."""
-        scales = self.scales
         if self.scheme.strategy == "none":
             return self.codes.to(dtype)
-        if scales.dtype == torch.uint8:
-            scales = torch.exp2(scales.to(torch.float32) - 127)
-        scales = scales.to(torch.float32)
-        if self.global_scale is not None:
-            scales = scales / torch.tensor([self.global_scale])
-        group, codes = self.codes.shape[-1] // scales.shape[-1], self.codes
-        if self.zero_points is not None:
-            codes = codes - self.zero_points.repeat_interleave(group, dim=-1)
-        products = codes * scales.repeat_interleave(group, dim=-1)
-        # The library unpacks E2M1 numbers in bfloat16, whatever the model's type is.
-        return (products.to(torch.bfloat16) if self.scheme.is_fp4 else products).to(dtype)
+        global_scale = None if self.global_scale is None else torch.tensor([self.global_scale])
+        return scaled(self.codes, self.scales, self.zero_points, global_scale).to(dtype)
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors to write, by suffix; see `vllm_schemes`."""

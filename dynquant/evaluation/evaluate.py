@@ -33,7 +33,7 @@ from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.options import TEXT_TASKS, EvalOptions, QuestionOptions
+from dynquant.evaluation.options import CONTEXT_SCORED, TEXT_TASKS, EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.evaluation.tasks import multiple_choice
@@ -45,8 +45,7 @@ from dynquant.families.open import is_gguf, locate_model, open_model, settings_o
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
-from dynquant.inputs.questions import load_questions, split_shots, take_evenly
-from dynquant.inputs.text import TextEncoder, evaluation_windows
+from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.recipes.folder import stats_of_plan
 from dynquant.recipes.plan import Plan
@@ -92,7 +91,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
-    if options.window > context_length:
+    if options.window > context_length and not options.contexts:
         raise EvaluationError(
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
@@ -100,16 +99,17 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     if difference := settings_note(settings_of(reference), settings_of(candidate)):
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
-        texts, prompts, questions = _inputs(asked, options.window, encode, context_length)
+        texts, prompts, questions = _inputs(options, encode, context_length, notes)
     run = _Run(options, session, progress, num_columns, reference, context_length)
     torch_threads = torch.get_num_threads()  # open_runner sets those of the session
     try:
+        run.check_cache(candidate)
         with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
             written = [run.written(runner, "reference", starts) for starts in prompts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
             asked_before = run.asked(runner, "reference", harness) if harness else {}
-        with run.opening(candidate, adapter=options.adapter, kv_types=(options.kv_type * 2)[:2]) as runner:
+        with run.opening(candidate, is_candidate=True) as runner:
             scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
             pairs = [(first, run.written(runner, "candidate", *first)) for first in zip(prompts, written, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
@@ -172,17 +172,30 @@ class _Inputs(NamedTuple):
     questions: dict[Scoring, list[EncodedQuestion]]
 
 
-def _inputs(asked: QuestionOptions, window: int, encode: TextEncoder, context_length: int) -> _Inputs:
-    inputs = _Inputs([], [], {})
+def _inputs(options: EvalOptions, encode: TextEncoder, context_length: int, notes: list[str]) -> _Inputs:
+    inputs, asked = _Inputs([], [], {}), options.questions
     if {"kl", "ppl"} & set(asked.tasks):
-        limits = {"window": window, "max_tokens": asked.max_tokens}
-        inputs.texts.extend(evaluation_windows(path, encode, **limits) for path in asked.text)
+        contexts = [length for length in sorted({*map(int, options.contexts)}) if length <= context_length]
+        if len(contexts) < len({*options.contexts}):
+            left_out = f"--contexts {','.join(options.contexts)}: the models have {context_length:,} tokens of context"
+            if not contexts:
+                raise EvaluationError(f"{left_out}; give shorter ones.")
+            notes.append(f"{left_out}, and longer ones were left out.")
+        for path in asked.text:
+            if contexts:
+                inputs.texts.extend(
+                    context_windows(path, encode, contexts, CONTEXT_SCORED, max_tokens=asked.max_tokens)
+                )
+            else:
+                inputs.texts.append(
+                    evaluation_windows(path, encode, window=options.window, max_tokens=asked.max_tokens)
+                )
     if "generate" in asked.tasks:
         check_fits(asked.new_tokens, context_length)
         limits = {"count": asked.prompts, "max_tokens": asked.max_tokens}
         inputs.prompts.extend(read_prompts(path, encode, **limits) for path in asked.text)
     if "mmlu" in asked.tasks:
-        inputs.questions.update(_encoded_questions(asked, encode, context_length))
+        inputs.questions.update(multiple_choice.read_questions(asked, encode, context_length))
     return inputs
 
 
@@ -215,21 +228,6 @@ def common_columns(reference: runners.ModelInfo, candidate: runners.ModelInfo) -
     return small.vocab_size, [f"{large.path.name}: {dropped}."]
 
 
-def _encoded_questions(
-    options: QuestionOptions, encode: TextEncoder, context_length: int
-) -> dict[Scoring, list[EncodedQuestion]]:
-    data = options.mmlu_data or "cais/mmlu"
-    asked, shots = load_questions(data), []
-    if options.num_shots and options.shots is None and Path(data).is_file():
-        shots, asked = split_shots(asked, options.num_shots)
-    elif options.num_shots:
-        shots = load_questions(options.shots or data, split="dev")
-    questions = take_evenly(asked, options.limit or None)
-    limits = {"num_shots": options.num_shots, "context_length": context_length}
-    scorings = dict.fromkeys(options.scoring)
-    return {name: multiple_choice.encode_questions(questions, shots, name, encode, **limits) for name in scorings}
-
-
 Opener = Callable[[], runners.LogitRunner]  # gives the running model
 
 
@@ -253,10 +251,11 @@ class _Run:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     @contextmanager
-    def opening(self, path: Path, *, adapter: Path | None = None, kv_types: tuple[str, ...] = ()) -> Iterator[Opener]:
+    def opening(self, path: Path, *, is_candidate: bool = False) -> Iterator[Opener]:
         """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
-        where = {"threads": self.session.threads, "device": self.session.device, "adapter": adapter}
-        where["kv_types"] = kv_types
+        where: dict[str, Any] = {"threads": self.session.threads, "device": self.session.device}
+        if is_candidate:
+            where |= {"adapter": self.options.adapter, "kv_types": (self.options.kv_type * 2)[:2]}
         how = {"runner": self.options.runner, "rounded": self.options.rounded, "base": self.reference}
         opener = cache(partial(runners.open_runner, path, **where, **how))  # loads once
         try:
@@ -264,6 +263,12 @@ class _Run:
         finally:
             if opener.cache_info().currsize:
                 opener().close()
+
+    def check_cache(self, candidate: Path) -> None:
+        """Refuse types of the key/value cache that llama.cpp does not take, before the reference runs for nothing."""
+        if self.options.kv_type:
+            with self.opening(candidate, is_candidate=True) as runner:
+                runner().reserve(1)
 
     def reduced(self, runner: Opener, inputs: ModelInputs) -> tuple[Distributions, Tensor]:
         """Return the reference's distributions at all scored positions, and log-probabilities of what follows."""

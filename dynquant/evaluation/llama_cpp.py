@@ -215,9 +215,14 @@ class LlamaCppRunner:
         params.flash_attn_type = flash
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
+            way_out = "Use a smaller window, or a machine with more memory."
+            if not is_exact:
+                way_out = (
+                    "Where it refuses the --kv-type: quantized values need flash attention, quantized rows of a head "
+                    "whole blocks of 32, and some models one type for both. Give another, as q8_0, q8_0,f16 or f16."
+                )
             raise EvaluationError(
-                f"{self._path.name}: llama.cpp cannot make a context of {num_tokens} tokens: {llama_log()}. "
-                "Use a smaller window, or a machine with more memory."
+                f"{self._path.name}: llama.cpp cannot make a context of {num_tokens} tokens: {llama_log()}. {way_out}"
             )
         self._memory = self._api.llama_get_memory(self._context)
 

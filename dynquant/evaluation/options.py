@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.errors import EvaluationError
-from dynquant.options import Flag, Former, ModelPath, Options, Strict, Window
+from dynquant.options import LARGEST, Flag, Former, ModelPath, Options, Strict, Window
 
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu", "generate"}), frozenset({"kl", "vqa"})
 READ_TASKS = frozenset({"kl", "ppl", "generate"})
 """Tasks that need a text."""
+CONTEXT_SCORED = 256
+"""Tokens that are scored at the end of every length of context."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Types of llama.cpp's key/value cache (`kv_cache_types` of its common/arg.cpp)."""
 
@@ -100,6 +102,14 @@ class EvalOptions(Options):
     strict: Strict = False
     encoder: Annotated[str, Flag("What renders a plan with --data: dynquant or ggml.")] = "dynquant"
     window: Window = 512
+    contexts: Annotated[
+        tuple[str, ...],
+        Flag(
+            f"Lengths of context in place of --window, as 512,4096,16384: the last {CONTEXT_SCORED} tokens of each are "
+            "scored, which are the same. Those longer than the models' are left out.",
+            show_default=False,
+        ),
+    ] = ()
     reference_cache: Annotated[Path | None, Flag("Keep the reference's distributions here.")] = None
     runner: Annotated[
         str,
@@ -132,6 +142,13 @@ class EvalOptions(Options):
                 f"--kv-type {','.join(self.kv_type)}: give one type, or those of keys and of values, of "
                 f"{', '.join(KV_TYPES)}."
             )
+        if any(not length.isdecimal() or not 2 * CONTEXT_SCORED <= int(length) <= LARGEST for length in self.contexts):
+            raise EvaluationError(
+                f"--contexts {','.join(self.contexts)}: give whole numbers of tokens from {2 * CONTEXT_SCORED} on, as "
+                "512,4096,16384."
+            )
+        if self.contexts:
+            self.refuse_unused("--contexts says how long windows are.", "window")
         tasks = self.questions.tasks
         if self.data is None:
             if self.mmproj is not None:
@@ -156,7 +173,7 @@ class EvalOptions(Options):
         )
         self.questions.refuse_unused(why, *text_only)
         self.refuse_unused(
-            why, "window", "reference_cache", "runner", "rounded", "adapter", "kv_type", "allow_difference"
+            why, "window", "reference_cache", "runner", "rounded", "adapter", "kv_type", "allow_difference", "contexts"
         )
         unknown = sorted(set(tasks) - PICTURE_TASKS)
         if unknown or not tasks:
@@ -171,7 +188,7 @@ class EvalOptions(Options):
         if not READ_TASKS & tasks:
             idle += asked.changed("text", "max_tokens")
         if not {"kl", "ppl"} & tasks:
-            idle += self.changed("window")
+            idle += self.changed("window", "contexts")
         if "generate" not in tasks:
             idle += asked.changed("prompts")
         if "mmlu" not in tasks:

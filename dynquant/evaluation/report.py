@@ -70,6 +70,8 @@ class TextResult(FrozenRecord):
     sha256: str
     scored_tokens: int
     windows: int
+    window: int = 0
+    """Tokens of the longest."""
     reference_perplexity: Estimate
     candidate_perplexity: Estimate
     perplexity_ratio: Estimate
@@ -235,7 +237,7 @@ def summarize_text(
     before, after = reference_log_prob, scores.target_log_prob
     perplexities = {"reference_perplexity": perplexity(before), "candidate_perplexity": perplexity(after)}
     perplexities["perplexity_ratio"] = perplexity(after - before)
-    counts = {"scored_tokens": len(before), "windows": len(lengths)}
+    counts = {"scored_tokens": len(before), "windows": len(lengths), "window": text.longest}
     kl_result = divergence if with_kl else None
     return TextResult(name=text.name, sha256=text.sha256, kl=kl_result, **counts, **perplexities)
 

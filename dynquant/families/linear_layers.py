@@ -17,7 +17,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
 from dynquant.errors import ExportError, PlanError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.formats.vllm_schemes import SCHEMES, Scheme
+from dynquant.formats.vllm_schemes import GROUP_SIZES, SCHEMES, Scheme
 
 _FUSED: dict[str, tuple[Role, ...]] = {
     "qkv": (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),
@@ -98,6 +98,14 @@ class LinearCheckpoint:
     linears: tuple[LinearLayer, ...]
     others: tuple[StoredTensor, ...]
     """Stored as they are, but for matrices, which become BF16."""
+    group_size: int = GROUP_SIZES[0]
+    """The largest group of integers that is wanted."""
+
+    def scheme(self, name: str) -> Scheme:
+        """Return a scheme with the group sizes that are wanted."""
+        scheme = SCHEMES[name]
+        sizes = tuple(size for size in scheme.group_sizes if size <= self.group_size)
+        return replace(scheme, group_sizes=sizes) if scheme.group_sizes == GROUP_SIZES else scheme
 
     def units(self, *, mixed_experts: bool) -> dict[str, list[LinearLayer]]:
         """Return the linear layers that share a scheme, by the name of their unit."""
@@ -110,14 +118,14 @@ class LinearCheckpoint:
         """Return the schemes among `schemes` that each linear layer may have, grouped; BF16 when there is none."""
         units = self.units(mixed_experts=mixed_experts).values()
         return {
-            linear.name: _candidates(linears, schemes, mixed_experts=mixed_experts)
+            linear.name: _candidates(linears, map(self.scheme, schemes), mixed_experts=mixed_experts)
             for linears in units
             for linear in linears
         }
 
 
-def _candidates(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> list[Scheme]:
-    candidates = [SCHEMES[name] for name in schemes]
+def _candidates(linears: Sequence[LinearLayer], schemes: Iterable[Scheme], *, mixed_experts: bool) -> list[Scheme]:
+    candidates = list(schemes)
     if linears[0].is_expert:
         candidates = [scheme for scheme in candidates if scheme.holds_experts]
         if not mixed_experts:  # then only schemes that transformers merges
@@ -126,13 +134,15 @@ def _candidates(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed
     return [scheme for scheme in fitting if scheme is not None] or [SCHEMES["BF16"]]
 
 
-def linear_checkpoint(model: Model, tensor_parallel: int = 1) -> LinearCheckpoint:
+def linear_checkpoint(model: Model, tensor_parallel: int = 1, group_size: int = GROUP_SIZES[0]) -> LinearCheckpoint:
     """Return the linear layers of a model that vLLM can load from a Hugging Face directory.
 
     Raises:
         ExportError: the model is a GGUF file, or of a family whose linear layers are not known here.
-        PlanError: one cannot be shared out among `tensor_parallel` GPUs.
+        PlanError: one cannot be shared out among `tensor_parallel` GPUs; no scheme has such groups.
     """
+    if group_size not in GROUP_SIZES:
+        raise PlanError(f"--group-size {group_size} is none of {', '.join(map(str, GROUP_SIZES))}, which vLLM's take.")
     source, directory = model.source, model.hf_directory
     if directory is None or not isinstance(source, ConvertedSource):
         raise ExportError(
@@ -156,7 +166,7 @@ def linear_checkpoint(model: Model, tensor_parallel: int = 1) -> LinearCheckpoin
     replaced = {part for linear in linears.values() for part in linear.sources}
     infos = [checkpoint.info(name) for name in checkpoint.names() if name not in replaced]
     others = tuple(StoredTensor(i.name, "BF16" if len(i.shape) >= 2 else i.dtype, i.shape) for i in infos)
-    return LinearCheckpoint(directory, checkpoint, tuple(linears.values()), others)
+    return LinearCheckpoint(directory, checkpoint, tuple(linears.values()), others, group_size)
 
 
 def _shared_out(linear: LinearLayer, model: Model, count: int) -> LinearLayer:

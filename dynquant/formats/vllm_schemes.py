@@ -1,4 +1,4 @@
-"""Schemes of compressed-tensors checkpoints with weights alone quantized, as vLLM runs them: plain data.
+"""Schemes of compressed-tensors checkpoints with weights alone quantized, as vLLM runs them, and their decoding.
 
     WnA16      weight_packed int32 [R, C n / 32]  weight_scale bf16 [R, C / group]  weight_shape int64 [2]
     WnA16_ASYM as well      weight_zero_point int32 [R n / 32, C / group]
@@ -14,11 +14,14 @@ with FP8 activations.
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from dynquant.errors import PlanError
 from dynquant.formats.storage_format import StoredTensor
@@ -106,6 +109,9 @@ class Scheme:
         return {"targets": targets, "weights": weights, **unchanged, "format": self.format}
 
 
+GROUP_SIZES = (128, 64, 32)
+"""Possible groups of integers, the most wanted first."""
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BF16 = Scheme("BF16", "dense", 16, "float", "none")
 
 
@@ -114,7 +120,7 @@ def _integers(num_bits: int, *, has_zero_points: bool = False) -> Scheme:
     versions = {8: (), 4: (("vllm", "0.23.0"),) * has_zero_points}
     recent = ("vllm", "0.31.0" if has_zero_points else "0.29.0"), ("compressed-tensors", "0.18.0")
     return Scheme(
-        name, "pack-quantized", num_bits, "int", "group", (128, 64, 32), merges_experts=not has_zero_points,
+        name, "pack-quantized", num_bits, "int", "group", GROUP_SIZES, merges_experts=not has_zero_points,
         has_zero_points=has_zero_points, read_since=versions.get(num_bits, recent),
     )  # fmt: skip
 
@@ -125,9 +131,7 @@ SCHEMES: dict[str, Scheme] = {
         BF16,
         _integers(8),
         Scheme("FP8", "float-quantized", 8, "float", "channel", holds_experts=False),
-        _integers(7),
-        _integers(6),
-        _integers(5),
+        *(_integers(bits, has_zero_points=zeros) for bits in (7, 6, 5) for zeros in (True, False)),
         _integers(4, has_zero_points=True),
         _integers(4),
         Scheme("NVFP4A16", "nvfp4-pack-quantized", 4, "float", "tensor_group", (16,), merges_experts=False),
@@ -188,3 +192,58 @@ def fit_to_shapes(wanted: Scheme, shapes: Collection[tuple[int, int]], *, is_exp
     instead = BF16 if is_expert else SCHEMES["FP8"]
     rows = " and ".join(map(str, sorted({columns for _, columns in shapes})))
     return instead, f"rows of {rows} do not divide into groups of {wanted.group_sizes[-1]}: {instead.name}"
+
+
+def scaled(
+    codes: Tensor, scales: Tensor, zero_points: Tensor | None = None, global_scale: Tensor | None = None
+) -> Tensor:
+    """Return weights [R, C] of codes [R, C], stored scales and zero points [R, G], in float32 unless they are FP4's.
+
+    The library unpacks E2M1 numbers in bfloat16, whatever the model's type is.
+    """
+    is_fp4 = scales.dtype == torch.uint8 or global_scale is not None
+    if scales.dtype == torch.uint8:
+        scales = torch.exp2(scales.to(torch.float32) - 127)
+    scales, group = scales.to(torch.float32), codes.shape[-1] // scales.shape[-1]
+    if global_scale is not None:
+        scales = scales / global_scale
+    if zero_points is not None:
+        codes = codes - zero_points.repeat_interleave(group, dim=-1)
+    weights = codes * scales.repeat_interleave(group, dim=-1)
+    return weights.to(torch.bfloat16) if is_fp4 else weights
+
+
+def weights_of(parts: Mapping[str, Tensor]) -> Tensor:
+    """Return the weights [R, C] of a layer, from its tensors by suffix."""
+    scales, global_scale = parts["weight_scale"], parts.get("weight_global_scale")
+    return scaled(codes_of(parts), scales, zero_points_of(parts), global_scale)
+
+
+def codes_of(parts: Mapping[str, Tensor]) -> Tensor:
+    """Return the codes [R, C] of a layer as float32: integers, E4M3 or E2M1 numbers."""
+    if "weight" in parts:
+        return parts["weight"].to(torch.float32)
+    packed = parts["weight_packed"]
+    if packed.dtype == torch.uint8:
+        nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
+        magnitudes = torch.tensor(_E2M1)[nibbles & 7]
+        return torch.where(nibbles >= 8, -magnitudes, magnitudes)
+    columns = int(parts["weight_shape"][1])
+    return _unpacked(packed, packed.shape[-1] * 32 // columns, columns)
+
+
+def zero_points_of(parts: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the zero points [R, G] of a layer in the scale of its codes, or None."""
+    packed = parts.get("weight_zero_point")
+    if packed is None:
+        return None
+    rows, columns = parts["weight_shape"].tolist()
+    return _unpacked(packed.T, parts["weight_packed"].shape[-1] * 32 // columns, rows).T
+
+
+def _unpacked(packed: Tensor, num_bits: int, count: int) -> Tensor:
+    """Return `count` signed integers of each row of int32, packed from the low bits up without gaps."""
+    first = torch.arange(count) * num_bits
+    bytes_ = torch.nn.functional.pad(packed.contiguous().view(torch.uint8), (0, 1)).to(torch.int32)
+    pairs = bytes_[:, first // 8] | (bytes_[:, first // 8 + 1] << 8)
+    return ((pairs >> (first % 8)) & ((1 << num_bits) - 1)).to(torch.float32) - (1 << (num_bits - 1))

@@ -74,7 +74,7 @@ class ModelInputs:
     name: str = ""
     sha256: str = ""
     skipped: tuple[str, ...] = ()
-    """Faults of the samples that were left out, one each."""
+    """Faults of the samples that were left out, or of the conversations that are plain text, one each."""
 
     def __len__(self) -> int:
         """Return the number of windows or samples."""

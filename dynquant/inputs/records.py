@@ -156,8 +156,28 @@ def _parquet_records(path: Path, refusal: type[DynquantError]) -> Iterator[Recor
         ) from error
 
 
+class Chat(str):
+    """A conversation as plain text, `role: content` a turn, with what a chat template renders it from."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+
+    @classmethod
+    def of(cls, record: dict[str, Any], place: str, refusal: type[DynquantError]) -> "Chat":
+        """Return the conversation of a record. Raises `refusal`: as `turns_of`."""
+        messages, tools = turns_of(record["messages"], place, refusal, has_calls=True), record.get("tools") or None
+        written = [] if tools is None else [f"tools: {json.dumps(tools, ensure_ascii=False)}"]
+        for turn in messages:
+            calls = turn.get("tool_calls")
+            parts = [turn["content"], json.dumps(calls, ensure_ascii=False)] if calls else [turn["content"]]
+            written.append(f"{turn['role']}: {' '.join(filter(None, parts))}")
+        chat = cls("\n\n".join(written))
+        chat.messages, chat.tools = messages, tools
+        return chat
+
+
 def text_of(record: Any, place: str, refusal: type[DynquantError]) -> str:
-    """Return the text of a record: its `text`, or its `messages` as lines of `role: content`.
+    """Return the text of a record: its `text`, or its `messages` as a `Chat`.
 
     Raises:
         `refusal`: the record has neither, or they are of another form.
@@ -165,8 +185,7 @@ def text_of(record: Any, place: str, refusal: type[DynquantError]) -> str:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and record.get("text") is None and record.get("messages") is not None:
-        turns = turns_of(record["messages"], place, refusal)
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return Chat.of(record, place, refusal)
     if isinstance(record, dict) and "text" in record and record.get("messages") is None:
         raise refusal(
             f'{place} has {shortened(record["text"])} as "text", which must be a string. Leave such records out.'
@@ -177,8 +196,12 @@ def text_of(record: Any, place: str, refusal: type[DynquantError]) -> str:
     )
 
 
-def turns_of(messages: Any, place: str, refusal: type[DynquantError]) -> list[dict[str, str]]:
+def turns_of(
+    messages: Any, place: str, refusal: type[DynquantError], *, has_calls: bool = False
+) -> list[dict[str, Any]]:
     """Return chat turns as role and text: parts of text are joined, and turns without any content are left out.
+
+    With `has_calls` turns keep their other fields, and those that call tools are not left out.
 
     Raises:
         `refusal`: no list of turns with role and content, or a part that is not text.
@@ -192,8 +215,8 @@ def turns_of(messages: Any, place: str, refusal: type[DynquantError]) -> list[di
             content = "".join(part_text(part, place, refusal) for part in content)
         if content is not None and not isinstance(content, str):
             raise refusal(f"{place}: `content` must be a text or a list of parts, but it is {shortened(content)}.")
-        if content is not None:
-            turns.append({"role": turn["role"], "content": content})
+        if content is not None or (has_calls and turn.get("tool_calls")):
+            turns.append({**(turn if has_calls else {}), "role": turn["role"], "content": content or ""})
     return turns
 
 

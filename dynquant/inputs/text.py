@@ -1,33 +1,34 @@
 """Text: where it comes from, and how it becomes windows of token ids to calibrate or to be measured on.
 
 Sources: a file of records with `text` or chat turns in `messages` (`inputs.records`), a plain text file (one document),
-a `datasets` id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the built-in text. Turns become `role:
-content`: the chat template of a checkpoint is a program by whoever made it, and reading a checkpoint runs no program.
-`data/calibration_default.txt` is public domain: excerpts of Austen, C. Brontë, Dickens, Eliot, O. Henry, London,
-Melville, Stevenson, Thackeray and Trollope as found in Standard Ebooks, and of Python Enhancement Proposals 203, 574,
-683 and 703, which their authors placed in the public domain.
+a `datasets` id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the mix that ships with dynquant
+(data/README.md). Windows to calibrate on have conversations in the model's own chat template, which runs in a sandbox;
+texts to measure on have them as lines of `role: content`, alike for all models.
 """
 
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
 from dynquant.errors import DynquantError, EvaluationError, StatsError
+from dynquant.families.tokenizers.chat_template import ChatFormat, ChatTemplateError
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.inputs.records import (
     JSON_FORMS,
     PLAIN_FORMS,
     TABLE_FORMS,
+    Chat,
     check_is_file,
     form_of,
     read_plain,
@@ -38,9 +39,9 @@ from dynquant.inputs.records import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_NAME = "built-in text"
+MIX = "dynquant-mix-1"
+"""Name of the mix that is calibrated on where no text is given: its file in `dynquant/data`, without the ending."""
 _PLAIN = "Plain text has the ending .txt, .md or .raw."
-_DOCUMENT_BREAK = "\n\n\f\n"
 _MAX_CHARACTERS_PER_TOKEN = 16
 _TRICKY = (
     "a",
@@ -94,32 +95,61 @@ class CalibrationText:
 def read_text(source: str | Path | None, *, seed: int = 0, max_tokens: int = 131_072) -> CalibrationText:
     """Read calibration documents and shuffle them with `seed`.
 
-    A `datasets` source is read only as far as `max_tokens` can need.
+    A `datasets` source is read only as far as `max_tokens` can need. Records of a file may name a `domain`: any part of
+    the text then has nearly as much of each domain as the whole.
 
     Raises:
         StatsError: no such file or data set, a record without `text` or `messages`, or no text at all.
     """
     name, contents = _documents(source, max_tokens)
-    documents = [document for document in contents if document.strip()]
+    documents = [document for document in contents if document.text.strip()]
     if not documents:
-        raise StatsError(f"The calibration text {name} is empty. Give a file with text, or none for the built-in text.")
+        raise StatsError(f"The calibration text {name} is empty. Give a file with text, or none for {MIX}.")
     random.Random(seed).shuffle(documents)
-    return CalibrationText(name, tuple(documents))
+    return CalibrationText(name, tuple(_interleaved(documents)))
+
+
+class _Document(NamedTuple):
+    text: str
+    domain: str
+
+    @classmethod
+    def of(cls, record: Any, place: str, refusal: type[DynquantError]) -> "_Document":
+        return cls(text_of(record, place, refusal), str(record.get("domain")))
+
+    @property
+    def size(self) -> int:
+        """Number of bytes, which is nearer to the number of tokens than that of characters where scripts differ."""
+        return len(self.text.encode("utf-8", "surrogatepass"))
+
+
+def _interleaved(documents: list[_Document]) -> list[str]:
+    """Return texts such that every domain is through equally far at any place; those of one domain keep their order."""
+    whole, before = Counter(), Counter()
+    for document in documents:
+        whole[document.domain] += document.size
+    places = []
+    for document in documents:
+        places.append(before[document.domain] / whole[document.domain])
+        before[document.domain] += document.size
+    order = sorted(range(len(documents)), key=places.__getitem__)
+    return [documents[i].text for i in order]
 
 
 def _documents(
     source: str | Path | None, max_tokens: int, refusal: type[DynquantError] = StatsError
-) -> tuple[str, Iterable[str]]:
+) -> tuple[str, Iterable[_Document]]:
     """Return the name and the documents of a source; a data set is read only as far as `max_tokens` can need."""
-    if source is None:
-        default = resources.files("dynquant").joinpath("data/calibration_default.txt").read_text("utf-8")
-        return DEFAULT_NAME, default.split(_DOCUMENT_BREAK)
+    if source is None or (str(source) == MIX and not Path(source).exists()):
+        with resources.as_file(resources.files("dynquant") / "data" / f"{MIX}.jsonl") as path:
+            return MIX, [_Document.of(record, place, refusal) for _, place, record in read_records(path, refusal)]
     path = Path(source)
     form = form_of(path)
     if path.is_file() and form in PLAIN_FORMS:
-        return path.name, [read_plain(path, refusal)]
+        return path.name, [_Document(read_plain(path, refusal), "")]
     if path.is_file():
-        return path.name, (text_of(record, place, refusal) for _, place, record in read_records(path, refusal, _PLAIN))
+        records = read_records(path, refusal, _PLAIN)
+        return path.name, (_Document.of(record, place, refusal) for _, place, record in records)
     if not path.is_dir():
         check_is_file(path, refusal)
     if not path.exists() and (form in (*JSON_FORMS, *TABLE_FORMS, ".txt") or path.is_absolute()):
@@ -127,7 +157,7 @@ def _documents(
     return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN, refusal)
 
 
-def _read_dataset(spec: str, max_characters: int, refusal: type[DynquantError]) -> Iterator[str]:
+def _read_dataset(spec: str, max_characters: int, refusal: type[DynquantError]) -> Iterator[_Document]:
     from datasets import load_dataset
 
     name, _, config = spec.partition(":")
@@ -135,8 +165,8 @@ def _read_dataset(spec: str, max_characters: int, refusal: type[DynquantError]) 
         rows = load_dataset(name, config or None, split="train", streaming=True)
         total = 0
         for number, record in enumerate(rows):
-            document = text_of(record, f"{spec}, row {number}", refusal)
-            total += len(document)
+            document = _Document.of(record, f"{spec}, row {number}", refusal)
+            total += len(document.text)
             yield document
             if total >= max_characters:
                 return
@@ -182,12 +212,42 @@ def pack_windows(
 def _token_stream(
     text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", limit: int, *, skip_first: bool
 ) -> Iterator[int]:
+    encode = partial(tokenizer, verbose=False)  # it would warn that a document is longer than the model's context
+    form = _chat_format(tokenizer)
     for number, document in enumerate(text.documents):
         if number and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
-        # `verbose` off: the tokenizer would warn that a document is longer than the model's context.
-        ids = first_tokens(lambda part: tokenizer(part, verbose=False)["input_ids"], document, limit)
-        yield from ids[1:] if skip_first else ids
+        rendered = None if form is None or not isinstance(document, Chat) else _rendered(document, form)
+        if isinstance(rendered, str):  # with what the tokenizer would add
+            ids = first_tokens(lambda part: encode(part, add_special_tokens=False)["input_ids"], rendered, limit)
+            yield from ids[skip_first and ids[:1] == [tokenizer.bos_token_id] :]
+        else:
+            ids = first_tokens(lambda part: encode(part)["input_ids"], document, limit)
+            yield from ids[1:] if skip_first else ids
+
+
+def refused_chats(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return why the tokenizer's chat template does not render some conversations, whose windows have them as plain
+    text: many templates refuse a system message or calls of tools."""
+    form = _chat_format(tokenizer)
+    chats = [document for document in text.documents if form is not None and isinstance(document, Chat)]
+    reasons = [_rendered(chat, form) for chat in chats]
+    return [str(reason) for reason in reasons if isinstance(reason, ChatTemplateError)]
+
+
+def _chat_format(tokenizer: "PreTrainedTokenizerBase") -> ChatFormat | None:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    bos, eos = (getattr(tokenizer, f"{kind}_token", None) or "" for kind in ("bos", "eos"))
+    return ChatFormat(template, frozenset(), bos, (eos,), None) if template else None
+
+
+def _rendered(chat: Chat, form: ChatFormat) -> str | ChatTemplateError:
+    try:
+        return form.render(chat.messages, tools=chat.tools, generation=False, has_clock=False)
+    except ChatTemplateError as error:
+        return error
 
 
 def first_tokens(encode: Callable[[str], list[int]], text: str, count: int) -> list[int]:
@@ -209,7 +269,7 @@ def first_tokens(encode: Callable[[str], list[int]], text: str, count: int) -> l
 def varied_strings() -> list[str]:
     """Return a few hundred short strings on which tokenizers are told apart: prose, code, numbers, spaces, scripts."""
     _, documents = _documents(None, 0)
-    lines = [line for document in documents for line in document.splitlines() if line.strip()]
+    lines = [line for document in documents for line in document.text.splitlines() if line.strip()]
     return list(dict.fromkeys((*_TRICKY, *lines[:: max(1, len(lines) // 256)])))
 
 
@@ -223,11 +283,10 @@ def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, 
         EvaluationError: no such file or data set, a record without text, an empty text, or fewer than two tokens.
     """
     name, documents = _documents(source, max_tokens, EvaluationError)
-    content = "\n\n".join(documents)
+    content = "\n\n".join(document.text for document in documents)
     if not content.strip():
         raise EvaluationError(f"The text {name} is empty. Give one that the models have not been tuned on.")
-    plain, special = encode("a", add_special=False), encode("a")
-    bos = special[:1] if special[:1] != plain[:1] else []
+    bos = _bos(encode)
     tokens = first_tokens(partial(encode, add_special=False), content, max_tokens)[:max_tokens]
     step = window - len(bos)
     windows = [bos + tokens[start : start + step] for start in range(0, len(tokens), step)]
@@ -235,3 +294,36 @@ def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, 
     if not batches:
         raise EvaluationError(f"{name} gives {len(tokens)} tokens; at least 2 are needed to score anything.")
     return ModelInputs(batches, name=name, sha256=hashlib.sha256(content.encode()).hexdigest())
+
+
+def _bos(encode: TextEncoder) -> list[int]:
+    """Return the token that a tokenizer puts before every text, or none."""
+    plain, special = encode("a", add_special=False), encode("a")
+    return special[:1] if special[:1] != plain[:1] else []
+
+
+def context_windows(
+    source: str | Path, encode: TextEncoder, contexts: Sequence[int], num_scored: int, *, max_tokens: int
+) -> list[ModelInputs]:
+    """Return windows for each length of context, of which the last `num_scored` tokens are scored: the same ones.
+
+    There are as many windows as `max_tokens` has of the longest, and at least one. They begin as `evaluation_windows`.
+
+    Raises:
+        EvaluationError: as `evaluation_windows`, or a text is shorter than the longest context.
+    """
+    longest, bos = max(contexts), _bos(encode)
+    text = evaluation_windows(source, encode, window=longest, max_tokens=max(max_tokens, longest))
+    whole = [batch.ids for batch in text if batch.num_tokens == longest]
+    if not whole:
+        raise EvaluationError(
+            f"{text.name} has {text.num_tokens:,} tokens, fewer than a context of {longest:,}. Give a longer text, or "
+            "--contexts without that length."
+        )
+    inputs = []
+    for context in contexts:
+        is_text = torch.arange(context)[None] >= context - num_scored - 1  # what precedes the first scored one, too
+        ends = [torch.cat([ids[:, : len(bos)], ids[:, longest - context + len(bos) :]], dim=1) for ids in whole]
+        batches = tuple(Batch({"input_ids": ids}, is_text) for ids in ends)
+        inputs.append(replace(text, samples=batches, name=f"{text.name}, last {num_scored} of {context:,} tokens"))
+    return inputs

@@ -120,8 +120,8 @@ class PlanOptions(Options):
     prune_experts: Annotated[
         int,
         Flag(
-            "Leave this many routed experts of every layer out: those that contribute least, never one that holds a "
-            "super weight. Pays below about 2 bits per weight; a rare subject may go with them.",
+            "Leave this many routed experts of every layer out: those that the calibration text uses least, never one "
+            "that holds a super weight. May pay below about 2 bits per weight, and a rare subject may go with them.",
             min=0,
         ),
     ] = 0

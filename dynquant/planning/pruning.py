@@ -1,8 +1,10 @@
-"""Experts of no bits: the same number of the least contributing ones of every layer is left out before planning.
+"""Experts of no bits: the same number of the least used ones of every layer is left out before planning.
 
-What an expert contributes is the mean, over the tokens routed to it, of the norm of its output times the router's
-weight (REAP, arXiv 2510.13999). Experts that hold a super weight or drive massive activations are never left out. A
-router that chooses among groups first needs groups of equal size, so each loses as many.
+Use is the number of calibration tokens that the router sends there. It mostly lost less KL than the mean norm of what
+an expert adds (REAP, arXiv 2510.13999), its sum or energy, the Fisher information of that, and the KL of each expert
+missed alone; whether leaving experts out pays at all depends on the model (reports/damage.md). Experts that hold a
+super weight or drive massive activations are never left out. A router that chooses among groups first needs groups of
+equal size, so each loses as many.
 """
 
 from dataclasses import replace
@@ -30,7 +32,7 @@ def without_experts(
 ) -> Model:
     """Return the model without `count` experts of every layer, as a checkpoint in a plan's folder.
 
-    Statistics of the original, which say what experts contribute, are those of `stats` or are measured beside it.
+    Statistics of the original, which say how often experts are used, are those of `stats` or are measured beside it.
 
     Raises:
         PlanError: the model has no experts, or too few of them, or statistics do not rank them.
@@ -40,17 +42,17 @@ def without_experts(
         measured = statistics_at(folder / ORIGINAL_STATS_NAME, model, replace(options, hessians="none"), session)
     else:
         measured = StatsFile(stats).of(model)
-    experts = least_contributing(model, measured.stats, count, _protected(model, measured.stats, options, session))
+    experts = least_used(model, measured.stats, count, _protected(model, measured.stats, options, session))
     pruned = PrunedExperts(
         original=model.name, fingerprint=model.fingerprint, num_experts=model.hyper.n_expert, experts=experts
     )
     return open_pruned(model, pruned, folder, session)
 
 
-def least_contributing(
+def least_used(
     model: Model, stats: CalibrationStats, count: int, protected: set[tuple[str, int]]
 ) -> dict[int, tuple[int, ...]]:
-    """Return by layer the `count` experts that contribute least, in ascending order, but none that is protected.
+    """Return by layer the `count` experts with the fewest tokens, in ascending order, but none that is protected.
 
     Raises:
         PlanError: there are not so many, or nothing ranks them.
@@ -75,13 +77,12 @@ def least_contributing(
     least = {}
     for name in downs:
         inputs = stats.input_of(name)
-        if inputs is None or inputs.contribution is None:
+        if inputs is None or not inputs.counts.any():
             raise PlanError(
-                f"--prune-experts: the statistics do not say what the experts of `{name}` contribute; they were "
-                "imported, or made by an older version. Calibrate anew (leave --stats out)."
+                f"--prune-experts: the statistics do not say how often the experts of `{name}` are used. Calibrate "
+                "anew (leave --stats out)."
             )
-        means = inputs.contribution / inputs.counts.clamp_min(1)
-        ranked = [e for e in torch.argsort(means, stable=True).tolist() if (name, e) not in protected]
+        ranked = [e for e in torch.argsort(inputs.counts, stable=True).tolist() if (name, e) not in protected]
         size = num_experts // groups
         gone = [e for group in range(groups) for e in [x for x in ranked if x // size == group][: count // groups]]
         if len(gone) < count:

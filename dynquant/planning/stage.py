@@ -141,7 +141,7 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
     schemes = tuple(vllm_scheme(name).name for name in target.types) or _readable_schemes(session)
     model, options = _pruned(open_language_model(str(options.model), session), options, session)
-    checkpoint = linear_checkpoint(model, target.tensor_parallel)
+    checkpoint = linear_checkpoint(model, target.tensor_parallel, target.group_size)
     chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts)
     uniform = uniform_schemes(target.preset, checkpoint) if target.preset else None
     budget = target.budget(model.num_weights)

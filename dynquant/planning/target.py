@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import PlanError
-from dynquant.options import Fallback, Flag, Options, Preset, TensorParallel, Types
+from dynquant.options import Fallback, Flag, GroupSize, Options, Preset, TensorParallel, Types
 from dynquant.resources import parse_size
 
 if TYPE_CHECKING:
@@ -86,12 +86,13 @@ class Target(Options):
         str | None,
         Flag(
             "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w2a16 to w8a16, "
-            "w2a16_asym to w4a16_asym, fp8, nvfp4a16, mxfp4a16, bf16), for export -f compressed-tensors.",
+            "w2a16_asym to w7a16_asym, fp8, nvfp4a16, mxfp4a16, bf16), for export -f compressed-tensors.",
             ("--for",),
             show_default=False,
         ),
     ] = None
     tensor_parallel: TensorParallel = 1
+    group_size: GroupSize = 128
     mixed_experts: Annotated[
         bool,
         Flag(
@@ -110,7 +111,7 @@ class Target(Options):
         if self.mixed_experts and self.serves is None:
             raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
         if self.serves is None:
-            self.refuse_unused("it goes with --for vllm.", "tensor_parallel")
+            self.refuse_unused("it goes with --for vllm.", "tensor_parallel", "group_size")
         if len(given) > 1:
             raise PlanError(
                 f"Give one of --preset, --bpw, --size, --fits, --like and --recipe, not {' and '.join(given)}: each "

@@ -109,6 +109,11 @@ def _files(record: Release, reports: Mapping[str, EvalReport], besides: int) -> 
         suffix = f", {text.name}" * (len(texts) > 1)
         header += [f"KL{suffix}", f"same top token{suffix}", f"perplexity ratio{suffix}"]
     header += [f"accuracy ({result.scoring}; original {result.reference.accuracy.value:.1%})" for result in asked]
+    written = next((report.generated for report in reports.values()), ())
+    for result in written:
+        suffix = f", {result.name}" * (len(written) > 1)
+        loops = f"loops{suffix} (original {result.reference.loops.value:.1%})"
+        header += [f"divergence@{result.new_tokens}{suffix}", loops]
     rows = []
     for row in record.files:
         name = f"[{row.name}]({row.name})" if row.is_released else f"*{row.request} (not here)*"
@@ -119,6 +124,8 @@ def _files(record: Release, reports: Mapping[str, EvalReport], besides: int) -> 
             cells += [text.kl.mean.shown(".4f"), text.kl.top1_agreement.shown(".1%")] if text.kl else ["", ""]
             cells.append(text.perplexity_ratio.shown(".3f"))
         cells += [result.candidate.accuracy.shown(".1%") for result in report.multiple_choice] if report else []
+        for result in report.generated if report else ():
+            cells += [result.shared_tokens.shown(".1f"), result.candidate.loops.shown(".1%")]
         # A narrow column breaks before an interval, not in it.
         cells[1:] = [re.sub(r"(?<=,) | (?=[GM]B)", "\N{NO-BREAK SPACE}", cell) for cell in cells[1:]]
         rows.append([*cells, *[""] * (len(header) - len(cells))])
@@ -142,12 +149,18 @@ def _explained(reports: Mapping[str, EvalReport], record: Release, *, is_own_tex
         )
     for result in report.multiple_choice if report else ():
         yield f"Accuracies are of {result.questions:,} multiple-choice questions, {result.scoring} scoring."
+    for result in report.generated if report else ():
+        yield (
+            f"Divergence@{result.new_tokens} counts the tokens that file and original write alike, greedily, before "
+            f"they part, after {result.prompts:,} pieces of {result.name}; loops end in a block that repeats."
+        )
     if any(not row.is_released for row in record.files):
         yield "A row in italics has a published recipe's types, encoded as these files were; it is for comparison."
     if any(name.startswith("mmproj-") for row in record.files for name in row.files):
         yield "Vision tower and projector of each file are in `mmproj-` and its name, and count in its size."
     for name in record.extra_files:
-        yield f"[{name}]({name}) has the statistics of calibration, as `llama-quantize --imatrix` reads them."
+        text = f" on {record.calibration}" * bool(record.calibration)
+        yield f"[{name}]({name}) has the statistics of calibration{text}, as `llama-quantize --imatrix` reads them."
 
 
 def _besides(model: Model, options: ReleaseOptions) -> dict[int, int]:

@@ -32,6 +32,7 @@ _WINDOW = 512
 _PASSES = {"none": 1, "activations": 2, "gradients": 4, "two-sided": 6}  # forward passes that a calibrated token takes
 _BACK = 3  # forward and backward pass, in forward passes
 _TUNED = 1 + _BACK + 1  # what the original says, a step, and the looks at text that is held out
+_WRITTEN = 3  # a token that the model writes
 _ENCODED = 3 + 1  # times that the search encodes all weights: types of the Fisher probe, plans; and half a time a round
 
 
@@ -43,9 +44,8 @@ def effort_time(options: PlanOptions | ExportOptions, session: Session) -> str:
         tokens, encodings = _work_of_plan(options)
         seconds = tokens * token + encodings * encoding
     else:
-        closing = min(_tuned(model, options, session) * token, 60 * options.closing.tune_minutes)
         calibrated = _calibrated(options.calibration) if options.preset and not options.stats else 0
-        seconds = calibrated * token + encoding + closing
+        seconds = calibrated * token + encoding + _closing_seconds(model, options, session, token)
     spent = f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
     return f"--effort {options.effort}: about {spent} on this machine when it does nothing else, from nothing"
 
@@ -60,11 +60,16 @@ def _work_of_plan(options: PlanOptions) -> tuple[float, float]:
     return calibrated + prices + (4 + search.rounds) * search.selection_tokens, _ENCODED + search.rounds / 2
 
 
-def _tuned(model: Model, options: ExportOptions, session: Session) -> int:
-    """Return forward passes of a token that the closing pass is at most."""
-    tokens = options.closing.most_tokens if options.tune is None else options.tune
+def _closing_seconds(model: Model, options: ExportOptions, session: Session, token: float) -> float:
+    """Return the time of the closing pass at most; `token` is that of a token's forward pass."""
+    tokens, written = (
+        options.closing.most_tokens if options.tune is None else options.tune,
+        options.closing.tune_sampled,
+    )
     too_large = options.tune is None and too_large_to_tune(model, chosen_device(session.device))
-    return 0 if options.encoder != "dynquant" or too_large else _TUNED * tokens
+    if options.encoder != "dynquant" or too_large or not tokens:
+        return 0.0
+    return _WRITTEN * written * token + min(_TUNED * (tokens + written) * token, 60 * options.closing.tune_minutes)
 
 
 def _calibrated(options: CalibrationOptions) -> int:

@@ -25,7 +25,9 @@ def _in_release(output: Path, typed: Mapping[str, Any]) -> list[Path]:
 
 
 _CALIBRATION = Only(("text", "data", "strict", "tokens", "window", "hessians", "hessian_memory", "max_memory"))
-_QUESTIONS = Only(("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring"))
+_QUESTIONS = Only(
+    ("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring", "prompts", "new_tokens")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ class ReleaseQuestions(QuestionOptions):
         str | None, Flag("Multiple-choice questions for accuracies, .jsonl, .json, .parquet or a datasets id.")
     ] = None
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter",)
+    prompts: Annotated[
+        int, Flag("Also let every file go on from so many starts of each text: divergence@N and loops.", min=0)
+    ] = 0
+    new_tokens: Annotated[int, Flag("With --prompts: tokens that it writes after each.", min=1)] = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,8 @@ class ReleaseOptions(Options):
             raise OptionError(f"--push {self.push} is no repository of the Hub; give it as OWNER/REPO.")
         if self.push is None:
             self.refuse_unused("it goes with --push OWNER/REPO.", "yes")
+        if not self.questions.prompts:
+            self.questions.refuse_unused("it goes with --prompts N.", "new_tokens")
         if self.questions.mmlu_data is None:
             self.questions.refuse_unused(
                 "it is for questions, given with --mmlu-data.", "shots", "num_shots", "limit", "scoring"

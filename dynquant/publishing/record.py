@@ -54,6 +54,7 @@ class Release(FrozenRecord):
     commands: tuple[tuple[str, ...], ...] = ()
     versions: dict[str, str] = Field({})
     stats_hash: str = ""
+    calibration: str = ""
     extra_files: dict[str, str] = Field({})  # imatrix
     files: tuple[ReleasedFile, ...] = ()
 

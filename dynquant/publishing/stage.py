@@ -184,6 +184,7 @@ class _Making:
         """All that files are measured on."""
         asked = self.options.questions
         tasks = ("kl", "ppl") * bool(self.texts) + ("mmlu",) * (asked.mmlu_data is not None)
+        tasks += ("generate",) * (bool(self.texts) and asked.prompts > 0)
         return replace(asked, text=self.texts, tasks=tasks)
 
     @cached_property
@@ -325,7 +326,10 @@ class _Making:
         if stats_path.is_file() and not is_recorded:
             stats = StatsFile(stats_path)
             export_imatrix(stats.stats, self.folder / imatrix, model=self.model)
+            text = stats.stats.provenance
+            calibration = f"{text.num_tokens:,} tokens of {text.text_name} (SHA-256 {text.text_hash[:16]})"
             update |= {"stats_hash": stats.hash, "extra_files": {imatrix: file_hash(self.folder / imatrix)}}
+            update["calibration"] = calibration
         rows = tuple(row for row in record.files if row.is_released or row.measured_with == self.settings)
         record = record.model_copy(update=update | {"files": rows})
         record.save(self.folder / RECORD_NAME)

@@ -225,7 +225,7 @@ def plan_for_vllm(
     entries: list[PlanEntry] = []
     for unit, linears in checkpoint.units(mixed_experts=mixed_experts).items():
         choice = schemes[linears[0].name]
-        asked = SCHEMES[choice.type]
+        asked = checkpoint.scheme(choice.type)
         shards = [linear.shard for linear in linears]
         scheme, why = fit_to_shapes(asked, shards, is_expert=linears[0].is_expert)
         reason, wanted_type = _with_fallback(choice.reason, why, asked.name)

@@ -151,11 +151,12 @@ class Plan(FrozenRecord):
         return {name: len(entries) for name, entries in self.by_type().items()}
 
     def remarks(self) -> list[str]:
-        """Return the notes, and a line for each reason why tensors could not take the type that was asked for."""
+        """Return what is left out, the notes, and a line for each reason why tensors have no type asked for."""
         matches = (re.search(r"rows of [^;a-z]+ do not divide .*", entry.reason) for entry in self.entries)
         counts = Counter(match.group() for match in matches if match)
         fallbacks = [f"{count} tensor{'s' * (count > 1)}: {reason}" for reason, count in counts.most_common()]
-        return [*self.notes, *fallbacks]
+        gone = [f"routed experts that are left out: {self.pruned}"] if self.pruned else []
+        return [*gone, *self.notes, *fallbacks]
 
     def check_covers(self, names: list[str], model: Model) -> None:
         """Refuse a plan of another checkpoint or configuration, or one whose tensors are not exactly `names`. Raises

@@ -36,7 +36,6 @@ class ExpertCall:
     down_input: torch.Tensor  # [T, F]
     down_output: torch.Tensor  # [T, C]
     tokens: torch.Tensor  # [T] indices into the batch
-    weights: torch.Tensor | None = None  # [T] by which the router multiplies the output; None where it did the input
 
 
 ExpertObserver = Callable[[ExpertCall], None]
@@ -163,12 +162,12 @@ def _recording_forward(observer: ExpertObserver, module: Any, *args: Any, **kwar
     result = torch.zeros_like(hidden).flatten(0, -2)
     rows = hidden.flatten(0, -2)  # DBRX's come as [B, T, C]
     for expert, slot, tokens in _routed(expert_ids):
-        call = replace(call_expert(module, expert, rows[tokens], tokens), weights=weights[tokens, slot])
+        call = call_expert(module, expert, rows[tokens], tokens)
         observer(call)
         out = call.down_output
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
-        out = out * call.weights[:, None]
+        out = out * weights[tokens, slot, None]
         result.index_add_(0, tokens, out.to(result.dtype))
     return result.view_as(hidden)
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.published.packed_parts import has_known_schemes
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
 from dynquant.checkpoints.tensor_roles import stored_ahead
 from dynquant.checkpoints.tensor_source import is_finite
@@ -109,9 +110,13 @@ def _is_decoded_here(directory: Path) -> bool:
     """Return whether a directory is quantized in a layout that dynquant decodes.
 
     transformers takes rows // scale rows for the rows of a block of FP8, runs FP8 kernels on a GPU, which round
-    activations, and needs packages for others.
+    activations, and needs packages for others; of compressed-tensors it does not read all (`transformers_problem`).
     """
-    return quantization_of(directory).get("quant_method") in ("fp8", "mxfp4", "gptq", "awq")
+    quantization = quantization_of(directory)
+    method = quantization.get("quant_method")
+    return method in ("fp8", "mxfp4", "gptq", "awq") or (
+        method == "compressed-tensors" and has_known_schemes(quantization)
+    )
 
 
 @dataclass(frozen=True)

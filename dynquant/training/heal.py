@@ -31,7 +31,7 @@ from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_ex
 from dynquant.families.model_kind import check_same_kind
 from dynquant.families.open import check_original, locate_model, open_model
 from dynquant.inputs.held_out import split_documents, without_repeats
-from dynquant.inputs.text import CalibrationText, evaluation_windows, pack_windows, read_text
+from dynquant.inputs.text import MIX, CalibrationText, evaluation_windows, pack_windows, read_text
 from dynquant.resources import chosen_device
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.atomic import write_atomically
@@ -138,7 +138,7 @@ class _Healing:
         data = self.options.data
         return {
             **asdict(self.options.training), "start": self.options.start, "blend": self.options.share,
-            "data": data.data or "built-in text", "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
+            "data": data.data or MIX, "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
             "window": data.window, "text": [Path(path).name for path in data.text], "limit": data.limit,
             "num_shots": data.num_shots,
         }  # fmt: skip

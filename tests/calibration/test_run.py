@@ -1,8 +1,11 @@
 """Calibration: exact logits, sums equal to a direct computation, held-back samples, starved experts, text sources."""
 
+import copy
 import json
 import weakref
+from collections import Counter
 from concurrent.futures import wait
+from importlib import resources
 
 import pytest
 import torch
@@ -22,7 +25,8 @@ from dynquant.checkpoints.model import HyperParams
 from dynquant.errors import CheckpointError, StatsError, WriteError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.inputs.text import CalibrationText, pack_windows, read_text
+from dynquant.inputs.records import text_of
+from dynquant.inputs.text import CalibrationText, pack_windows, read_text, refused_chats
 from dynquant.planning import stage as planning_stage
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.stage import make_plan
@@ -134,7 +138,7 @@ def tokenizer(small_moe):
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    return pack_windows(read_text(None), tokenizer, window=64, max_tokens=64 * 8)
+    return pack_windows(read_text(None, seed=1), tokenizer, window=64, max_tokens=64 * 8)
 
 
 @pytest.fixture(scope="module")
@@ -373,23 +377,39 @@ def test_all_three_sources_are_read(tmp_path, tokenizer):
     assert read_text(tmp_path / "a.txt").documents == ("plain text\n\nof two paragraphs",)
     assert sorted(read_text(tmp_path / "a.jsonl").documents) == ["one", "two"]
     default = read_text(None)
-    assert 60_000 < sum(map(len, default.documents)) < 100_000
+    assert default.name == "dynquant-mix-1" and default == read_text(default.name)
     assert default.sha256 == read_text(None).sha256 != read_text(None, seed=1).sha256
 
 
-def test_datasets_directory_is_read(tmp_path):
-    pytest.importorskip("datasets")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5)))
-    assert sorted(read_text(tmp_path / "set").documents) == [f"row {i}" for i in range(5)]
+def test_any_part_of_the_mix_has_all_domains_and_every_document_a_licence():
+    lines = resources.files("dynquant").joinpath("data/dynquant-mix-1.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record["licence"] for record in records} == {"public domain", "Apache-2.0", "PSF-2.0", "Unlicense"}
+    domains = {text_of(record, "", StatsError): record["domain"] for record in records}
+    documents = read_text(None, seed=3).documents
+    assert domains.keys() == set(documents)
+    assert {domains[document] for document in documents[:6]} == set(domains.values())
+    places = Counter(domains.values())
+    assert all(0.3 < Counter(map(domains.get, documents[:109]))[name] / places[name] < 0.7 for name in places)
 
 
-def test_chat_turns_become_plain_text(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(
-        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]})
-    )
-    assert read_text(path).documents == ("user: hi\n\nassistant: yo",)
+def test_conversations_are_in_the_template_of_the_model(tmp_path, tokenizer):
+    calls = [{"id": "a", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    turns = [
+        {"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "two"},
+    ]  # fmt: skip
+    system = [{"role": "system", "content": "be kind"}, *turns]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, system)))
+    text = read_text(tmp_path / "t.jsonl")
+    plain = tokenizer.decode(pack_windows(text, tokenizer)[0])
+    assert "user: hi\n\nassistant: [" in plain and '"name": "add"' in plain and not refused_chats(text, tokenizer)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    templated = copy.copy(tokenizer)
+    templated.chat_template = refusal + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    shown = templated.decode(pack_windows(text, templated)[0])
+    assert "<user>hi<assistant><tool>2<assistant>two" in shown and "system: be kind\n\nuser: hi" in shown
+    assert refused_chats(text, templated) == ["refuses it: no system"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ NOT_PATHS = {
     "preset", "encoder", "format", "runner", "hessians", "kv_type", "vision", "for_", "device", "ray", "tune", "size",
     "fits", "start", "store", "types", "couple", "tasks", "scoring", "presets", "variants", "sensitivity", "frontier",
     "hessian_memory", "max_memory", "split_max_size", "mmproj_type", "output", "imatrix", "fallback", "mtp_type",
-    "tune_parts", "gpu", "ram", "sizes", "bpw", "name", "base_model", "quantized_by", "push",
+    "tune_parts", "gpu", "ram", "sizes", "bpw", "name", "base_model", "quantized_by", "push", "effort", "contexts",
 }  # fmt: skip
 """Options of type str that name no file that is read; `output` and `imatrix` are words of what `recipe` prints."""
 

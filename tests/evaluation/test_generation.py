@@ -9,6 +9,7 @@ from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import open_runner
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
 from dynquant.families.open import open_model
+from tests.helpers.commands import succeed
 from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import write_f32
 
@@ -79,9 +80,36 @@ def test_the_cache_of_keys_and_values_is_measured_with_the_weights(small_moe: Pa
     assert abs(exact) < 1e-6 < eight < four
 
 
+@pytest.mark.nightly
+def test_the_report_of_a_plan_shows_what_its_file_writes(small_moe: Path, tiny_moe: Path, tmp_path) -> None:
+    few = ("--tokens", 512, "--window", 128, "--hessians", "none", "--encoder", "ggml", "--types", "q4_k,q6_k")
+    succeed("plan", tiny_moe, "--bpw", "5.5", *few, "-o", tmp_path)
+    file = tmp_path / "model.gguf"
+    succeed("export", tiny_moe, "--plan", tmp_path / "plan.json", "--encoder", "ggml", "-o", file)
+    text = ("--text", small_moe.parent / "demo_text.txt", "--prompts", 2, "--new-tokens", 4)
+    succeed("eval", file, "--reference", tiny_moe, "--tasks", "generate", *text)
+    page = (tmp_path / "report.html").read_text()
+    assert "tokens until they part" in page and "end in a loop" in page
+
+
+@pytest.mark.nightly
+def test_the_same_tokens_are_scored_behind_every_length_of_context(small_moe: Path, f32_moe: Path, text) -> None:
+    options = text | {"tasks": {"kl"}, "max_tokens": 2048, "contexts": ("512", "1024", "16384"), "kv_type": ("q8_0",)}
+    report = evaluated(f32_moe, small_moe, **options)
+    short, long = report.texts
+    assert (short.window, long.window, short.windows, long.windows) == (512, 1024, 2, 2)
+    assert short.scored_tokens == long.scored_tokens == 2 * 256
+    assert short.reference_perplexity.value > long.reference_perplexity.value  # more is known of the same tokens
+    assert min(short.kl.mean.value, long.kl.mean.value) > 1e-6
+    assert any("have 1,024 tokens of context" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"kv_type": ("q8_0", "q4_0")}, "different K .* and V .* Give another, as q8_0"),  # of this architecture
+        ({"contexts": ("100",)}, "--contexts 100: give whole numbers of tokens from 512 on"),
+        ({"tasks": {"kl"}, "contexts": ("4096",)}, "the models have 1,024 tokens of context; give shorter ones"),
         ({"kv_type": ("q9_0",)}, "--kv-type q9_0: give one type"),
         ({"new_tokens": 100_000}, "do not fit the context"),
         ({"kv_type": ("q8_0",), "runner": "transformers"}, "no GGUF file that runs there"),

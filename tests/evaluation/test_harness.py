@@ -12,6 +12,7 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.tasks.harness_results import summarize_task
 from dynquant.families.open import open_model
+from tests.helpers.commands import linked_copy
 from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import write_f32
 
@@ -128,6 +129,19 @@ def test_a_quantized_file_is_compared_on_few_questions_of_one_file(lm_eval, smal
     assert [answer.question for answer in result.answers] == [1, 3] or result.num_questions == 2
     assert any("Shots of gsm8k are other questions" in note for note in report.notes)
     assert result.metrics[0].mcnemar_p is not None
+
+
+@pytest.mark.nightly
+def test_questions_are_asked_in_the_chat_template_of_the_original(lm_eval, small_moe, folder, tmp_path) -> None:
+    original = linked_copy(small_moe, tmp_path / "chat")
+    settings = json.loads((original / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
+    (original / "tokenizer_config.json").unlink()
+    (original / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked = {"tasks": ["gsm8k"], "task_data": folder, "num_shots": 1, "new_tokens": 4, "limit": 2, **RUN}
+    plain, chat = (evaluated(original, original, chat=is_chat, **asked).harness[0] for is_chat in (False, True))
+    assert plain.tasks == chat.tasks == {"gsm8k": 2} and plain.sha256 != chat.sha256
+    assert all(answer.reference == answer.candidate for answer in chat.answers)
 
 
 @pytest.mark.nightly

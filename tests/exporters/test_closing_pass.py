@@ -14,6 +14,7 @@ from dynquant.errors import CheckpointError, ExportError, StatsError
 from dynquant.exporters.closing_pass import check_original, too_large_to_tune
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions
+from dynquant.exporters.tuning import training
 from dynquant.exporters.tuning.tensors import Correction
 from dynquant.exporters.tuning.training import TuneOptions, tune
 from dynquant.families.open import open_model
@@ -24,6 +25,7 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.session import ignore_progress
 from tests.helpers.commands import refused
 from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import TINY
@@ -173,9 +175,16 @@ def test_training_ends_when_the_held_out_kl_stops_falling(model, crushed, window
     rising = iter(range(100))
     monkeypatch.setattr("dynquant.exporters.tuning.training._FULL_RATE_STEPS", 2)
     monkeypatch.setattr("dynquant.exporters.tuning.training._Tuning._placed", lambda *_: float(next(rising)))
-    options = replace(OPTIONS, step_tokens=128, held_out_tokens=256)
+    options = replace(OPTIONS, step_tokens=128, held_out_tokens=256, patience=2)
     result = tune(model, load_hf(model), GGUFSource(crushed), windows, options)
-    assert result.ended == "the held-out KL stopped falling" and result.tokens == 5 * 128
+    assert result.ended == "the held-out KL stopped falling" and result.tokens == 5 * 128 and result.fraction == 0.25
+
+
+def test_a_little_gain_is_not_worth_the_rest_of_the_way(model, monkeypatch):
+    kls = iter([1.0, 0.7, 0.5, 0.42, 0.45])  # at the start and at each quarter of the way
+    monkeypatch.setattr("dynquant.exporters.tuning.training._Tuning._placed", lambda *_: next(kls))
+    tuning = training._Tuning(load_hf(model), {}, SHORT, ignore_progress, None)
+    assert tuning.move_to_best_fraction([], [], []) == 0.5
 
 
 def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(model):

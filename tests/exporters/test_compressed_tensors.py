@@ -3,6 +3,7 @@ budgets and refusals."""
 
 import json
 import shutil
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.checkpoints.tensor_source import DictSource
@@ -22,9 +24,10 @@ from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.planning.chooser import SchemeChooser
-from dynquant.recipes.build_plan import plan_for_vllm
+from dynquant.recipes.build_plan import check_linears, plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.architectures import converted_model, save_architecture
+from tests.helpers.calibrating import unseen_text
 from tests.helpers.commands import run
 from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.exports import export_compressed_tensors
@@ -146,6 +149,21 @@ def test_experts_that_transformers_refuses_are_named_beforehand(experts, words, 
     assert words in transformers_problem(plan)
     with pytest.raises(RuntimeError, match="conversion of the weights"):
         logits(tmp_path / "out", torch.bfloat16)
+
+
+def test_our_loader_reads_what_transformers_does_not(deepseek, tmp_path):
+    """Zero points, experts that differ from layer to layer, NVFP4 experts."""
+    schemes = ("W3A16_ASYM", "NVFP4A16", "W2A16_ASYM", "FP8", "W4A16_ASYM", "BF16", "MXFP4A16")
+    output = tmp_path / "out"
+    plan = export(deepseek, output, lambda n, _: schemes[n % len(schemes)], mixed_experts=True)
+    card = (output / "README.md").read_text()
+    assert "take vLLM 0.31.0" in card and "transformers cannot load it: it does not unpack zero points" in card
+    weights = {share.label: share.num_weights for share in inspect(output).types}
+    assert all(weights[name] == sum(map(prod, (e.shape for e in entries))) for name, entries in plan.by_type().items()
+               if name != "BF16")  # fmt: skip
+    exact = filled(output, plan, tmp_path / "filled", torch.float32, experts=torch.float32)
+    found = open_runner(output).window_logits(TOKENS[0].tolist())
+    torch.testing.assert_close(found, logits(exact, torch.float32), rtol=1e-4, atol=1e-4)
 
 
 def test_the_directory_is_complete_and_described(mixed_llama):
@@ -319,12 +337,30 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--size", "1GB"), "not --bpw and --size"),
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--select"), "--select is for plans of GGUF types"),
         (("plan", "MODEL", "--mixed-experts", "--bpw", "5"), "--mixed-experts goes with --for vllm"),
+        (("plan", "MODEL", "--for", "vllm", "--group-size", "48"), "none of 128, 64, 32"),
+        (("plan", "MODEL", "--tensor-parallel", "2", "--bpw", "5"), "it goes with --for vllm"),
+        (("plan", "MODEL", "--for", "vllm", "--tensor-parallel", "3"), "`blk.0.attn_q.weight` has 4 heads"),
     ],
 )
 def test_refusals_are_one_paragraph(arguments, words, llama, tmp_path):
     status, said = typed(*(llama if part == "MODEL" else part for part in arguments), "-o", tmp_path / "out")
     assert status == 1 and words in said and said.count("error: ") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_tensor_parallel_decide_groups(llama, mixed_llama):
+    """Of the down projection's rows of 320 each GPU has a part, of two heads of keys each of four GPUs one."""
+    model, found = open_model(llama), {}
+    for count in (1, 2, 4):
+        checkpoint = linear_checkpoint(model, count)
+        linears = {linear.name: linear for linear in checkpoint.linears}
+        found[count] = SCHEMES["W4A16"].for_shapes([linears["blk.0.ffn_down.weight"].shard])
+        assert linears["blk.0.attn_k.weight"].shard == (128 // min(count, 2), 256)
+    assert (found[1].group_size, found[2].group_size, found[4]) == (64, 32, None)
+    candidates = linear_checkpoint(model, group_size=32).candidates(SCHEMES, mixed_experts=False)
+    assert {scheme.group_size for each in candidates.values() for scheme in each} == {0, 16, 32}
+    with pytest.raises(PlanError, match=r"`blk.0.ffn_down.weight` is planned as .* each GPU of --tensor-parallel 4"):
+        check_linears(mixed_llama[1], checkpoint, model)
 
 
 def test_gguf_files_and_edited_plans_are_refused(llama, mixed_llama, tmp_path):
@@ -358,7 +394,7 @@ def plan_with(document, entry, **changes):
 def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, calibrated_16m, tmp_path):
     """int4 experts of two layers of the bundled model, on text that calibration did not see."""
     stats = calibrated_16m / "stats.safetensors"
-    text = small_moe.parent / "demo_text.txt"
+    text = unseen_text(tmp_path)
     schemes = {f"blk.{layer}.experts": "W4A16" for layer in (1, 2)}
     measured = kl_by_rounding(small_moe, stats, text, schemes, tmp_path, tokens=1024)
     kl = {rounding: value for rounding, value, _ in measured}

@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.encoding.vllm import EncodedLayer
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import Scheme, codes_of, zero_points_of
 from dynquant.recipes.plan import Plan
 
 TOKENS = torch.arange(7, 71)[None]
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -31,8 +29,10 @@ def stored_parts(directory: Path, plan: Plan) -> dict[str, dict[str, torch.Tenso
     return found
 
 
-def filled(directory: Path, plan: Plan, target: Path, dtype: torch.dtype) -> Path:
-    """An ordinary checkpoint of the decoded weights; experts as transformers merges them, in bfloat16."""
+def filled(
+    directory: Path, plan: Plan, target: Path, dtype: torch.dtype, experts: torch.dtype = torch.bfloat16
+) -> Path:
+    """An ordinary checkpoint of the decoded weights; experts are by default as transformers merges them."""
     parts = stored_parts(directory, plan)
     tensors = stored_tensors(directory)
     for entry in plan.entries:
@@ -40,7 +40,7 @@ def filled(directory: Path, plan: Plan, target: Path, dtype: torch.dtype) -> Pat
             for suffix in parts[module]:
                 tensors.pop(f"{module}.{suffix}")
             decoded = from_stored(entry.scheme, parts[module])
-            tensors[f"{module}.weight"] = decoded.decoded(torch.bfloat16 if entry.is_expert_stack else dtype).to(dtype)
+            tensors[f"{module}.weight"] = decoded.decoded(experts if entry.is_expert_stack else dtype).to(dtype)
     target.mkdir()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
@@ -73,28 +73,5 @@ def from_stored(scheme: Scheme, parts: dict[str, torch.Tensor]) -> EncodedLayer:
     """Return what `EncodedLayer.stored` was called on."""
     if scheme.strategy == "none":
         return EncodedLayer(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
-    zero_points = None
-    if scheme.kind == "int":
-        (rows, columns), bits = parts["weight_shape"].tolist(), scheme.num_bits
-        codes = _unpacked_integers(parts["weight_packed"], bits, columns)
-        if scheme.has_zero_points:
-            zero_points = _unpacked_integers(parts["weight_zero_point"].T, bits, rows).T
-    elif scheme.num_bits == 8:
-        codes = parts["weight"].to(torch.float32)
-    else:
-        codes = _unpacked_e2m1(parts["weight_packed"])
     global_scale = float(parts["weight_global_scale"]) if "weight_global_scale" in parts else None
-    return EncodedLayer(scheme, codes, parts["weight_scale"], zero_points, global_scale)
-
-
-def _unpacked_integers(packed: torch.Tensor, num_bits: int, columns: int) -> torch.Tensor:
-    bits = np.unpackbits(packed.contiguous().view(torch.uint8).numpy(), axis=-1, bitorder="little")
-    bits = bits[:, : columns * num_bits].reshape(len(bits), columns, num_bits)
-    codes = np.packbits(bits, axis=-1, bitorder="little")[..., 0]
-    return torch.from_numpy(codes).to(torch.float32) - (1 << (num_bits - 1))
-
-
-def _unpacked_e2m1(packed: torch.Tensor) -> torch.Tensor:
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
-    magnitudes = torch.tensor(_E2M1)[nibbles & 7]
-    return torch.where(nibbles >= 8, -magnitudes, magnitudes)
+    return EncodedLayer(scheme, codes_of(parts), parts["weight_scale"], zero_points_of(parts), global_scale)

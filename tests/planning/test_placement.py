@@ -93,9 +93,9 @@ def test_the_command_prints_flags_and_bytes(file, no_llama_cpp):
 
 def test_without_memories_there_is_a_row_for_each_common_card(file, no_llama_cpp):
     cards = json.loads(succeed("fit", file, "--json"))
-    assert list(cards) == ["8GB", "12GB", "16GB", "24GB"]
+    assert list(cards) == ["8 GB", "12 GB", "16 GB", "24 GB"]
     alone = json.loads(succeed("fit", file, "--gpu", "12GB", "--json"))  # the host has room for whatever it gets
-    assert cards["12GB"] == alone and alone["host"]["total"] == placed(file, "12GB").host.total
+    assert cards["12 GB"] == alone and alone["host"]["total"] == placed(file, "12GB").host.total
 
 
 PARSE = """

@@ -8,6 +8,7 @@ from unittest.mock import Mock, patch
 import pytest
 from huggingface_hub import constants
 
+from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
@@ -63,15 +64,18 @@ def again(released, tmp_path):
 
 
 def test_a_size_has_its_file_its_card_and_its_way_to_the_hub(tiny_moe, text, tmp_path):
-    few = ("--tokens", 512, "--types", "q4_k,q6_k", "--max-tokens", 256)
+    few = ("--tokens", 512, "--types", "q4_k,q6_k", "--max-tokens", 256, "--prompts", 2, "--new-tokens", 4)
     call = ("release", tiny_moe, "--bpw", "5", *OPTIONS, *few, "--text", text, "-o", tmp_path)
     with hub_stand_in() as hub:
         succeed(*call, "--push", REPO, "--yes")
         sent = hub.repositories[REPO].files
     (name,) = files_in(tmp_path)
     assert {name, "README.md", "release.json", f"{tiny_moe.name}-imatrix.gguf"} <= sent.keys()
-    kl = json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())["texts"][0]["kl"]["mean"]
+    report = json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())
+    kl, alike = report["texts"][0]["kl"]["mean"], report["generated"][0]["shared_tokens"]
     assert f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]" in shown(tmp_path)
+    assert "| divergence@4 | loops (original 0.0%) |" in shown(tmp_path)
+    assert f"| {alike['value']:.1f} [{alike['low']:.1f}, {alike['high']:.1f}] |" in shown(tmp_path)
 
 
 @pytest.mark.nightly
@@ -103,6 +107,7 @@ def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
         assert f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}]" in row
         assert f"{top1.value:.1%} [{top1.low:.1%}, {top1.high:.1%}]" in row
         assert f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" in row
+    assert "Every file fits on a graphics card of 8 GB, with `-ngl 3`" in card
 
 
 @pytest.mark.nightly
@@ -231,12 +236,17 @@ def test_a_lost_connection_is_told_of(tmp_path):
 
 
 @pytest.mark.nightly
-def test_sizes_that_are_planned_together_have_the_plans_that_they_have_alone(tiny_moe, tmp_path):
+def test_sizes_that_are_planned_together_are_as_good_as_those_planned_alone(tiny_moe, tmp_path, monkeypatch):
     search = SearchOptions(select=True, probes=2, selection_tokens=512)
     calibration = CalibrationOptions(tokens=4096, window=128, hessians="none")
     asked = PlanOptions(model=str(tiny_moe), output=tmp_path, calibration=calibration, encoder="ggml", search=search)
     targets = [Target(bpw=bits, types=("q2_k", "q4_k", "q6_k")) for bits in (3.6, 5.0)]
     alone = [make_plan(replace(asked, target=target)) for target in targets]
+    rounds = Mock(wraps=unit_kl.unit_worth)
+    monkeypatch.setattr(unit_kl, "unit_worth", rounds)
     together = make_plans(asked, targets)
-    assert [plan.entries for plan in together] == [plan.entries for plan in alone]
-    assert [plan.selected_kl for plan in together] == pytest.approx([plan.selected_kl for plan in alone], rel=1e-5)
+    assert rounds.call_count <= 2 + 1  # the smaller size goes on from the larger one's prices
+    assert together[1].entries == alone[1].entries
+    assert [plan.recipe for plan in together] == [plan.recipe for plan in alone]
+    assert together[0].predicted_bytes <= 3.6 * alone[0].num_weights / 8
+    assert together[0].selected_kl <= 1.1 * alone[0].selected_kl

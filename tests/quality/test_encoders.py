@@ -24,6 +24,7 @@ from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.storage.atomic import file_hash
 from tests.conftest import CALIBRATION_16M
+from tests.helpers.calibrating import unseen_text
 from tests.helpers.commands import command, linked_copy, refused, succeed
 from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import llama_logits, mean_kl
@@ -78,11 +79,10 @@ def files(small_moe, plan, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_held_out_kl_at_the_same_bytes(small_moe, files, tmp_path):
-    demo_text = Path(small_moe).parent / "demo_text.txt"
-    kl = {}
+    text, kl = unseen_text(tmp_path), {}
     for name, path in files.items():
         report = evaluated(
-            str(path), str(small_moe), tasks=("kl",), text=[demo_text], max_tokens=1024, reference_cache=tmp_path
+            str(path), str(small_moe), tasks=("kl",), text=[text], max_tokens=2048, reference_cache=tmp_path
         )
         kl[name] = report.texts[0].kl.mean.value
     assert len({path.stat().st_size for path in files.values()}) == 1
@@ -203,13 +203,12 @@ def test_bad_options_are_refused_in_one_paragraph(small_moe, calibrated, tmp_pat
 def test_kl_never_rises_with_bytes_along_the_frontier(small_moe, calibrated_16m, tmp_path):
     """A file was once worse than one of 95 % of its bytes: the smaller one's closing pass was kept, its own refused."""
     linked_copy(calibrated_16m, tmp_path / "plan")
-    demo_text = Path(small_moe).parent / "demo_text.txt"
-    sizes, kls = [], []
+    unseen, sizes, kls = unseen_text(tmp_path), [], []
     for size in ("4.4MB", "4.8MB", "5.2MB", "5.7MB"):
         succeed("plan", small_moe, "--size", size, *CALIBRATION_16M, "--no-report", "-o", tmp_path / "plan")
         file = tmp_path / f"{size}.gguf"
         succeed("export", small_moe, "--plan", tmp_path / "plan" / "plan.json", "-o", file)
-        (text,) = evaluated(file, small_moe, tasks=("kl",), text=[demo_text], max_tokens=4096).texts
+        (text,) = evaluated(file, small_moe, tasks=("kl",), text=[unseen], max_tokens=4096).texts
         sizes.append(file.stat().st_size)
         kls.append(text.kl.mean.value)
     assert sizes == sorted(set(sizes))

@@ -8,6 +8,8 @@ GPTQ: NAME.weight [rows, columns] is `qweight` int32 [columns * bits / 32, rows]
 `scales` [groups, rows] and perhaps `g_idx` [columns], the group of a column. AWQ has `qweight` [columns, rows / 8] and
 the same groups, each eight rows in the order 0, 2, 4, 6, 1, 3, 5, 7. A weight is (code - zero) * scale; GPTQ's first
 format stores zero - 1.
+
+compressed-tensors: the schemes of `formats.vllm_schemes`, without quantized activations.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from torch import Tensor
 from dynquant.checkpoints.safetensors_format import FileSpan
 from dynquant.errors import CheckpointError
 from dynquant.formats.plain_quants import decode_mxfp4, pack_mxfp4
+from dynquant.formats.vllm_schemes import SCHEMES, weights_of
 
 ReadPart = Callable[[str, int | slice | None], Tensor]
 """Stored name, and slice or range of its first dimension -> the tensor as stored."""
@@ -29,6 +32,9 @@ MXFP4_BLOCK = 32
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INTEGER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_COMPRESSED_PARTS = (
+    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale"),
+)
 
 
 class PackedTensor(Protocol):
@@ -101,6 +107,25 @@ class IntegerMatrix:
         return codes.movedim(-1, dimension + 1).flatten(dimension, dimension + 1)
 
 
+@dataclass(frozen=True)
+class CompressedMatrix:
+    """A matrix [rows, columns] of compressed-tensors."""
+
+    prefix: str
+    shape: tuple[int, ...]
+    suffixes: tuple[str, ...]
+    scheme: str
+    """Its name in `vllm_schemes`."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(f"{self.prefix}.{suffix}" for suffix in self.suffixes)
+
+    def values(self, read: ReadPart, index: int | slice | None) -> Tensor:
+        weights = weights_of(dict(zip(self.suffixes, (read(part, None) for part in self.parts), strict=True)))
+        return weights if index is None else weights[index]
+
+
 def ggml_blocks(codes: Tensor, powers: Tensor) -> Tensor:
     """Return ggml's MXFP4 blocks, uint8 [..., columns / 32 * 17], of codes [..., columns] and powers of their 32s."""
     return pack_mxfp4(powers.reshape(-1), codes.reshape(-1, MXFP4_BLOCK)).view(*powers.shape[:-1], -1)
@@ -121,7 +146,54 @@ def packed_tensors(spans: Mapping[str, FileSpan], quantization: Mapping[str, Any
         elif name.endswith(".qweight") and method in ("gptq", "awq"):
             prefix = name.removesuffix(".qweight")
             packed[f"{prefix}.weight"] = _matrix(spans, prefix, quantization)
+        elif name.endswith(".weight_scale") and method == "compressed-tensors" and has_known_schemes(quantization):
+            prefix = name.removesuffix(".weight_scale")
+            packed[f"{prefix}.weight"] = _compressed(spans, prefix)
     return packed
+
+
+def has_known_schemes(quantization: Mapping[str, Any]) -> bool:
+    """Return whether `quantization_config` of compressed-tensors has no schemes but those of `vllm_schemes`."""
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or quantization.get("quantization_status") != "compressed":
+        return False
+    stated = [group for group in groups.values() if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
+    formats = {scheme.format for scheme in SCHEMES.values() if scheme.is_quantized}
+    return len(stated) == len(groups) and all(
+        group.get("input_activations") is None
+        and (group.get("format") or quantization.get("format")) in formats
+        and group["weights"].get("strategy") in ("group", "tensor_group", "channel")
+        for group in stated
+    )
+
+
+def _compressed(spans: Mapping[str, FileSpan], prefix: str) -> CompressedMatrix:
+    stored = {part: spans[f"{prefix}.{part}"] for part in _COMPRESSED_PARTS if f"{prefix}.{part}" in spans}
+    shapes = {part: span.shape for part, span in stored.items()}
+    try:
+        codes = stored.get("weight") or stored["weight_packed"]
+        rows, columns = codes.shape
+        bits: float = {"F8_E4M3": 8, "U8": 4, "I32": 0}[codes.dtype]
+        if codes.dtype == "U8":
+            columns *= 2
+        elif codes.dtype == "I32":
+            columns = int(stored["weight_shape"].read()[1])
+            bits = codes.shape[1] * 32 / columns
+        groups = shapes["weight_scale"][1]
+        zeros = shapes.get("weight_zero_point", (-(-rows * bits // 32), groups))
+        fits = shapes["weight_scale"] == (rows, groups) and zeros == (-(-rows * bits // 32), groups)
+        fits = fits and bits in range(1, 9) and columns % groups == 0
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
+        fits = False
+    if not fits:
+        raise CheckpointError(
+            f"`{prefix}` is stored for compressed-tensors in {shapes!r:.300}, which do not fit each other, or are "
+            "packed as its versions before 0.18 pack 3, 5, 6 and 7 bits. Fetch the checkpoint again, or make it with a "
+            "newer version."
+        )
+    scheme = {"F8_E4M3": "FP8", "U8": "NVFP4A16" if "weight_global_scale" in stored else "MXFP4A16"}.get(codes.dtype)
+    asymmetric = "_ASYM" * ("weight_zero_point" in stored)
+    return CompressedMatrix(prefix, (rows, columns), tuple(stored), scheme or f"W{bits:.0f}A16{asymmetric}")
 
 
 def _experts(spans: Mapping[str, FileSpan], name: str) -> Mxfp4Experts:

@@ -7,7 +7,8 @@ A command is a function of options, of a session and of what only the terminal k
 `from_options` returns the same command with one parameter for each field that has a `Flag`, for typer to read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import Parameter, Signature, signature
 from keyword import iskeyword
@@ -36,8 +37,25 @@ _Build = Callable[[Typed], Any]
 """Makes an argument of what was typed."""
 
 
-def from_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the fields of `function`'s options dataclasses as parameters."""
+def parsed(kind: type, words: Sequence[str]) -> Any:
+    """Return the options that a command makes of the words behind its name; what it would write is not locked."""
+    taken: list[Any] = []
+
+    def command(options: Any) -> None:
+        taken.append(options)
+
+    command.__annotations__["options"] = kind
+    function, app = from_options(command, writes=False), typer.Typer()
+    app.command(cls=command_class(function))(function)
+    app(args=list(words), standalone_mode=False)
+    return taken[0]
+
+
+def from_options(function: Callable[..., None], *, writes: bool = True) -> Callable[..., None]:
+    """Return a command with the fields of `function`'s options dataclasses as parameters.
+
+    Where it `writes`, its outputs are checked and locked while it runs.
+    """
     hints = get_type_hints(function, include_extras=True)
     parameters: list[Parameter] = []
     builds = {name: _opened(hint, parameters) for name, hint in hints.items() if is_dataclass(_bare(hint)[0])}
@@ -49,7 +67,7 @@ def from_options(function: Callable[..., None]) -> Callable[..., None]:
     def command(invocation: typer.Context, **values: Any) -> None:
         sources = {name: invocation.get_parameter_source(name) for name in values}
         typed = Typed(values, {name for name, source in sources.items() if source and source.name == "COMMANDLINE"})
-        with guarded(parameters, values):
+        with guarded(parameters, values) if writes else nullcontext():
             function(**{name: build(typed) for name, build in builds.items()})
 
     first = Parameter("invocation", Parameter.KEYWORD_ONLY, annotation=typer.Context)

@@ -29,7 +29,7 @@ from dynquant.planning.memory.budget import (
 from dynquant.planning.options import FitOptions
 from dynquant.resources import human_bytes, parse_size
 
-COMMON_CARDS = ("8GB", "12GB", "16GB", "24GB")
+COMMON_CARDS = ("8 GB", "12 GB", "16 GB", "24 GB")
 """Memories of graphics cards that most people have."""
 
 

@@ -86,11 +86,11 @@ def test_a_report_of_a_model_has_answers_by_subject_and_plots(small_moe: Path, t
     words = ["report", "--model", tiny_text("qwen2"), "-o", tmp_path / "judged", "--methods", methods]
     words += ["--recipes", "llama-q2_k", "--tokens", 4096, "--text", folder / "demo_text.txt", "--score", 512]
     words += ["--questions", folder / "demo_questions.jsonl", "--shots", folder / "demo_shots.jsonl", "--limit", 12]
-    words += ["--prompts", 2, "--super-tokens", 256, "--report", tmp_path / "qwen.md"]
+    words += ["--prompts", 2, "--scoring", "letter,cloze", "--super-tokens", 256, "--report", tmp_path / "qwen.md"]
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--side-by-side", "1"])
     model_report.main()
     lines = (tmp_path / "qwen.md").read_text().splitlines()
-    assert sum(line.startswith("| llama-q2_k | dynquant |") for line in lines) == 3
+    assert sum(line.startswith("| llama-q2_k | dynquant |") for line in lines) == 4
     assert any(line.startswith("| subject | questions | right % | q2_k dynquant | q2_k llama.cpp |") for line in lines)
     pictures = [line.partition("](")[2].rstrip(")") for line in lines if line.startswith("![")]
     assert len(pictures) == 3 and all((tmp_path / picture).stat().st_size for picture in pictures)

@@ -8,8 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from dynquant.cli.terminal import parameters
 from dynquant.cli.terminal.parameters import from_options
 from dynquant.options import Flag, Only
+from dynquant.planning.options import PlanOptions
 from dynquant.session import Session
 
 
@@ -68,3 +70,9 @@ def test_a_field_that_is_not_shown_keeps_its_default_and_has_no_flag(run):
     for flag in ("--level", "--hidden", "--threads"):
         result, seen = run("m", flag, "1")
         assert result.exit_code == 2 and not seen
+
+
+def test_words_are_parsed_without_a_lock_on_what_they_would_write(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parameters, "guarded", lambda *_: pytest.fail("an output was locked"))
+    options = parameters.parsed(PlanOptions, ("model", "-o", str(tmp_path / "plan"), "--tokens", "4096", "--select"))
+    assert (options.output, options.calibration.tokens) == (tmp_path / "plan", 4096)
