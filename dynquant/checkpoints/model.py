@@ -97,7 +97,7 @@ class PrunedExperts(FrozenRecord):
     def __str__(self) -> str:
         count = len(next(iter(self.experts.values())))
         listed = "; ".join(f"{layer}: {' '.join(map(str, gone))}" for layer, gone in self.experts.items())
-        return f"{count} of {self.num_experts} in {len(self.experts)} layers ({listed})"
+        return f"{count} of {self.num_experts} in each of {len(self.experts)} layers ({listed})"
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.layouts import E2M1_MAX, E4M3_MAX, MXFP4_FIRST, scheme_layout
 from dynquant.encoding.search.rows import Rows
 from dynquant.errors import EncodeError
-from dynquant.formats.vllm_schemes import Scheme, scaled
+from dynquant.formats.vllm_schemes import E2M1, Scheme, scaled
 
 _CPU_WEIGHTS = 1 << 21
 _GPU_WEIGHTS = 1 << 25
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _packed_integers(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def _packed_e2m1(codes: Tensor) -> Tensor:
-    """Bit 3 is the sign, bits 0 to 2 the place in _E2M1; the first of two neighbours is in the low bits."""
-    places = torch.bucketize(codes.abs(), torch.tensor(_E2M1)).to(torch.uint8)
+    """Bit 3 is the sign, bits 0 to 2 the place in E2M1; the first of two neighbours is in the low bits."""
+    places = torch.bucketize(codes.abs(), torch.tensor(E2M1)).to(torch.uint8)
     nibbles = (places | ((codes < 0).to(torch.uint8) << 3)).unflatten(-1, (-1, 2))  # -0 becomes 0
     return nibbles[..., 0] | (nibbles[..., 1] << 4)

@@ -33,7 +33,7 @@ from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.options import CONTEXT_SCORED, TEXT_TASKS, EvalOptions, QuestionOptions
+from dynquant.evaluation.options import CONTEXT_SCORED, LOOKED_UP, TEXT_TASKS, EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.evaluation.tasks import multiple_choice
@@ -74,10 +74,8 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
         session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.questions.tasks)} reads it")
     if options.data is not None:
         return _evaluate_on_pictures(options, options.data, session)
-    loss = "What the original said is kept."
-    if options.reference_cache is None:
-        loss = "Nothing is kept without --reference-cache: what the models said so far is lost."
-    with session.stage(loss) as progress:
+    loss = "Nothing is kept without --reference-cache: what the models said so far is lost."
+    with session.stage("What the original said is kept." if options.reference_cache else loss) as progress:
         return _evaluate_on_text(options, session, progress)
 
 
@@ -85,7 +83,6 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     asked = options.questions
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     _check_program(options, candidate)
-    harness = _harness(asked, reference) if asked.harness_tasks else None
     of_kinds = _notes_on_kinds(options, reference, candidate)
     where = {"runner": options.runner, "base": reference}
     infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
@@ -98,6 +95,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     notes += of_kinds + runners.tokenizer_notes(reference, candidate)
     if difference := settings_note(settings_of(reference), settings_of(candidate)):
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
+    harness = _harness(asked, reference, progress) if asked.harness_tasks else None
     with runners.open_encoder(reference) as encode:
         texts, prompts, questions = _inputs(options, encode, context_length, notes)
     run = _Run(options, session, progress, num_columns, reference, context_length)
@@ -153,8 +151,9 @@ def _check_program(options: EvalOptions, candidate: Path) -> None:
         raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
 
 
-def _harness(asked: QuestionOptions, reference: Path) -> "Harness":
+def _harness(asked: QuestionOptions, reference: Path, progress: Progress) -> "Harness":
     """Return the tasks of lm-evaluation-harness that were asked for, with their data."""
+    progress(LOOKED_UP, 0, len(asked.harness_tasks), unit="tasks")  # which takes seconds
     try:
         from dynquant.evaluation.tasks.harness import Harness
     except ModuleNotFoundError as error:
@@ -163,7 +162,7 @@ def _harness(asked: QuestionOptions, reference: Path) -> "Harness":
             f"lm-evaluation-harness need the package {error.name}, which is not there: pip install "
             "'dynquant-toolchain[tasks]'."
         ) from error
-    return Harness(asked, reference)
+    return Harness(asked, reference, progress)
 
 
 class _Inputs(NamedTuple):
@@ -382,11 +381,12 @@ class _Run:
 
 
 def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:
-    files = model_files(info.path)
     return reports.ModelIdentity(
         name=info.path.name,
         runner=info.kind,
-        file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors"}),
+        file_bytes=sum(
+            file.stat().st_size for file in model_files(info.path) if file.suffix in {".gguf", ".safetensors"}
+        ),
         fingerprint=model_fingerprint(info.path),
     )
 

@@ -10,6 +10,8 @@ from dynquant.options import LARGEST, Flag, Former, ModelPath, Options, Strict, 
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu", "generate"}), frozenset({"kl", "vqa"})
 READ_TASKS = frozenset({"kl", "ppl", "generate"})
 """Tasks that need a text."""
+LOOKED_UP = "lm-evaluation-harness, looking up"
+"""Stage in which its tasks are found and their data read."""
 CONTEXT_SCORED = 256
 """Tokens that are scored at the end of every length of context."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")

@@ -113,7 +113,7 @@ def open_pruned(model: Model, pruned: PrunedExperts | None, folder: Path, sessio
     directory = folder / f"pruned-{pruned.hash[:12]}" / model.name  # files are named after the directory
     if not directory.is_dir():
         write_without_experts(model, pruned, directory)
-        session.note(f"wrote {directory}: the checkpoint without experts {pruned}")
+        session.note(f"wrote {directory}: the checkpoint without routed experts, {pruned}")
     return replace(open_model(directory), original=model)
 
 

@@ -111,7 +111,7 @@ class Scheme:
 
 GROUP_SIZES = (128, 64, 32)
 """Possible groups of integers, the most wanted first."""
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BF16 = Scheme("BF16", "dense", 16, "float", "none")
 
 
@@ -226,7 +226,7 @@ def codes_of(parts: Mapping[str, Tensor]) -> Tensor:
     packed = parts["weight_packed"]
     if packed.dtype == torch.uint8:
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
-        magnitudes = torch.tensor(_E2M1)[nibbles & 7]
+        magnitudes = torch.tensor(E2M1)[nibbles & 7]
         return torch.where(nibbles >= 8, -magnitudes, magnitudes)
     columns = int(parts["weight_shape"][1])
     return _unpacked(packed, packed.shape[-1] * 32 // columns, columns)

@@ -1,9 +1,10 @@
 """Experts of no bits: the same number of the least used ones of every layer is left out before planning.
 
-Use is the number of calibration tokens that the router sends there. It lost less KL than the mean norm of what an
-expert adds (REAP, arXiv 2510.13999), its sum or energy, the Fisher information of that, and the KL of each expert
-missed alone (reports/damage.md). Experts that hold a super weight or drive massive activations are never left out. A
-router that chooses among groups first needs groups of equal size, so each loses as many.
+Use is the number of calibration tokens that the router sends there. It mostly lost less KL than the mean norm of what
+an expert adds (REAP, arXiv 2510.13999), its sum or energy, the Fisher information of that, and the KL of each expert
+missed alone; whether leaving experts out pays at all depends on the model (reports/damage.md). Experts that hold a
+super weight or drive massive activations are never left out. A router that chooses among groups first needs groups of
+equal size, so each loses as many.
 """
 
 from dataclasses import replace

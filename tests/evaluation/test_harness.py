@@ -172,6 +172,16 @@ def test_what_a_task_lacks_is_said(lm_eval, small_moe, folder, asked, said) -> N
         evaluated(small_moe, small_moe, **asked, **RUN)
 
 
+@pytest.mark.nightly
+def test_tasks_that_would_take_each_others_place_are_refused(lm_eval, small_moe, folder, tmp_path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text((folder / "choices.yaml").read_text())
+    with pytest.raises(EvaluationError, match=r"other\.yaml has the name of another task"):
+        evaluated(small_moe, small_moe, tasks=[str(folder / "choices.yaml"), str(other)], **RUN)
+    with pytest.raises(EvaluationError, match="is one file, and several tasks"):
+        evaluated(small_moe, small_moe, tasks=["mmlu_stem"], task_data=folder / "questions.jsonl", **RUN)
+
+
 def test_the_extra_is_named_where_the_harness_is_not_installed(small_moe, monkeypatch) -> None:
     for name in [name for name in sys.modules if name.startswith("dynquant.evaluation.tasks.harness")]:
         monkeypatch.delitem(sys.modules, name)

@@ -13,9 +13,11 @@ from safetensors import safe_open
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.published.packed_parts import has_known_schemes
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.checkpoints.tensor_source import DictSource
-from dynquant.errors import ExportError, PlanError
+from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.evaluation.runners import open_runner
 from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.families.common.conversion import Conversion
@@ -28,7 +30,7 @@ from dynquant.recipes.build_plan import check_linears, plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.architectures import converted_model, save_architecture
 from tests.helpers.calibrating import unseen_text
-from tests.helpers.commands import run
+from tests.helpers.commands import linked_copy, run
 from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.exports import export_compressed_tensors
 from tests.helpers.representatives import represented_by
@@ -164,6 +166,20 @@ def test_our_loader_reads_what_transformers_does_not(deepseek, tmp_path):
     exact = filled(output, plan, tmp_path / "filled", torch.float32, experts=torch.float32)
     found = open_runner(output).window_logits(TOKENS[0].tolist())
     torch.testing.assert_close(found, logits(exact, torch.float32), rtol=1e-4, atol=1e-4)
+
+
+def test_packing_that_the_configuration_does_not_state_is_refused(mixed_llama, tmp_path):
+    """Versions before 0.18 left gaps: 7 bits look like 8. Rotated weights are those of another computation."""
+    copy = linked_copy(mixed_llama[0], tmp_path / "out")
+    config = json.loads((copy / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert has_known_schemes(quantization) and not has_known_schemes(quantization | {"transform_config": {"u": {}}})
+    weights = next(g["weights"] for g in quantization["config_groups"].values() if g["weights"]["num_bits"] == 5)
+    weights["num_bits"] = 7
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"before 0\.18"):
+        SafetensorsSource(copy)
 
 
 def test_the_directory_is_complete_and_described(mixed_llama):

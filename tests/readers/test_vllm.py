@@ -7,7 +7,7 @@ from tests.readers.vllm_parity import measure
 
 KERNELS = ("kernel", "backend", "Marlin", "gptq_marlin_repack")
 """Words by which vLLM says that a scheme has no kernel on the CPU; anything else would be a fault of the files."""
-RUN = {"llama-BF16-BF16", "llama-W4A16-W4A16", "textbook-moe-16m-W4A16-BF16"}
+RUN = {"llama-BF16-BF16", "llama-W4A16-W4A16", "llama-W4A16_ASYM-W4A16_ASYM", "textbook-moe-16m-W4A16-BF16"}
 
 
 @pytest.mark.nightly

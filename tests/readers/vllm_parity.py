@@ -6,6 +6,7 @@ Checkpoints are exported with one scheme for all linear layers, and another for 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,8 @@ CASES = (
 def measure(folder: Path, cases: tuple[Case, ...] = CASES) -> list[Parity]:
     """Export every case into `folder` and compare; raises `Missing` without vLLM."""
     python = interpreter("vllm")
-    texts = _texts()
+    tokens, _ = bundled_tokens()
+    texts = [tokens[start : start + TOKENS] for start in range(0, TEXTS * TOKENS, TOKENS)]
     references = {case.name: _reference(case, folder, texts) for case in cases}
     models = {case.name: str(folder / case.name) for case in cases}
     (folder / "request.json").write_text(json.dumps({"tokens": texts, "models": models}))
@@ -78,14 +80,10 @@ def measure(folder: Path, cases: tuple[Case, ...] = CASES) -> list[Parity]:
     return parities
 
 
-def _texts() -> list[list[int]]:
-    """Pieces of the bundled text, as token ids; random models have the same vocabulary."""
-    tokens = (
-        Tokenizer.from_file(str(SMALL_MOE / "tokenizer.json"))
-        .encode((SMALL_MOE.parent / "demo_text.txt").read_text())
-        .ids
-    )
-    return [tokens[start : start + TOKENS] for start in range(0, TEXTS * TOKENS, TOKENS)]
+def bundled_tokens() -> tuple[list[int], Callable[[list[int]], str]]:
+    """Return the bundled text as token ids, and what turns ids into text; random models have the same vocabulary."""
+    tokenizer = Tokenizer.from_file(str(SMALL_MOE / "tokenizer.json"))
+    return tokenizer.encode((SMALL_MOE.parent / "demo_text.txt").read_text()).ids, tokenizer.decode
 
 
 def _reference(case: Case, folder: Path, texts: list[list[int]]) -> torch.Tensor:

@@ -148,14 +148,15 @@ def packed_tensors(spans: Mapping[str, FileSpan], quantization: Mapping[str, Any
             packed[f"{prefix}.weight"] = _matrix(spans, prefix, quantization)
         elif name.endswith(".weight_scale") and method == "compressed-tensors" and has_known_schemes(quantization):
             prefix = name.removesuffix(".weight_scale")
-            packed[f"{prefix}.weight"] = _compressed(spans, prefix)
+            packed[f"{prefix}.weight"] = _compressed(spans, prefix, quantization)
     return packed
 
 
 def has_known_schemes(quantization: Mapping[str, Any]) -> bool:
     """Return whether `quantization_config` of compressed-tensors has no schemes but those of `vllm_schemes`."""
     groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or quantization.get("quantization_status") != "compressed":
+    is_rotated = bool(quantization.get("transform_config"))  # weights of other activations than the model's own
+    if not isinstance(groups, dict) or quantization.get("quantization_status") != "compressed" or is_rotated:
         return False
     stated = [group for group in groups.values() if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
     formats = {scheme.format for scheme in SCHEMES.values() if scheme.is_quantized}
@@ -167,7 +168,8 @@ def has_known_schemes(quantization: Mapping[str, Any]) -> bool:
     )
 
 
-def _compressed(spans: Mapping[str, FileSpan], prefix: str) -> CompressedMatrix:
+def _compressed(spans: Mapping[str, FileSpan], prefix: str, quantization: Mapping[str, Any]) -> CompressedMatrix:
+    stated = {group["weights"].get("num_bits") for group in quantization["config_groups"].values()}
     stored = {part: spans[f"{prefix}.{part}"] for part in _COMPRESSED_PARTS if f"{prefix}.{part}" in spans}
     shapes = {part: span.shape for part, span in stored.items()}
     try:
@@ -182,7 +184,8 @@ def _compressed(spans: Mapping[str, FileSpan], prefix: str) -> CompressedMatrix:
         groups = shapes["weight_scale"][1]
         zeros = shapes.get("weight_zero_point", (-(-rows * bits // 32), groups))
         fits = shapes["weight_scale"] == (rows, groups) and zeros == (-(-rows * bits // 32), groups)
-        fits = fits and bits in range(1, 9) and columns % groups == 0
+        # Numbers of 7 bits are four to a word in versions before 0.18, as those of 8 are.
+        fits = fits and bits in range(1, 9) and columns % groups == 0 and (codes.dtype != "I32" or bits in stated)
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         fits = False
     if not fits:

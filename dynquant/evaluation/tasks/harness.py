@@ -17,13 +17,14 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from dynquant.errors import DynquantError, EvaluationError
-from dynquant.evaluation.options import TEXT_TASKS, QuestionOptions
+from dynquant.evaluation.options import LOOKED_UP, TEXT_TASKS, QuestionOptions
 from dynquant.evaluation.runners import LogitRunner
 from dynquant.evaluation.tasks.harness_data import data_from
 from dynquant.evaluation.tasks.harness_model import HarnessModel, generation_of, open_codec
 from dynquant.evaluation.tasks.harness_results import TaskResult, summarize_task
 from dynquant.families.tokenizers.chat_template import chat_format
 from dynquant.inputs.questions import take_evenly
+from dynquant.session import Progress
 
 SHOTS_SEED = 1234  # the harness's own, so that its shots are drawn
 Samples = dict[str, list[dict[str, Any]]]
@@ -33,7 +34,7 @@ Samples = dict[str, list[dict[str, Any]]]
 class Harness:
     """Tasks with their data, which models are asked one after the other; `notes` are what their reader should know."""
 
-    def __init__(self, asked: QuestionOptions, original: Path) -> None:
+    def __init__(self, asked: QuestionOptions, original: Path, progress: Progress) -> None:
         """Load tasks. Raises EvaluationError: unknown, without data, or not to be run as they are."""
         self._asked, self._original = asked, original
         self._chat = chat_format(original) if asked.chat else None
@@ -41,7 +42,7 @@ class Harness:
             raise EvaluationError(f"{original.name} has no chat template, which --chat asks for; leave it out.")
         self.notes: list[str] = []
         with self._running(", ".join(asked.harness_tasks)):
-            self.tasks = _load(asked, self.notes)
+            self.tasks = _load(asked, self.notes, progress)
         self._places = {name: _chosen(tasks, asked.limit) for name, tasks in self.tasks.items()}
 
     def ask(
@@ -91,11 +92,12 @@ class Harness:
         compared = []
         for name, chosen in self._places.items():
             tasks = {task: self.tasks[name][task] for task in chosen}
-            compared.append(summarize_task(name, tasks, before, after))
+            with self._running(name):  # scores of all questions together are the task's own programs, too
+                compared.append(summarize_task(name, tasks, before, after))
         return tuple(compared)
 
 
-def _load(asked: QuestionOptions, notes: list[str]) -> dict[str, dict[str, lm_eval.api.task.Task]]:
+def _load(asked: QuestionOptions, notes: list[str], progress: Progress) -> dict[str, dict[str, lm_eval.api.task.Task]]:
     names = asked.harness_tasks
     paths = {name for name in names if Path(name).suffix in (".yaml", ".yml")}
     manager = _manager(with_its_own=len(paths) < len(names))
@@ -105,11 +107,21 @@ def _load(asked: QuestionOptions, notes: list[str]) -> dict[str, dict[str, lm_ev
         entry = manager.task_index.get(name)
         if entry is not None and entry.cfg and entry.cfg.get("unsafe_code"):
             _check_code(name, asked)
-        with data_from(asked.task_data, notes, is_alone=len(names) == 1), _explained(name):
+        with data_from(asked.task_data, notes), _explained(name):
             tasks = manager.load([name])["tasks"]
+        if asked.task_data is not None and asked.task_data.is_file() and len(names) + len(tasks) > 2:
+            raise EvaluationError(
+                f"--task-data {asked.task_data} is one file, and several tasks were asked for: "
+                f"{', '.join([*names, *tasks])[:300]}. Give a folder with a file of each, named as the task."
+            )
+        label = Path(name).stem if name in paths else name
+        taken = {task for others in loaded.values() for task in others}
+        if label in loaded or (paths and taken & {*tasks}):
+            raise EvaluationError(f"{name} has the name of another task that was asked for; run it by itself.")
         for task in tasks.values():
-            _set_options(name, task, asked)
-        loaded[Path(name).stem if name in paths else name] = tasks
+            _set_options(name, task, asked, notes)
+        loaded[label] = tasks
+        progress(LOOKED_UP, len(loaded), len(names), unit="tasks")
     return loaded
 
 
@@ -124,7 +136,7 @@ def _check_name(name: str, manager: TaskManager, *, is_path: bool) -> None:
         if not Path(name).is_file():
             raise EvaluationError(f"There is no task file {name}; check the path.")
     elif name not in manager.task_index:
-        near = difflib.get_close_matches(name, [*sorted(TEXT_TASKS), *manager.all_tasks], n=5, cutoff=0.5)
+        near = difflib.get_close_matches(name, sorted({*TEXT_TASKS, *manager.all_tasks}), n=5, cutoff=0.5)
         raise EvaluationError(
             f"There is no task {name}, neither here ({', '.join(sorted(TEXT_TASKS))}) nor in lm-evaluation-harness "
             f"{lm_eval.__version__}. The nearest names are {', '.join(near) or 'none'}; the path of a task's .yaml "
@@ -140,11 +152,13 @@ def _check_code(name: str, asked: QuestionOptions) -> None:
         )
 
 
-def _set_options(name: str, task: lm_eval.api.task.Task, asked: QuestionOptions) -> None:
+def _set_options(name: str, task: lm_eval.api.task.Task, asked: QuestionOptions, notes: list[str]) -> None:
     if getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code:
         _check_code(name, asked)
     if task.config.num_fewshot is None or (asked.changed("num_shots") and task.config.num_fewshot):
         task.set_config("num_fewshot", asked.num_shots if asked.changed("num_shots") else 0)
+    elif asked.num_shots and asked.changed("num_shots"):
+        notes.append(f"{task.config.task} has no shots whatever --num-shots says: its file sets none.")
     if task.OUTPUT_TYPE == "generate_until":
         if asked.changed("new_tokens"):
             task.set_config("generation_kwargs", {"max_gen_toks": asked.new_tokens}, update=True)

@@ -26,9 +26,9 @@ _LOCAL = {"json", "parquet", "csv", "text", "pandas", "arrow"}
 
 
 @contextmanager
-def data_from(source: Path | None, notes: list[str], *, is_alone: bool) -> Iterator[None]:
-    """Context manager: tasks that are made meanwhile have their data from `source`, a folder, or a file if a task
-    `is_alone`; where it is None, from where they say."""
+def data_from(source: Path | None, notes: list[str]) -> Iterator[None]:
+    """Context manager: tasks that are made meanwhile have their data from `source`, a folder, or a file of one task;
+    where it is None, from where they say."""
     original = ConfigurableTask.download
 
     def download(task: Any, dataset_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
@@ -36,7 +36,7 @@ def data_from(source: Path | None, notes: list[str], *, is_alone: bool) -> Itera
             if source is None or task.config.dataset_path in _LOCAL:
                 original(task, dataset_kwargs, **options)
             else:
-                task.dataset = _read(source, task, notes, is_alone=is_alone)
+                task.dataset = _read(source, task, notes)
         except EvaluationError:
             raise
         except Exception as error:  # of `datasets`, which has many
@@ -50,17 +50,12 @@ def data_from(source: Path | None, notes: list[str], *, is_alone: bool) -> Itera
         ConfigurableTask.download = original
 
 
-def _read(source: Path, task: Any, notes: list[str], *, is_alone: bool) -> Any:
+def _read(source: Path, task: Any, notes: list[str]) -> Any:
     config = task.config
     asked = config.test_split or config.validation_split
     splits = dict.fromkeys(filter(None, (asked, config.validation_split, config.training_split, config.fewshot_split)))
     files = {split: _files(source, task, split) for split in splits}
     if source.is_file():
-        if not is_alone:
-            raise EvaluationError(
-                f"--task-data {source} is one file, and several tasks were asked for. Give a folder with a file of "
-                "each, named as the task."
-            )
         files[asked] = [source]
     if not files[asked]:
         raise EvaluationError(
@@ -84,9 +79,9 @@ def _files(source: Path, task: Any, split: str) -> list[Path]:
         folder = source / name
         if folder.is_dir():
             within = folder / str(config.dataset_name)
-            found = (within if within.is_dir() else folder).rglob("*")
+            listed = (within if within.is_dir() else folder).rglob("*")
             alike = re.compile(rf"{re.escape(split)}([-._].*)?")
-            if files := sorted(file for file in found if file.suffix in _FORMS and alike.fullmatch(file.stem)):
+            if files := sorted(file for file in listed if file.suffix in _FORMS and alike.fullmatch(file.stem)):
                 return files
         if split == (config.test_split or config.validation_split):
             for form in _FORMS:

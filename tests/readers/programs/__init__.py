@@ -1,6 +1,7 @@
 """Programs that are not ours, each in an environment that `.ci/readers` sets up; files here run inside those."""
 
 import os
+import shutil
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,3 +23,11 @@ def interpreter(name: str) -> Path:
 def program(name: str) -> Path:
     """Return the file of a program that runs in another environment."""
     return HERE / name
+
+
+def node_folder(package: str) -> Path:
+    """Return the folder whose node_modules has a package. Raises Missing."""
+    folder = READERS / "node"
+    if not (folder / "node_modules" / package).is_dir() or shutil.which("node") is None:
+        raise Missing(f"{package} is not in {folder}/node_modules: `.ci/readers` sets it up, which needs npm")
+    return folder

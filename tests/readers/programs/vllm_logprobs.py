@@ -14,7 +14,7 @@ import numpy as np
 # One process, no downloads, and latent attention computed as plain attention: vLLM's own kernels for it know the head
 # sizes of DeepSeek's published models alone.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-os.environ |= {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+os.environ |= {"VLLM_MLA_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def logprobs(model: str, texts: list[list[int]]) -> np.ndarray:
@@ -25,6 +25,7 @@ def logprobs(model: str, texts: list[list[int]]) -> np.ndarray:
     # own form in PyTorch is right (KL below 1e-6).
     RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
     options = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "enable_prefix_caching": False}
+    options |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}  # of a GPU, where there is one
     engine = LLM(model, dtype="bfloat16", max_logprobs=-1, skip_tokenizer_init=True, **options)
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
     answers = engine.generate([{"prompt_token_ids": text} for text in texts], sampling, use_tqdm=False)
