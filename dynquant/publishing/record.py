@@ -41,7 +41,10 @@ class ReleasedFile(FrozenRecord):
 
 
 class Release(FrozenRecord):
-    """release.json: `settings` decide the bytes of every file, `command` is the last run's, and `commands` make all."""
+    """release.json: `command` is the last run's, `commands` make all.
+
+    `settings` decide the bytes of every file; where they select, the larger sizes of its run do so too.
+    """
 
     schema_version: Literal[1] = 1
     tool_version: str = __version__
