@@ -56,7 +56,7 @@ def _outcome(tuned: Tuned) -> str:
     change += f"; most likely token kept {before.agreement:.1%} -> {after.agreement:.1%}"
     if before.rerouted:
         change += f"; tokens that go to other experts, mean over layers, {before.rerouted:.1%} -> {after.rerouted:.1%}"
-    run = f"{tuned.tokens:,} tokens (ended because {tuned.ended}; {tuned.fraction:.0%} of the trained change is best)"
+    run = f"{tuned.tokens:,} tokens (ended because {tuned.ended}; {tuned.fraction:.0%} of the trained change is taken)"
     if tuned.held_tokens < _FEW_HELD_TOKENS:
         change += "; so few tokens decide little: calibrate on more text"
     if tuned.replacements:
@@ -130,7 +130,7 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
 def too_large_to_tune(model: Model, device: str, allowed: int | None = None) -> str | None:
     """Why the closing pass should not run unasked on `device`, or None: it would take more than half of its memory, or
     more host memory than `allowed` bytes."""
-    needed = BYTES_PER_WEIGHT * model.num_weights
+    needed = BYTES_PER_WEIGHT * model.num_weights + (4 * model.original.num_weights if model.original else 0)
     if allowed is not None and needed > allowed:
         return f"it needs about {needed / 1e9:.1f} GB, more than --max-memory leaves (`--tune N` insists)"
     if device != "cpu":

@@ -161,6 +161,8 @@ class ExportOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.format == "compressed-tensors":
+            self.refuse_unused("it is for files of GGUF types.", "effort")
         fill(self, self.effort)
 
 

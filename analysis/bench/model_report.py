@@ -166,7 +166,10 @@ def _answers(rows: Sequence[Row], number: int) -> Iterator[str]:
     subjects = []
     for name, first in sorted(asked.subjects.items(), key=lambda item: -item[1].reference):
         of_files = [row.report.multiple_choice[number].subjects[name] for row in rows]
-        changes = [f"-{one.only_reference_right} +{one.only_candidate_right}" for one in of_files]
+        changes = [
+            "" if each.only_reference_right is None else f"-{each.only_reference_right} +{each.only_candidate_right}"
+            for each in of_files
+        ]
         subjects.append([name, f"{first.questions}", f"{100 * first.reference:.0f}", *changes])
     yield markdown(["subject", "questions", "right %", *files], subjects)
 

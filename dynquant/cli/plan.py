@@ -48,7 +48,7 @@ def plan(
         if options.model is not None:
             raise PlanError("--config-only DIR goes without a MODEL.")
         why = "--config-only runs and writes nothing."
-        options.refuse_unused(why, "stats", "encoder", "exact", "base_gguf")
+        options.refuse_unused(why, "stats", "encoder", "exact", "base_gguf", "mtp", "prune_experts", "effort")
         options.search.refuse_unused(why)
         options.calibration.refuse_unused(why, *(("text", "data", "strict", "spill", "ray") if machine else ()))
         sized = stage.plan_from_config(config_only, options.target, session)
@@ -61,7 +61,7 @@ def plan(
         return
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
-    if options.effort == "high":
+    if options.effort == "high" and options.model is not None:
         from dynquant.publishing.effort_time import effort_time
 
         console.note(effort_time(options, session))

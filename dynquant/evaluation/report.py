@@ -84,8 +84,8 @@ class SubjectAccuracy(FrozenRecord):
     questions: int
     reference: float
     candidate: float
-    only_reference_right: int
-    only_candidate_right: int
+    only_reference_right: int | None = None  # reports up to November 2026 lack both
+    only_candidate_right: int | None = None
 
 
 class ChoiceScores(FrozenRecord):

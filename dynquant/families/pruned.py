@@ -60,18 +60,24 @@ def read_pruned(directory: Path) -> PrunedExperts | None:
     return read_document(path, PrunedExperts, what, "Fetch the checkpoint again.") if path.is_file() else None
 
 
-def write_without_experts(model: Model, pruned: PrunedExperts, directory: Path) -> None:
-    """Write the checkpoint of `model` without some experts.
-
-    Raises:
-        CheckpointError: no Hugging Face directory, or experts that are stored or counted in a way that is not known.
-        WriteError: no space or no permission.
-    """
+def check_prunable(model: Model) -> None:
+    """Raise CheckpointError for a model that is no Hugging Face directory, or that sees pictures."""
     if model.hf_directory is None or model.base_gguf is not None or model.has_vision:
         raise CheckpointError(
             f"{model.name} is no Hugging Face checkpoint of a language model alone, and experts are pruned from no "
             "other. Give its directory, or leave --prune-experts out."
         )
+
+
+def write_without_experts(model: Model, pruned: PrunedExperts, directory: Path) -> None:
+    """Write the checkpoint of `model` without some experts.
+
+    Raises:
+        CheckpointError: as `check_prunable`, or experts that are stored or counted in a way that is not known.
+        WriteError: no space or no permission.
+    """
+    check_prunable(model)
+    assert model.hf_directory is not None
     config = read_json(model.hf_directory / "config.json")
     tensors = list(_kept(model, pruned, config))
     _lower_counts(model, config, pruned)

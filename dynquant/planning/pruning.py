@@ -22,6 +22,7 @@ from dynquant.checkpoints.model import Model, PrunedExperts
 from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.errors import PlanError
 from dynquant.families.open import open_pruned
+from dynquant.families.pruned import check_prunable
 from dynquant.resources import chosen_device
 from dynquant.session import Session
 from dynquant.storage.file_names import ORIGINAL_STATS_NAME
@@ -36,8 +37,10 @@ def without_experts(
 
     Raises:
         PlanError: the model has no experts, or too few of them, or statistics do not rank them.
-        CheckpointError: its experts are stored in a way that is not known.
+        CheckpointError: it is no directory, or its experts are stored in a way that is not known.
     """
+    check_prunable(model)  # these two before anything is measured
+    _groups(model, count)
     if stats is None:
         measured = statistics_at(folder / ORIGINAL_STATS_NAME, model, replace(options, hessians="none"), session)
     else:
@@ -57,25 +60,9 @@ def least_used(
     Raises:
         PlanError: there are not so many, or nothing ranks them.
     """
-    num_experts, used = model.hyper.n_expert, model.hyper.n_expert_used
-    downs = [name for name, role in model.roles.items() if role is Role.EXPERT_DOWN]  # none of layers that look ahead
-    values = {field.key.removeprefix(f"{model.arch}."): field.value for field in model.metadata}
-    groups, used_groups = (int(values.get(key) or 1) for key in ("expert_group_count", "expert_group_used_count"))
-    if not downs:
-        raise PlanError(f"{model.name} has no routed experts; leave --prune-experts out.")
-    if count % groups:
-        raise PlanError(
-            f"--prune-experts {count}: the router of {model.name} chooses among {groups} groups of experts, which have "
-            f"to stay of one size. Give a multiple of {groups}."
-        )
-    needed = max(used, -(-used // min(groups, used_groups)) * groups, 2 * groups if groups > 1 else 0)
-    if num_experts - count < needed:
-        raise PlanError(
-            f"--prune-experts {count}: {model.name} has {num_experts} experts in a layer and needs {needed}, of which "
-            f"it uses {used} for a token. Give at most {num_experts - needed}."
-        )
+    groups, num_experts = _groups(model, count), model.hyper.n_expert
     least = {}
-    for name in downs:
+    for name in _downs(model):
         inputs = stats.input_of(name)
         if inputs is None or not inputs.counts.any():
             raise PlanError(
@@ -92,6 +79,32 @@ def least_used(
             )
         least[layer_of(name) or 0] = tuple(sorted(gone))
     return least
+
+
+def _downs(model: Model) -> list[str]:
+    """Return the down-projections of routed experts, but for those of layers that look ahead."""
+    return [name for name, role in model.roles.items() if role is Role.EXPERT_DOWN]
+
+
+def _groups(model: Model, count: int) -> int:
+    """Return among how many groups of experts the router chooses. Raises PlanError: `count` experts cannot go."""
+    num_experts, used = model.hyper.n_expert, model.hyper.n_expert_used
+    values = {field.key.removeprefix(f"{model.arch}."): field.value for field in model.metadata}
+    groups, used_groups = (int(values.get(key) or 1) for key in ("expert_group_count", "expert_group_used_count"))
+    if not _downs(model):
+        raise PlanError(f"{model.name} has no routed experts; leave --prune-experts out.")
+    if count % groups:
+        raise PlanError(
+            f"--prune-experts {count}: the router of {model.name} chooses among {groups} groups of experts, which have "
+            f"to stay of one size. Give a multiple of {groups}."
+        )
+    needed = max(used, -(-used // min(groups, used_groups)) * groups, 2 * groups if groups > 1 else 0)
+    if num_experts - count < needed:
+        raise PlanError(
+            f"--prune-experts {count}: {model.name} has {num_experts} experts in a layer and needs {needed}, of which "
+            f"it uses {used} for a token. Give at most {num_experts - needed}."
+        )
+    return groups
 
 
 def _protected(

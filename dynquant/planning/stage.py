@@ -109,6 +109,8 @@ def _pruned(model: Model, options: PlanOptions, session: Session) -> tuple[Model
     """Return the model without the experts that are to go, and the options for it: it has statistics of its own."""
     if not options.prune_experts:
         return model, options
+    if options.target.preset and options.target.serves is None:
+        _fixed_types(options.target, model)  # refuses what no model takes before experts are ranked
     model = without_experts(
         model, options.prune_experts, options.output, options.calibration, session, stats=options.stats
     )

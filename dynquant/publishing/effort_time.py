@@ -53,7 +53,7 @@ def effort_time(options: PlanOptions | ExportOptions, session: Session) -> str:
 def _work_of_plan(options: PlanOptions) -> tuple[float, float]:
     """Return tokens in forward passes, and encodings of all weights."""
     search = options.search.with_methods(on_text=options.calibration.data is None)
-    calibrated = _calibrated(options.calibration)
+    calibrated = 0 if options.stats else _calibrated(options.calibration)
     if not search.runs_model:
         return calibrated, 0
     prices = _BACK * (search.probes * search.probe_window + search.rounds * search.unit_tokens)

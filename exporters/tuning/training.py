@@ -10,8 +10,8 @@ falls, and on no kind of text clearly rises.
 The loss is the square root of each token's KL, by `kl_lower_bound`, so that a share of a token's KL counts more where
 there is little of it. The mean KL itself trades tokens that quantization hardly hurt, such as letters of answers, for
 those that have most of it (reports/damage.md). What is compared is the unbiased KL. The original's distributions are
-kept as a few probabilities of every token, so only one model is in memory: float32 weights, their gradients, and the
-decoded codes, 16 bytes a weight.
+kept as a few probabilities of every token, so only one model is in memory, but for one without some experts: float32
+weights, their gradients, and the decoded codes, 16 bytes a weight.
 """
 
 import math
@@ -188,7 +188,8 @@ def tune(
         tuning.trained, first = list(trained.values()), [tensor.parameter.clone() for tensor in trained.values()]
         start = time.monotonic()
         before = tuning.measured(decision)
-        deadline -= 1.5 * (time.monotonic() - start)  # measured once more, and fractions of the way on a quarter each
+        # Measured once more, and the start and fractions of the way on a quarter each.
+        deadline -= (1 + (1 + len(_FRACTIONS)) / 4) * (time.monotonic() - start)
         held = sum(batch.ids.numel() for batch in decision)
         if not trained:
             return Tuned({}, before.score(), before.score(), 0, held, 0.0, "the file has none of the parts to train")
@@ -341,7 +342,8 @@ class _Tuning:
 
         before, *kls = (self._placed(on_the_way(fraction), choice) for fraction in (0.0, *_FRACTIONS))
         enough = max(min(kls), before - _MOST * (before - min(kls)))
-        fraction = next(share for share, kl in zip(_FRACTIONS, kls, strict=True) if kl <= enough)
+        enough_gained = (share for share, kl in zip(_FRACTIONS, kls, strict=True) if kl <= enough)
+        fraction = next(enough_gained, _FRACTIONS[-1])  # none of a training that diverged, which is then not kept
         self._place(on_the_way(fraction))
         return fraction
 

@@ -99,5 +99,5 @@ def test_a_plan_its_files_and_their_evaluation_know_what_is_gone(small_moe, tmp_
         succeed("eval", output, "--reference", small_moe, *kl)
         assert json.loads((tmp_path / "kl.json").read_text())["texts"][0]["kl"]["mean"]["value"] < 2
     assert files["gguf"].stat().st_size == plan.predicted_bytes
-    refused = run("plan", small_moe, "--prune-experts", 7, *text, "-o", folder)
-    assert refused.returncode == 1 and "Give at most 6" in refused.stderr
+    refused = run("plan", small_moe, "--prune-experts", 7, *text, "-o", tmp_path / "refused")
+    assert refused.returncode == 1 and "Give at most 6" in refused.stderr and not (tmp_path / "refused").exists()
