@@ -113,7 +113,9 @@ def print_plan(plan: "Plan", directory: Path) -> None:
     if plan.predicted_kl is not None:
         error = f" ± {plan.predicted_kl_se:.4f} (sampling error alone)" if plan.predicted_kl_se else ""
         measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
-        console.say(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
+        whole = plan.pruned is None or plan.selected_kl is not None  # a prediction alone prices only what is left
+        compared = "the original" if whole else "the model without these experts"
+        console.say(f"  KL to {compared}, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
     console.say(
         f"{human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / 'plan.json'}"
