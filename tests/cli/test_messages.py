@@ -18,6 +18,7 @@ OF_OTHERS = {
     "convert_hf_to_gguf.py": {"outtype"},
     "llama-imatrix": {"in-file"},
     "llama-server": {"n-cpu-moe"},
+    "vllm serve": {"tensor-parallel-size"},
     "ray start": {"head", "address"},
     "pip": {"no-deps", "no-binary", "dest"},
 }  # fmt: skip
