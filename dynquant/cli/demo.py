@@ -51,14 +51,7 @@ def demo(
         write_atomically(output / "eval.json", report.to_json())
         console.note(f"wrote {output / 'eval.json'}")
         write_plan_report(model, folder, session, measured=evaluation_table(report_tree(report)))
-    from dynquant.evaluation.llama_cpp import LlamaCppRunner
-    from dynquant.running.load import load_tokenizer
-
-    runner, tokenizer = LlamaCppRunner(file), load_tokenizer(Path(model))  # stock llama.cpp runs the file
-    prompt = tokenizer("The purpose of a statistical test is to")["input_ids"]
-    (words,) = runner.write([prompt], 40, frozenset(), lambda done, total: None)
-    runner.close()
-    console.say(f"\nllama.cpp continues: {tokenizer.decode([*prompt, *words])}")
+    console.say(f"\nllama.cpp continues: {continuation(file, Path(model))}")
     console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
 
 
@@ -91,3 +84,15 @@ def fetch_llama_cpp(
         if not agreed:
             raise OptionError(f"Nothing was fetched: the answer was no. {way_out}")
     console.say(f"unpacked to {fetch_tree()}")
+
+
+def continuation(file: Path, directory: Path) -> str:
+    """Return how stock llama.cpp, running a GGUF file of a Hugging Face directory, goes on with a sentence."""
+    from dynquant.evaluation.llama_cpp import LlamaCppRunner
+    from dynquant.running.load import load_tokenizer
+
+    runner, tokenizer = LlamaCppRunner(file), load_tokenizer(directory)
+    prompt = tokenizer("The purpose of a statistical test is to")["input_ids"]
+    ((words,),) = runner.write([prompt], 40, frozenset())
+    runner.close()
+    return tokenizer.decode([*prompt, *words])

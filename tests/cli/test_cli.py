@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.cli.demo import continuation
 from dynquant.families.open import open_model
 from dynquant.recipes.plan import Plan
 from dynquant.storage.atomic import file_hash
@@ -100,6 +101,7 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     succeed("eval", output, "--tasks", "kl,ppl", *options)
     kl = json.loads(result.read_text())["texts"][0]["kl"]
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
+    assert continuation(output, small_moe).startswith("The purpose of a statistical test is to ")
 
 
 @pytest.mark.nightly
@@ -275,7 +277,7 @@ def test_a_preset_says_how_many_tensors_took_another_type_and_why(small_moe, tmp
         assert re.search(line, succeed("plan", "--config-only", model, "--preset", preset))
 
 
-@pytest.mark.parametrize("target", ["gguf", "vllm"])
+@pytest.mark.parametrize("target", ["gguf", pytest.param("vllm", marks=pytest.mark.nightly)])
 def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path, target):
     """In the middle of a tensor, where the fingerprint has no sample: a norm, an expert."""
     model = save_tiny("llama", tmp_path / "tiny", small_moe)

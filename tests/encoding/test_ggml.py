@@ -47,7 +47,7 @@ def ggml() -> ctypes.CDLL:
     return ctypes.CDLL(str(library_path("ggml-base")))
 
 
-@pytest.mark.parametrize("case", represented_by(CASES.keys() - {"slow tables"}, CASES))
+@pytest.mark.parametrize("case", represented_by(CASES.keys() - {"slow tables", "qwen3moe"}, CASES))
 def test_bytes_equal_llama_quantize(case: str, tmp_path: Path):
     model, mixtures = CASES[case]
     source, target = model.write(tmp_path / "f32.gguf"), tmp_path / "quantized.gguf"

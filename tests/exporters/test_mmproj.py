@@ -151,7 +151,9 @@ def test_a_plan_has_the_size_of_both_files(models, tmp_path):
     assert GGUFSource(output).info("blk.0.ffn_up.weight").dtype == "Q8_0"
 
 
-@pytest.mark.parametrize(("wanted", "stored"), [("bf16", "BF16"), ("q8_0", "Q8_0")])
+@pytest.mark.parametrize(
+    ("wanted", "stored"), [pytest.param("bf16", "BF16", marks=pytest.mark.nightly), ("q8_0", "Q8_0")]
+)
 def test_the_vision_part_takes_a_type_of_its_own(wanted, stored, models, tmp_path):
     output = tmp_path / "model.gguf"
     done = run(

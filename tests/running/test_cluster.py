@@ -112,6 +112,7 @@ def test_workers_sum_the_weights_that_they_encode_and_the_command_compares_them(
         encoded({name: "0" * 16})
 
 
+@pytest.mark.nightly
 def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):
     remote = encoding(pool, moe, shipped=True, path=tmp_path / "not there")
     (path,) = export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)

@@ -67,6 +67,7 @@ def test_handlers_are_put_back(small_moe):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.nightly
 def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, calibrated_16m, tmp_path):
     stats = calibrated_16m / "stats.safetensors"
     broken, whole = tmp_path / "broken", tmp_path / "whole"
