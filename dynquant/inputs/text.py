@@ -270,10 +270,10 @@ def first_tokens(encode: Callable[[str], list[int]], text: str, count: int) -> l
 def varied_strings() -> list[str]:
     """Return a few hundred short strings on which tokenizers are told apart: prose, code, numbers, spaces, scripts."""
     _, documents = _documents(None, 0)
+    lines = [line for document in documents for line in document.text.splitlines() if line.strip()]
     # Composed, as text mostly is: llama.cpp splits words before combining marks, whatever the file says.
-    whole = unicodedata.normalize("NFC", "\n".join(document.text for document in documents))
-    lines = [line for line in whole.splitlines() if line.strip()]
-    return list(dict.fromkeys((*_TRICKY, *lines[:: max(1, len(lines) // 256)])))
+    drawn = (unicodedata.normalize("NFC", line) for line in lines[:: max(1, len(lines) // 256)])
+    return list(dict.fromkeys((*_TRICKY, *drawn)))
 
 
 def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, max_tokens: int) -> ModelInputs:

@@ -8,7 +8,7 @@ calibration used, on windows or samples that it held back, or on a file of the u
 chosen one and says how well predicted and measured KL agree. Every KL is the unbiased one of `distributions`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -277,27 +277,34 @@ def _proposed(
 ) -> tuple[ErrorTable, list[Candidate], int]:
     """Return the table priced by the last method, and the candidates in its prices, no two of them alike; and which of
     them is taken where nothing is selected: the last one with floors by the last method that was asked for."""
-    labels: dict[tuple[tuple[str, str], ...], str] = {}
-    last: tuple[tuple[str, str], ...] = ()
-
-    def propose(label: str, priced: ErrorTable, *, is_asked: bool) -> None:
-        nonlocal last
-        for floors, suffix in ((True, ""), (False, ", no floors")):
-            types = tuple(sorted(search.chooser(priced, floors=floors).items()))
-            labels.setdefault(types, label + suffix)
-            if floors and is_asked:
-                last = types
-
+    plans: list[tuple[str, dict[str, str]]] = []
+    last: dict[str, str] = {}
     for method in (CLOSED_FORM, FISHER):
         if method == CLOSED_FORM or table.is_priced_by(method):
             table = table.priced(method)
-            propose(method, table, is_asked=method in search.options.methods)
+            plans += _with_and_without_floors(method, search, table)
+            if method in search.options.methods:
+                last = plans[-2][1]
     if unit_text is not None:
         rounds = refine(unit_text, table, search.chooser, search.options.rounds, progress)
         for number, table in enumerate(rounds, start=1):
-            propose(f"{UNIT_KL}, round {number}", table, is_asked=True)
-    candidates = [search.candidate(label, dict(types), table) for types, label in labels.items()]
-    return table, candidates, list(labels).index(last)
+            plans += _with_and_without_floors(f"{UNIT_KL}, round {number}", search, table)
+            last = plans[-2][1]
+    unlike = _unlike(plans)
+    candidates = [search.candidate(label, types, table) for label, types in unlike]
+    return table, candidates, [types for _, types in unlike].index(last)
+
+
+def _with_and_without_floors(label: str, search: Search, table: ErrorTable) -> list[tuple[str, dict[str, str]]]:
+    return [(label, search.chooser(table, floors=True)), (f"{label}, no floors", search.chooser(table, floors=False))]
+
+
+def _unlike(plans: Iterable[tuple[str, dict[str, str]]]) -> list[tuple[str, dict[str, str]]]:
+    """Return the plans, label and types, that differ from all before them."""
+    unlike: dict[tuple[tuple[str, str], ...], str] = {}
+    for label, types in plans:
+        unlike.setdefault(tuple(sorted(types.items())), label)
+    return [(label, dict(types)) for types, label in unlike.items()]
 
 
 def _proposed_from_neighbour(
@@ -311,12 +318,9 @@ def _proposed_from_neighbour(
     """
     choose = partial(search.chooser, floors=False)
     (refined,) = refine(unit_text, table, choose, 1, progress)
-    plans = {f"{UNIT_KL}, with floors": search.chooser(refined), f"{UNIT_KL}, no floors": choose(refined)}
-    plans[f"{UNIT_KL}, next size's"] = choose(table)
-    labels: dict[tuple[tuple[str, str], ...], str] = {}
-    for label, types in plans.items():
-        labels.setdefault(tuple(sorted(types.items())), label)
-    candidates = [search.candidate(label, dict(types), refined) for types, label in labels.items()]
+    plans = [(f"{UNIT_KL}, with floors", search.chooser(refined)), (f"{UNIT_KL}, no floors", choose(refined))]
+    plans.append((f"{UNIT_KL}, next size's", choose(table)))
+    candidates = [search.candidate(label, types, refined) for label, types in _unlike(plans)]
     if search.options.select:
         candidates = sorted(candidates, key=lambda candidate: candidate.predicted_kl or 0.0)[:2]
     return refined, candidates, 0  # with floors, where nothing is selected
@@ -325,7 +329,7 @@ def _proposed_from_neighbour(
 def _drawn(search: Search, table: ErrorTable) -> list[Candidate]:
     """Return plans around the frontier: prices of tensors are shaken by a factor of about 2, sizes by up to 10 %."""
     random = np.random.default_rng(search.session.seed)
-    around = search.chooser.file_bytes(search.chooser(table))
+    around = search.plan_bytes(table)
     drawn = []
     for number in range(search.options.check_plans):
         factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}  # a factor of about 2

@@ -182,8 +182,8 @@ def _compressed(spans: Mapping[str, FileSpan], prefix: str, quantization: Mappin
             columns = int(stored["weight_shape"].read()[1])
             bits = codes.shape[1] * 32 / columns
         groups = shapes["weight_scale"][1]
-        zeros = shapes.get("weight_zero_point", (-(-rows * bits // 32), groups))
-        fits = shapes["weight_scale"] == (rows, groups) and zeros == (-(-rows * bits // 32), groups)
+        zeros = (-(-rows * bits // 32), groups)
+        fits = shapes["weight_scale"] == (rows, groups) and shapes.get("weight_zero_point", zeros) == zeros
         # Numbers of 7 bits are four to a word in versions before 0.18, as those of 8 are.
         fits = fits and bits in range(1, 9) and columns % groups == 0 and (codes.dtype != "I32" or bits in stated)
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
