@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton.dequantize import dequantize
+from dynquant.kernels.triton.dequantize import dequantize, dequantize_arranged
+from dynquant.kernels.triton.fragments import arrange
 
 _SLICE_BYTES = 24 << 20  # half the L2 cache of an H100
 _LONG, _LONG_SLICE_BYTES = 1024, 128 << 20  # rows from which slices are larger, and their size
@@ -20,13 +21,13 @@ _ROW_STEP = 128  # slices are whole tiles of the matrix product
 
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
     """x [M, K] times planar rows uint8 [N, row_bytes] transposed: [M, N]."""
-    num_rows, length = weight.shape[0], x.shape[1]
+    num_rows, arranged = weight.shape[0], arrange(x, quant_type(type_name).name, len(x), is_stream=True)
     product = x.new_empty(len(x), num_rows)
-    step = _step(num_rows, length, x, _ROW_STEP)
-    dense = x.new_empty(step, length)
+    step = _step(num_rows, arranged.shape[1], x, _ROW_STEP)
+    dense = x.new_empty(step, arranged.shape[1])
     for start in range(0, num_rows, step):
-        part = dequantize(weight, type_name, dense[: num_rows - start], first_row=start)
-        torch.mm(x, part.T, out=product[:, start : start + step])
+        part = dequantize_arranged(weight, type_name, dense[: num_rows - start], start)
+        torch.mm(arranged, part.T, out=product[:, start : start + step])
     return product
 
 
