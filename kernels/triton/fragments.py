@@ -6,8 +6,8 @@ step, 256 weights of a super-block type or 128 of any other, and decodes it with
 loads, `decode` makes pairs of weights, `columns` says which they are and `arrange` brings activations into their order.
 
 Codes become floats as the low bits of a power of two that is then taken away. Weights are rounded once more than those
-of `unpack`: their scale is rounded to the dtype of the activations too. A pair in float32, or in the interpreter, is two
-tensors and exact. Words of the trade: `bit_words`.
+of `unpack`: their scale is rounded to the dtype of the activations too. A pair in float32, or in the interpreter, is
+two tensors and exact. Words of the trade: `bit_words`.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)

@@ -19,7 +19,7 @@ from tests.helpers.packed_weights import experts_truth, normal, packed_weights, 
 
 PARTS_TYPES = ("Q8_0", "Q4_K", "NVFP4")
 PRODUCT_TYPES = ("Q5_1", "IQ3_S")
-"""What differs between types is in `unpack`, and tested for all; these stand for the block sizes and the codebooks."""
+"""What differs between types is in `unpack` and `fragments`, and tested for all; these stand for the block sizes."""
 
 
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -56,8 +56,14 @@ def single_pairs(name: str) -> dict[str, float]:
     weight = packed_weights(name, 3, 9, 256)
     ids = torch.tensor([[2, 3, 0]])
     x = normal(1, 256)
-    y = grouped.linear(x, pack_planes(name, weight), ids, name)
-    return {"pairs": relative_error(y, experts_truth(x, weight, ids, name)), "sentinels": float(y[0, 1].abs().max())}
+    planar, matrix, dense = pack_planes(name, weight), pack_planes(name, weight[1]), decode(name, weight[1]).double()
+    y = grouped.linear(x, planar, ids, name)
+    return {
+        "pairs": relative_error(y, experts_truth(x, weight, ids, name)),
+        "sentinels": float(y[0, 1].abs().max()),
+        "fragments": relative_error(fused.linear(x, matrix, name), x.double() @ dense.T),
+        "arranged": relative_error(two_pass.linear(x, matrix, name), x.double() @ dense.T),
+    }
 
 
 def products(name: str) -> dict[str, float]:
