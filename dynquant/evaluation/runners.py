@@ -37,7 +37,6 @@ from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import is_gguf, open_model
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, neighbours_that, tree_batch
-from dynquant.inputs.continuation import cache_name
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
 from dynquant.llama_library import is_installed
@@ -46,7 +45,7 @@ from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import config_to_load
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
-from dynquant.running.load import REFUSALS, load_config, load_directory, load_tokenizer
+from dynquant.running.load import REFUSALS, cache_name, load_config, load_directory, load_tokenizer
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)  # programs that can run a GGUF file

@@ -74,7 +74,8 @@ def _closing_seconds(model: Model, options: ExportOptions, session: Session, tok
 
 def _calibrated(options: CalibrationOptions) -> int:
     """Return forward passes of a token that calibration is worth."""
-    return _PASSES[options.hessians] * options.tokens
+    tokens = options.tokens + options.sampled_tokens
+    return _PASSES[options.hessians] * tokens + _WRITTEN * options.sampled_tokens
 
 
 def _speeds(model: Model, session: Session) -> tuple[float, float]:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from dynquant.calibration.written import is_loop
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import open_runner
-from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
+from dynquant.evaluation.tasks.generation import Continuations, Prompts, summarize_generation
 from dynquant.families.open import open_model
 from tests.helpers.commands import succeed
 from tests.helpers.evaluating import evaluated
