@@ -27,7 +27,6 @@ from dynquant.calibration.second_moments import SecondMoments, kind_beside, load
 from dynquant.calibration.sharded import calibrate_in_shards
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
-from dynquant.calibration.written import Writer
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError, StatsError, WriteError
 from dynquant.families.common.conversion import ConvertedSource
@@ -36,6 +35,7 @@ from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples
 from dynquant.inputs.text import read_text
+from dynquant.inputs.written import Writer
 from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf, load_tokenizer
@@ -241,20 +241,11 @@ def run_calibration(
     _check(model, options, output)
     device = chosen_device(session.device)
     limit = None if options.ray is not None else streaming_limit(model, options, device, session)
+    if limit is not None and options.sampled_tokens:
+        raise StatsError(_needs_memory(model, options, limit))
     load = cache(lambda: load_hf(model, device=device))
-    inputs = calibration_inputs(model, options, session, batch_size=_batch_size(device))
-    sampled = {}
-    if options.sampled_tokens:
-        if limit is not None:
-            raise StatsError(_needs_memory(model, options, limit))
-        inputs, sampled = _with_written(model, inputs, options, written_path(output), load, session)
-    if model.has_vision and not inputs.has_pictures:
-        session.note(TEXT_ONLY)
-    if inputs.num_tokens < FEW_TOKENS:
-        session.note(
-            f"calibrating on only {inputs.num_tokens:,} tokens of {inputs.name}. Statistics of fewer than "
-            f"{FEW_TOKENS:,} say little about other text; give a longer text, or more --tokens."
-        )
+    inputs, sampled = _all_inputs(model, options, output, load, session)
+    inputs = replace(inputs, batch_size=_batch_size(device))
     provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed).model_copy(update=sampled)
     statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))
     if limit is not None:
@@ -266,6 +257,7 @@ def run_calibration(
     else:
         with session.stage("Calibration is not kept: what it has measured so far is lost.") as progress:
             if options.ray is not None:
+                load.cache_clear()  # workers have models of their own
                 with open_ray(options.ray) as pool:
                     device = pool.device(session.device)
                     result = calibrate_in_shards(
@@ -292,6 +284,23 @@ def run_calibration(
             path_beside(output).unlink(missing_ok=True)
         _tell_result(result, inputs, path_beside(output), options, session)
     return file
+
+
+def _all_inputs(
+    model: Model, options: CalibrationOptions, output: Path, load: Callable[[], nn.Module], session: Session
+) -> tuple[ModelInputs, dict[str, object]]:
+    """Return what the model is run on, and what the provenance says of text that it wrote itself."""
+    inputs, sampled = calibration_inputs(model, options, session), {}
+    if options.sampled_tokens:
+        inputs, sampled = _with_written(model, inputs, options, written_path(output), load, session)
+    if model.has_vision and not inputs.has_pictures:
+        session.note(TEXT_ONLY)
+    if inputs.num_tokens < FEW_TOKENS:
+        session.note(
+            f"calibrating on only {inputs.num_tokens:,} tokens of {inputs.name}. Statistics of fewer than "
+            f"{FEW_TOKENS:,} say little about other text; give a longer text, or more --tokens."
+        )
+    return inputs, sampled
 
 
 def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
@@ -352,9 +361,7 @@ def _tell_result(
         )
 
 
-def calibration_inputs(
-    model: Model, options: CalibrationOptions, session: Session, *, batch_size: int = 4
-) -> ModelInputs:
+def calibration_inputs(model: Model, options: CalibrationOptions, session: Session) -> ModelInputs:
     """Return what the model is run on: samples with pictures (`data`), or windows of a text.
 
     Raises:
@@ -363,7 +370,7 @@ def calibration_inputs(
     """
     if options.data is None:
         length = {"tokens": _given_tokens(options), "window": options.window}
-        inputs = text_inputs(model, options.text, **length, batch_size=batch_size, seed=session.seed)
+        inputs = text_inputs(model, options.text, **length, seed=session.seed)
         if plain := Counter(inputs.skipped):
             reasons = "\n  ".join(f"{reason} ({number})" for reason, number in plain.items())
             session.note(

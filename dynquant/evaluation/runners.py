@@ -39,13 +39,14 @@ from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, neighbours_that, tree_batch
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
+from dynquant.inputs.written import cache_name
 from dynquant.llama_library import is_installed
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import config_to_load
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
-from dynquant.running.load import REFUSALS, cache_name, load_config, load_directory, load_tokenizer
+from dynquant.running.load import REFUSALS, load_config, load_directory, load_tokenizer
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)  # programs that can run a GGUF file

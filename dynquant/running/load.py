@@ -5,7 +5,6 @@ what is left, a handful of dense architectures, and minutes. Code that comes wit
 is never run, and nothing is downloaded: `open_model` has fetched what there is.
 """
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -346,9 +345,3 @@ def _check_complete(path: Path, report: dict[str, Any], config: dict[str, Any], 
             "be the model that was trained.",
             stacklevel=4,
         )
-
-
-def cache_name(hf_model: torch.nn.Module) -> str:
-    """Return what a model calls the keys and values of earlier tokens; transformers 5.24 warns at the older name."""
-    hf_model = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
-    return "cache" if "cache" in inspect.signature(hf_model.forward).parameters else "past_key_values"

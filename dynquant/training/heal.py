@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynquant.calibration.written import Writer
 from dynquant.errors import DataError
 from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
@@ -33,6 +32,7 @@ from dynquant.families.model_kind import check_same_kind
 from dynquant.families.open import check_original, locate_model, open_model
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import MIX, CalibrationText, evaluation_windows, pack_windows, read_text
+from dynquant.inputs.written import Writer
 from dynquant.resources import chosen_device
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.atomic import write_atomically

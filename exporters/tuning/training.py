@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynquant.calibration.written import Writer
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
@@ -40,6 +39,7 @@ from dynquant.exporters.tuning.tensors import (
     share_changed,
     trained_kinds,
 )
+from dynquant.inputs.written import Writer
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_tokenizer, tf32_products
 from dynquant.session import Progress, ignore_progress

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynquant.calibration.written import is_loop
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.statistics import Estimate, bootstrap_mean, compare_paired, wilson_interval
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.questions import take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
+from dynquant.inputs.written import is_loop
 from dynquant.storage.documents import FrozenRecord
 
 PROMPT_TOKENS = 64

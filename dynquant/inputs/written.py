@@ -10,6 +10,7 @@ side nor on where an interrupted run goes on.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,7 @@ from torch import Tensor, nn
 
 from dynquant.inputs.held_out import runs_of
 from dynquant.inputs.text import read_text, short_prompts
-from dynquant.running.load import cache_name
-from dynquant.running.streaming.stream_memory import free_memory_of
+from dynquant.resources import free_memory
 from dynquant.session import Progress
 from dynquant.storage.atomic import read_tensors, save_tensors
 
@@ -54,7 +54,7 @@ class Writer:
     columns: int | None = None
     """Leading logits that may be drawn; by default all."""
     file: Path | None = None
-    """Where windows are kept as they are written; a file of other windows is replaced."""
+    """Keeps windows as they are written; a file of other windows is replaced."""
 
     def windows(self, given: Tensor, count: int, seed: int, progress: Progress) -> Tensor:
         """Return up to `count` windows as long as those of given text, token ids int64 [count, T].
@@ -195,5 +195,14 @@ def windows_together(model: nn.Module, length: int) -> int:
     """Return how many windows a loaded model can write side by side: keys, values and logits take memory."""
     parameter, config = next(model.parameters()), model.config.get_text_config()
     cached = 4 * config.num_hidden_layers * config.hidden_size * parameter.dtype.itemsize  # and a copy of each
-    share = _MEMORY_SHARE * free_memory_of(parameter.device) / (length * cached + 32 * config.vocab_size)
-    return max(1, min(_MOST_TOGETHER_ON_CPU if parameter.device.type == "cpu" else _MOST_TOGETHER, int(share)))
+    if parameter.device.type == "cpu":
+        most, free = _MOST_TOGETHER_ON_CPU, free_memory()
+    else:
+        most, free = _MOST_TOGETHER, torch.cuda.mem_get_info(parameter.device)[0]
+    return max(1, min(most, int(_MEMORY_SHARE * free / (length * cached + 32 * config.vocab_size))))
+
+
+def cache_name(hf_model: nn.Module) -> str:
+    """Return what a model calls the keys and values of earlier tokens; transformers 5.24 warns at the older name."""
+    hf_model = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+    return "cache" if "cache" in inspect.signature(hf_model.forward).parameters else "past_key_values"

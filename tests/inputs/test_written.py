@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dynquant.calibration import written
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.stage import calibrate, statistics_at
-from dynquant.calibration.written import Writer, continued, good_windows
 from dynquant.errors import StatsError
 from dynquant.families.open import open_model
+from dynquant.inputs import written
+from dynquant.inputs.written import Writer, continued, good_windows
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import SILENT, Session, ignore_progress
 from dynquant.storage.file_names import written_path
