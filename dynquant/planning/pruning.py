@@ -111,7 +111,7 @@ def _protected(
     model: Model, stats: CalibrationStats, options: CalibrationOptions, session: Session
 ) -> set[tuple[str, int]]:
     """Return down-projection and number of the experts that hold a super weight or drive massive activations."""
-    experts = {(found.name, found.expert) for found in find_super_experts(stats)}
+    experts = {(expert.name, expert.expert) for expert in find_super_experts(stats)}
     if options.data is None and streaming_limit(model, options, chosen_device(session.device)) is None:
         search = SuperWeightOptions(model=str(model.path), text=options.text, ablation=False)
         weights = (weight for weight, _ in look_for_super_weights(search, session).weights)
