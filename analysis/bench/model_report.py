@@ -219,8 +219,8 @@ def _super_weights(judged: Judged, text: str, tokens: int) -> str:
     if not path.is_file():
         options = SuperWeightOptions(model=judged.model, text=text, tokens=tokens, min_effect=_MIN_EFFECT)
         search = look_for_super_weights(options, Session(device=judged.device))
-        found = [[weight.model_dump(), effect and effect.model_dump()] for weight, effect in search.weights]
-        write_atomically(path, json.dumps(asdict(search) | {"weights": found}) + "\n")
+        weights = [[weight.model_dump(), effect and effect.model_dump()] for weight, effect in search.weights]
+        write_atomically(path, json.dumps(asdict(search) | {"weights": weights}) + "\n")
     search = json.loads(path.read_text())
     lines = []
     for weight, effect in search["weights"]:

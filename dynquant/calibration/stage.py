@@ -193,30 +193,30 @@ def statistics_at(
 
 def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: int) -> list[str]:
     """Return in what the statistics of a file differ from those that these options give."""
-    made, kind = file.stats.provenance, kind_beside(file.path)
+    provenance, kind = file.stats.provenance, kind_beside(file.path)
     same = {
-        "weights": made.fingerprint == model.fingerprint,
-        "configuration": not differing_settings(made.settings, model.settings),
-        "--tokens": made.max_tokens == options.tokens,
-        "--seed": made.seed == seed,
-        "--sampled-tokens": made.sampled_tokens == options.sampled_tokens,
+        "weights": provenance.fingerprint == model.fingerprint,
+        "configuration": not differing_settings(provenance.settings, model.settings),
+        "--tokens": provenance.max_tokens == options.tokens,
+        "--seed": provenance.seed == seed,
+        "--sampled-tokens": provenance.sampled_tokens == options.sampled_tokens,
         "--hessians": options.hessians in ("none", kind),
     }
     if options.data is not None:
-        same["--data"] = made.text_hash == read_samples(Path(options.data)).sha256
+        same["--data"] = provenance.text_hash == read_samples(Path(options.data)).sha256
     elif all(same.values()):  # the text depends on both
         text = read_text(options.text, seed=seed, max_tokens=_given_tokens(options))
         same |= {
-            "--window": made.window == _window_of(made, model, options, seed),
-            "text": made.text_hash == text.sha256,
+            "--window": provenance.window == _window_of(provenance, model, options, seed),
+            "text": provenance.text_hash == text.sha256,
         }
     return [name for name, is_same in same.items() if not is_same]
 
 
-def _window_of(made: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
+def _window_of(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
     """Return the window that a calibration with these options has: that of one short window is the text's length."""
     window = min(options.window, max(options.tokens, 2))
-    if made.num_windows != 1 or made.window >= window:
+    if provenance.num_windows != 1 or provenance.window >= window:
         return window
     return text_inputs(model, options.text, tokens=options.tokens, window=options.window, seed=seed).longest
 

@@ -245,8 +245,8 @@ class _Making:
             path = paths[request] = self._plan_path(request)
             if not path.is_file():
                 stats = StatsFile(self.work / STATS_NAME).of(self.model)
-                made = {"recipe": request, "stats": stats.stats, "stats_hash": stats.hash}
-                plan_from_types(self.model, types, **made).save(path)
+                origin = {"recipe": request, "stats": stats.stats, "stats_hash": stats.hash}
+                plan_from_types(self.model, types, **origin).save(path)
         return paths
 
     def _plan_path(self, request: str) -> Path:

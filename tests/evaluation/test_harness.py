@@ -31,7 +31,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 TEXTS = """
 task: local_texts
 dataset_path: json
-dataset_kwargs: {data_files: {test: QUESTIONS}}
+dataset_kwargs: {data_files: {test: TEXTS}}
 output_type: loglikelihood_rolling
 test_split: test
 doc_to_text: ""
@@ -60,7 +60,10 @@ def folder(small_moe: Path, tmp_path_factory) -> Path:
     lines = (small_moe.parent / "demo_questions.jsonl").read_text().splitlines()[:6]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
     for name, text in (("choices", CHOICES), ("texts", TEXTS), ("code", CODE)):
-        (folder / f"{name}.yaml").write_text(text.replace("QUESTIONS", str(folder / "questions.jsonl")))
+        named = text.replace("QUESTIONS", str(folder / "questions.jsonl")).replace("TEXTS", str(folder / "texts.jsonl"))
+        (folder / f"{name}.yaml").write_text(named)
+    longer = (small_moe.parent / "demo_text.txt").read_text()[:6000]  # than the context of 1,024 tokens
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in (longer, "A word.")))
     (folder / "scorer.py").write_text("def runs(doc, results):\n    return {'runs': float(eval('1 + 1') == 2)}\n")
     sums = [
         {"question": f"Tom has {a} apples, and gets 2. How many has he?", "answer": f"#### {a + 2}"} for a in range(9)

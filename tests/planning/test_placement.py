@@ -84,7 +84,9 @@ def test_what_does_not_fit_is_refused_with_what_would(file, no_llama_cpp):
 
 
 def test_the_command_prints_flags_and_bytes(file, no_llama_cpp):
-    said = json.loads(succeed("fit", file, "--gpu", "630MB", "--ram", "1GB", "--context", "2048", "--json"))
+    call = ("fit", file, "--gpu", "630MB", "--ram", "1GB", "--context", "2048")
+    assert "was trained for 1,024 tokens of context, and --context is 2,048" in succeed(*call)
+    said = json.loads(succeed(*call, "--json"))
     assert said["flags"].startswith("-ngl 7") and said["gpu"]["cuda_context"] == CUDA_CONTEXT_BYTES
     assert said["gpu"]["total"] == sum(size for part, size in said["gpu"].items() if part != "total")
     bound = placed(file, "630MB", context=2048).gpu
