@@ -104,12 +104,12 @@ def _tokens(model: Model, options: PlanOptions | ExportOptions, session: Session
     stats = options.stats or (plan and plan.with_name(STATS_NAME))
     if stats is not None:
         return (StatsFile(stats).stats.provenance.num_tokens if stats.is_file() else 0), 0
-    tokens = calibration.tokens
-    if calibration.data is None:
+    tokens, written = calibration.tokens, calibration.sampled_tokens
+    if calibration.data is None and tokens:
         documents = read_text(calibration.text, seed=session.seed, max_tokens=tokens)
         limits = {"window": calibration.window, "max_tokens": tokens}
         tokens = pack_windows(documents, load_tokenizer(model), **limits).numel()
-    return tokens, _PASSES[calibration.hessians] * tokens
+    return tokens + written, _PASSES[calibration.hessians] * (tokens + written) + _WRITTEN * written
 
 
 def _speeds(model: Model, session: Session) -> tuple[float, float]:
