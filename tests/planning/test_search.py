@@ -201,6 +201,12 @@ def test_a_tensor_is_worth_its_share_of_the_gradient_of_the_kl(model, table, sto
         error = rendered.error(name)
         slope = float((rendered.live.gradient(name).view_as(error) * error).sum())
         assert 2 * worth[name] * table.cost(table.tensors()[name][types[name]]) == pytest.approx(slope, rel=1e-3), name
+    costs = {  # the embedding costs nothing, as one that is kept in its own type
+        name: {form: Price(kl=(name != "token_embd.weight") * table.cost(row), se=0.0) for form, row in rows.items()}
+        for name, rows in table.tensors().items()
+    }
+    _, others = unit_worth(text, table.with_prices("unit-kl", costs), types)
+    assert others.keys() == worth.keys() - {"token_embd.weight"}
     with pytest.raises(ValueError, match="holds a plan's weights"):
         ScoredInputs(rendered, ModelInputs(windows[:1]))
 
