@@ -24,12 +24,9 @@ def export(options: ExportOptions, session: Annotated[Session, Only(("device", "
     Example: dynquant export ./vision-model --plan plan/plan.json -f safetensors -o out/
     """
     from dynquant.exporters import stage
+    from dynquant.publishing.effort_time import with_estimate
 
-    if options.effort == "high":
-        from dynquant.publishing.effort_time import effort_time
-
-        console.note(effort_time(options, session))
-    print_exported(stage.export(options, session))
+    print_exported(stage.export(options, with_estimate(options, session)))
 
 
 def print_exported(exported: "Exported") -> None:

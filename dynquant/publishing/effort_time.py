@@ -7,26 +7,32 @@ reading a checkpoint that does not fit into memory.
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from importlib import resources
+from pathlib import Path
 
 import torch
 
 from dynquant.analysis.costs.measure_machine import random_layer
 from dynquant.analysis.costs.model import calibration_work
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import load_encoder
 from dynquant.exporters.closing_pass import too_large_to_tune
 from dynquant.exporters.options import ExportOptions
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.options import PlanOptions
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device
-from dynquant.running.load import load_hf
-from dynquant.session import Session
+from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.session import Progress, Session
+from dynquant.storage.file_names import STATS_NAME
 
 _WINDOW = 512
 _PASSES = {"none": 1, "activations": 2, "gradients": 4, "two-sided": 6}  # forward passes that a calibrated token takes
@@ -36,45 +42,72 @@ _WRITTEN = 3  # a token that the model writes
 _ENCODED = 3 + 1  # times that the search encodes all weights: types of the Fisher probe, plans; and half a time a round
 
 
-def effort_time(options: PlanOptions | ExportOptions, session: Session) -> str:
+def with_estimate(options: PlanOptions | ExportOptions, session: Session) -> Session:
+    """Return a session that says, when the first long work begins and so after all refusals, how long the command
+    takes; the same one where no more effort than usual is asked for."""
+    if options.effort == "normal":
+        return session
+    first = iter([None])
+
+    def stage(kept: str) -> AbstractContextManager[Progress]:
+        for _ in first:
+            session.note(_effort_time(options, session))
+        return session.stage(kept)
+
+    return replace(session, stage=stage)
+
+
+def _effort_time(options: PlanOptions | ExportOptions, session: Session) -> str:
     """Say how long a command takes that finds nothing done yet."""
     model = open_model(str(options.model), base_gguf=options.base_gguf, mtp=options.mtp)
-    token, encoding = _speeds(model, session)
-    if isinstance(options, PlanOptions):
-        tokens, encodings = _work_of_plan(options)
-        seconds = tokens * token + encodings * encoding
+    plan, calibrates = getattr(options, "plan", None), options.stats is None
+    if plan is not None or not calibrates:
+        tokens, calibrates = _tokens_of_statistics(options.stats or plan.with_name(STATS_NAME)), False
     else:
-        calibrated = _calibrated(options.calibration) if options.preset and not options.stats else 0
-        seconds = calibrated * token + encoding + _closing_seconds(model, options, session, token)
+        tokens = _tokens_of_text(model, options.calibration, session)
+    token, encoding = _speeds(model, session)
+    seconds = _PASSES[options.calibration.hessians] * tokens * token if calibrates else 0.0
+    if isinstance(options, PlanOptions):
+        priced, encodings = _work_of_search(options)
+        seconds += priced * token + encodings * encoding
+    else:
+        seconds += encoding + _closing_seconds(model, options, tokens, session, token)
     spent = f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
     return f"--effort {options.effort}: about {spent} on this machine when it does nothing else, from nothing"
 
 
-def _work_of_plan(options: PlanOptions) -> tuple[float, float]:
+def _work_of_search(options: PlanOptions) -> tuple[float, float]:
     """Return tokens in forward passes, and encodings of all weights."""
     search = options.search.with_methods(on_text=options.calibration.data is None)
-    calibrated = 0 if options.stats else _calibrated(options.calibration)
     if not search.runs_model:
-        return calibrated, 0
+        return 0, 0
     prices = _BACK * (search.probes * search.probe_window + search.rounds * search.unit_tokens)
-    return calibrated + prices + (4 + search.rounds) * search.selection_tokens, _ENCODED + search.rounds / 2
+    return prices + (4 + search.rounds) * search.selection_tokens, _ENCODED + search.rounds / 2
 
 
-def _closing_seconds(model: Model, options: ExportOptions, session: Session, token: float) -> float:
-    """Return the time of the closing pass at most; `token` is that of a token's forward pass."""
-    tokens, written = (
-        options.closing.most_tokens if options.tune is None else options.tune,
-        options.closing.tune_sampled,
-    )
+def _closing_seconds(model: Model, options: ExportOptions, there: int, session: Session, token: float) -> float:
+    """Return the time of the closing pass at most, for a text of `there` tokens; `token` is that of a token's forward
+    pass."""
+    tokens = min(there, options.closing.most_tokens if options.tune is None else options.tune)
+    written = options.closing.tune_sampled
     too_large = options.tune is None and too_large_to_tune(model, chosen_device(session.device))
     if options.encoder != "dynquant" or too_large or not tokens:
         return 0.0
     return _WRITTEN * written * token + min(_TUNED * (tokens + written) * token, 60 * options.closing.tune_minutes)
 
 
-def _calibrated(options: CalibrationOptions) -> int:
-    """Return forward passes of a token that calibration is worth."""
-    return _PASSES[options.hessians] * options.tokens
+def _tokens_of_text(model: Model, options: CalibrationOptions, session: Session) -> int:
+    """Return the tokens that calibration takes: those that are asked for, or all of a shorter text."""
+    if options.data is not None:
+        return options.tokens
+    documents = read_text(options.text, seed=session.seed, max_tokens=options.tokens)
+    limits = {"window": options.window, "max_tokens": options.tokens}
+    return pack_windows(documents, load_tokenizer(model), **limits).numel()
+
+
+def _tokens_of_statistics(path: Path) -> int:
+    """Return the tokens that statistics were made of; 0 where they are not there."""
+    return StatsFile(path).stats.provenance.num_tokens if path.is_file() else 0
 
 
 def _speeds(model: Model, session: Session) -> tuple[float, float]:
