@@ -44,11 +44,15 @@ def tune_file(
     check_original(model, source, path)
     where = {"dtype": torch.float32, "device": chosen_device(session.device)}
     hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
+    written = output.with_name(f".{output.stem}.written.safetensors")
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
-        tuned = tune(model, hf_model, source, windows, options, original=original, progress=progress)
+        more = {"original": original, "written_file": written, "progress": progress}
+        tuned = tune(model, hf_model, source, windows, options, **more)
     session.note(_outcome(tuned))
     encoder = f"{encoder}+tune" if tuned.replacements else encoder
-    return write_patched(source, output, tuned.replacements, encoder=encoder)
+    files = write_patched(source, output, tuned.replacements, encoder=encoder)
+    written.unlink(missing_ok=True)
+    return files
 
 
 def _outcome(tuned: Tuned) -> str:

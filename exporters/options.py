@@ -111,7 +111,7 @@ class ExportOptions(Options):
     fallback: Fallback = ()
     format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
     stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
-    calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
+    calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "sampled_tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
     encoder: EncoderName = "dynquant"

@@ -41,7 +41,15 @@ class CalibrationOptions(Options):
         ),
     ] = None
     strict: Strict = False
-    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.", min=1)] = 131072
+    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.", min=0)] = 131072
+    sampled_tokens: Annotated[
+        int,
+        Flag(
+            "Calibrate also on this many tokens that the original writes itself, in its chat template too where it has "
+            "one; with --tokens 0 on nothing else.",
+            min=0,
+        ),
+    ] = 0
     window: Window = 512
     hessians: Annotated[
         Hessians,
@@ -92,6 +100,9 @@ class CalibrationOptions(Options):
             self.refuse_unused("it is for samples with images, given with --data FILE.", "strict")
         else:
             self.refuse_unused("samples, given with --data, have lengths of their own.", "window")
+            self.refuse_unused("calibration is on the samples of --data.", "sampled_tokens")
+        if not self.tokens + self.sampled_tokens:
+            raise StatsError("--tokens 0 leaves nothing to calibrate on; give more, or --sampled-tokens N.")
         if self.hessians == "none":
             self.refuse_unused("--hessians none takes no second moments.", "hessian_memory")
 

@@ -158,7 +158,11 @@ def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: Plan
 
     machine, calibration = Machine.load(machine_file), options.calibration
     limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)
-    inputs = {"tokens": calibration.tokens, "window": calibration.window, "hessians": calibration.hessians}
+    inputs = {
+        "tokens": calibration.tokens + calibration.sampled_tokens,
+        "window": calibration.window,
+        "hessians": calibration.hessians,
+    }
     types = tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES
     hessian_bytes = parse_size(calibration.hessian_memory)
     work = CostOptions(**inputs, hessian_bytes=hessian_bytes, types=types, limit_bytes=limit)

@@ -66,7 +66,8 @@ def _effort_time(options: PlanOptions | ExportOptions, session: Session) -> str:
     else:
         tokens = _tokens_of_text(model, options.calibration, session)
     token, encoding = _speeds(model, session)
-    seconds = _PASSES[options.calibration.hessians] * tokens * token if calibrates else 0.0
+    passes = _PASSES[options.calibration.hessians] * tokens + _WRITTEN * options.calibration.sampled_tokens
+    seconds = passes * token if calibrates else 0.0
     if isinstance(options, PlanOptions):
         priced, encodings = _work_of_search(options)
         seconds += priced * token + encodings * encoding
@@ -100,9 +101,11 @@ def _tokens_of_text(model: Model, options: CalibrationOptions, session: Session)
     """Return the tokens that calibration takes: those that are asked for, or all of a shorter text."""
     if options.data is not None:
         return options.tokens
+    if not options.tokens:
+        return options.sampled_tokens
     documents = read_text(options.text, seed=session.seed, max_tokens=options.tokens)
     limits = {"window": options.window, "max_tokens": options.tokens}
-    return pack_windows(documents, load_tokenizer(model), **limits).numel()
+    return pack_windows(documents, load_tokenizer(model), **limits).numel() + options.sampled_tokens
 
 
 def _tokens_of_statistics(path: Path) -> int:

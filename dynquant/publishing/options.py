@@ -24,7 +24,9 @@ def _in_release(output: Path, typed: Mapping[str, Any]) -> list[Path]:
     return [output / RECORD_NAME, *files_of_plan(output / WORK_NAME)]
 
 
-_CALIBRATION = Only(("text", "data", "strict", "tokens", "window", "hessians", "hessian_memory", "max_memory"))
+_CALIBRATION = Only(
+    ("text", "data", "strict", "tokens", "sampled_tokens", "window", "hessians", "hessian_memory", "max_memory")
+)
 _QUESTIONS = Only(
     ("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring", "prompts", "new_tokens")
 )

@@ -7,8 +7,9 @@ import pytest
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import open_runner
-from dynquant.evaluation.tasks.generation import Continuations, Prompts, is_loop, summarize_generation
+from dynquant.evaluation.tasks.generation import Continuations, Prompts, summarize_generation
 from dynquant.families.open import open_model
+from dynquant.inputs.written import is_loop
 from tests.helpers.commands import succeed
 from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import write_f32

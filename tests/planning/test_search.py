@@ -338,7 +338,7 @@ def test_a_text_that_calibration_used_up_is_selected_on_where_it_was_held_back(
             made = plan(small_moe, Target(bpw=3.0, types=TYPES), options, directory, search)
             selection = json.loads((directory / "selection.json").read_text())
             assert made.selected_kl > 0 and selection["num_tokens"] == 256
-            assert selection["text"] == "dynquant-mix-1, held back from calibration"
+            assert selection["text"] == "dynquant-mix-2, held back from calibration"
         else:
             with pytest.raises(StatsError, match=r"256 tokens\. Selection wants 1,024.*new folder"):
                 plan(small_moe, Target(bpw=3.0, types=TYPES), options, directory, search)
