@@ -200,7 +200,7 @@ def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(mode
 def test_kl_falls_on_a_gpu_too(model, crushed, windows, tuned, cuda):
     hf_model = load_hf(model, dtype=torch.float32, device=str(cuda))
     found = tune(model, hf_model, GGUFSource(crushed), windows, OPTIONS)
-    assert found.before.kl == pytest.approx(tuned.before.kl, rel=2e-3)
+    assert found.before.kl == pytest.approx(tuned.before.kl, rel=5e-3)  # products of the model are in TF32
     assert found.after.kl == pytest.approx(tuned.after.kl, rel=2e-2)
 
 
