@@ -162,7 +162,8 @@ class ExportOptions(Options):
     allow_difference: AllowDifference = False
     effort: Effort = "normal"
     blocks: Path | None = None
-    """Folder of `encoding.store` that keeps every tensor's blocks for other exports of the model."""
+    """Folder of `encoding.store` that keeps every tensor's blocks, and what the original writes, for other exports of
+    the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -260,8 +260,8 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     # Training that ends by the clock does not give the same bytes twice, and some may be in the output already.
     target, files = (output, []) if is_gguf else beside("tuned", astuple(tuning))
     if not files:
-        windows, encoder = encoding.moments.tokens, encoding.encoder.name
-        files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, encoder=encoder)
+        windows, how = encoding.moments.tokens, {"encoder": encoding.encoder.name, "shared": options.blocks}
+        files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, **how)
     if not is_gguf:
         written += files
         files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))  # tuned bytes
