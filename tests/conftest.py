@@ -1,5 +1,6 @@
 """Fixtures: the bundled small MoE, and the larger test beds where the checkout has them beside it."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,15 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     first = share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)
     os.sched_setaffinity(0, cores[first : first + share])
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+gc.disable()  # until all is imported
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of collections of garbage, which would each go through two million objects."""
+    gc.freeze()
+    gc.enable()
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

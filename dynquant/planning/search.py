@@ -207,7 +207,8 @@ def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchRe
             unit_text = ScoredInputs(rendered, ModelInputs(unit_windows))
         results: dict[int, SearchResult] = {}
         before: ErrorTable | None = None
-        for index in sorted(range(len(searches)), key=lambda index: -searches[index].plan_bytes(table)):
+        sizes = [each.plan_bytes(table) for each in searches] if len(searches) > 1 else [0]
+        for index in sorted(range(len(searches)), key=lambda index: -sizes[index]):
             results[index] = _selected(searches[index], before or table, scorer, unit_text, is_first=before is None)
             if unit_text is not None:
                 before = results[index][0].priced(UNIT_KL)

@@ -1,4 +1,4 @@
-"""Time of `plan` and `export` with more effort, estimated from a few seconds of work on this machine.
+"""Time of `plan`, `export` and `release` with more effort, estimated from a few seconds of work on this machine.
 
 The bundled model runs a window forward and back on the device, and the encoder takes some rows; operations and weights
 of the model at hand scale both. It is a bound for models that keep a GPU busier than the bundled one, and leaves out
@@ -11,13 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from importlib import resources
-from pathlib import Path
 
 import torch
 
 from dynquant.analysis.costs.measure_machine import random_layer
 from dynquant.analysis.costs.model import calibration_work
-from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import load_encoder
@@ -27,6 +25,7 @@ from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.options import PlanOptions
+from dynquant.publishing.options import ReleaseOptions
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device
@@ -38,11 +37,12 @@ _WINDOW = 512
 _PASSES = {"none": 1, "activations": 2, "gradients": 4, "two-sided": 6}  # forward passes that a calibrated token takes
 _BACK = 3  # forward and backward pass, in forward passes
 _TUNED = 1 + _BACK + 1  # what the original says, a step, and the looks at text that is held out
+_NEXT_SIZE = 0.5  # the search of another size of a release
 _WRITTEN = 3  # a token that the model writes
 _ENCODED = 3 + 1  # times that the search encodes all weights: types of the Fisher probe, plans; and half a time a round
 
 
-def with_estimate(options: PlanOptions | ExportOptions, session: Session) -> Session:
+def with_estimate(options: PlanOptions | ExportOptions | ReleaseOptions, session: Session) -> Session:
     """Return a session that says, when the first long work begins and so after all refusals, how long the command
     takes; the same one where no more effort than usual is asked for."""
     if options.effort == "normal":
@@ -57,22 +57,22 @@ def with_estimate(options: PlanOptions | ExportOptions, session: Session) -> Ses
     return replace(session, stage=stage)
 
 
-def _effort_time(options: PlanOptions | ExportOptions, session: Session) -> str:
+def _effort_time(options: PlanOptions | ExportOptions | ReleaseOptions, session: Session) -> str:
     """Say how long a command takes that finds nothing done yet."""
-    model = open_model(str(options.model), base_gguf=options.base_gguf, mtp=options.mtp)
-    plan, calibrates = getattr(options, "plan", None), options.stats is None
-    if plan is not None or not calibrates:
-        tokens, calibrates = _tokens_of_statistics(options.stats or plan.with_name(STATS_NAME)), False
+    export, sizes = options if isinstance(options, ExportOptions) else None, 1
+    if isinstance(options, ReleaseOptions):
+        first, export, sizes = options.of_plans, options.of_export(options.output, options.output), len(options.targets)
     else:
-        tokens = _tokens_of_text(model, options.calibration, session)
+        first = options
+    model = open_model(str(first.model), base_gguf=first.base_gguf, mtp=first.mtp)
     token, encoding = _speeds(model, session)
-    passes = _PASSES[options.calibration.hessians] * tokens + _WRITTEN * options.calibration.sampled_tokens
-    seconds = passes * token if calibrates else 0.0
-    if isinstance(options, PlanOptions):
-        priced, encodings = _work_of_search(options)
-        seconds += priced * token + encodings * encoding
-    else:
-        seconds += encoding + _closing_seconds(model, options, tokens, session, token)
+    tokens, calibrated = _tokens(model, first, session)
+    seconds = calibrated * token
+    if isinstance(first, PlanOptions):
+        priced, encodings = _work_of_search(first)
+        seconds += (priced * token + encodings * encoding) * (1 + (sizes - 1) * _NEXT_SIZE)
+    if export is not None:
+        seconds += sizes * (encoding + _closing_seconds(model, export, tokens, session, token))
     spent = f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
     return f"--effort {options.effort}: about {spent} on this machine when it does nothing else, from nothing"
 
@@ -97,20 +97,19 @@ def _closing_seconds(model: Model, options: ExportOptions, there: int, session: 
     return _WRITTEN * written * token + min(_TUNED * (tokens + written) * token, 60 * options.closing.tune_minutes)
 
 
-def _tokens_of_text(model: Model, options: CalibrationOptions, session: Session) -> int:
-    """Return the tokens that calibration takes: those that are asked for, or all of a shorter text."""
-    if options.data is not None:
-        return options.tokens
-    if not options.tokens:
-        return options.sampled_tokens
-    documents = read_text(options.text, seed=session.seed, max_tokens=options.tokens)
-    limits = {"window": options.window, "max_tokens": options.tokens}
-    return pack_windows(documents, load_tokenizer(model), **limits).numel() + options.sampled_tokens
-
-
-def _tokens_of_statistics(path: Path) -> int:
-    """Return the tokens that statistics were made of; 0 where they are not there."""
-    return StatsFile(path).stats.provenance.num_tokens if path.is_file() else 0
+def _tokens(model: Model, options: PlanOptions | ExportOptions, session: Session) -> tuple[int, int]:
+    """Return the tokens of the calibration text, and forward passes of a token that statistics of it are worth: none
+    where they are there."""
+    plan, calibration = getattr(options, "plan", None), options.calibration
+    stats = options.stats or (plan and plan.with_name(STATS_NAME))
+    if stats is not None:
+        return (StatsFile(stats).stats.provenance.num_tokens if stats.is_file() else 0), 0
+    tokens, written = calibration.tokens, calibration.sampled_tokens
+    if calibration.data is None and tokens:
+        documents = read_text(calibration.text, seed=session.seed, max_tokens=tokens)
+        limits = {"window": calibration.window, "max_tokens": tokens}
+        tokens = pack_windows(documents, load_tokenizer(model), **limits).numel()
+    return tokens + written, _PASSES[calibration.hessians] * (tokens + written) + _WRITTEN * written
 
 
 def _speeds(model: Model, session: Session) -> tuple[float, float]:
