@@ -11,7 +11,7 @@ from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.cli.terminal.record import RunRecord
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError, ExportError, StatsError
-from dynquant.exporters.closing_pass import check_original, too_large_to_tune
+from dynquant.exporters.closing_pass import check_original, too_large_to_tune, tune_options
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions
 from dynquant.exporters.tuning import training
@@ -117,6 +117,17 @@ def test_the_patched_file_has_the_new_bytes_and_nothing_else(crushed, tuned, tmp
     assert keys == {key: value for key, value in before.items() if key != "dynquant.encoder"}
 
 
+def test_written_text_and_steps_grow_with_the_given_text():
+    given = torch.zeros(256, 512, dtype=torch.int64)
+    options = ClosingPassOptions()
+    cpu, gpu = (tune_options(options, given, device) for device in ("cpu", "cuda"))
+    assert (cpu.sampled_tokens, gpu.sampled_tokens) == (0, 3 * given.numel())
+    assert tune_options(replace(options, tune_sampled=7), given, "cuda").sampled_tokens == 7
+    short, long = (training._split(given, given.repeat(times, 1), cpu).train for times in (0, 3))
+    assert max(len(windows) for _, windows in short) * 512 == 1024
+    assert max(len(windows) for _, windows in long) * 512 == 4096
+
+
 SHORT = replace(OPTIONS, tokens=512, held_out_tokens=256)
 
 
@@ -195,7 +206,7 @@ def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(moe_
 def test_kl_falls_on_a_gpu_too(moe_model, crushed, windows, tuned, cuda):
     hf_model = load_hf(moe_model, dtype=torch.float32, device=str(cuda))
     found = tune(moe_model, hf_model, GGUFSource(crushed), windows, OPTIONS)
-    assert found.before.kl == pytest.approx(tuned.before.kl, rel=2e-3)
+    assert found.before.kl == pytest.approx(tuned.before.kl, rel=5e-3)  # products of the model are in TF32
     assert found.after.kl == pytest.approx(tuned.after.kl, rel=2e-2)
 
 
