@@ -74,6 +74,22 @@ def small_moe() -> Path:
 
 
 @pytest.fixture(scope="session")
+def moe_model(small_moe: Path):
+    from dynquant.families.open import open_model
+
+    return open_model(small_moe)
+
+
+@pytest.fixture(scope="session")
+def f32_moe(moe_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """textbook-moe-16m as a GGUF of float32; read only."""
+    from tests.helpers.tiny_models import write_f32
+
+    folder = made_once(tmp_path_factory, "f32-moe", lambda folder: write_f32(moe_model, folder / "small.gguf"))
+    return folder / "small.gguf"
+
+
+@pytest.fixture(scope="session")
 def moe_89m() -> Path:
     path = SHARED / "models" / "textbook-moe-89m"
     if not path.is_dir():
