@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from dynquant.errors import StatsError
 from dynquant.options import (
@@ -55,7 +55,9 @@ class CalibrationOptions(Options):
         Hessians,
         Flag(
             "Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
-            "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or none."
+            "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or "
+            "none. Default: activations; two-sided with --select, whose models run backward anyway.",
+            show_default=False,
         ),
     ] = "activations"
     hessian_memory: Annotated[
@@ -103,6 +105,11 @@ class CalibrationOptions(Options):
             raise StatsError("--tokens 0 leaves nothing to calibrate on; give more, or --sampled-tokens N.")
         if self.hessians == "none":
             self.refuse_unused("--hessians none takes no second moments.", "hessian_memory")
+
+    def for_selected_plans(self) -> Self:
+        """Return what plans that are chosen by their KL calibrate with: two-sided second moments of text, and of
+        samples with images what is asked for."""
+        return self if self.data is not None else self.filled({"hessians": "two-sided"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ GIVEN, WRITTEN = "given text", "text that the original wrote"
 _TRAINED_TOP = 1024
 _STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "all text was used", "time was over"
 _FULL_RATE_STEPS = 16
+_STEPS, _LEAST_STEP, _MOST_STEP = 128, 1024, 4096  # tokens of a step: four times as many take a GPU as long
 _GROWTH = 1.4  # of the text between two looks at the held-out KL
 _LATE = 8  # power by which later steps count more in the average
 _LEAST_KL = 1e-3  # nats that are added to a token's KL, whose root has no slope at 0
@@ -74,7 +75,8 @@ class TuneOptions:
     """Parts that are trained; the rest stays as it is."""
     patience: int = 3
     """Looks at the held-out KL without a gain before training ends."""
-    step_tokens: int = 1024
+    step_tokens: int | None = None
+    """None for so many that all text makes `_STEPS` steps, within limits."""
     scale_rate: float = 0.025
     norm_rate: float = 0.01
     router_rate: float = 0.01
@@ -235,7 +237,9 @@ def _split(given: Tensor, written: Tensor, options: TuneOptions) -> _Split:
             f"{len(given)}. Calibrate on more text, or export with `--tune 0`."
         )
     generator = torch.Generator().manual_seed(options.seed)
-    together = max(1, options.step_tokens // given.shape[1])
+    trained = min(options.tokens, given.numel()) + written.numel()
+    step_tokens = options.step_tokens or min(max(trained // _STEPS, _LEAST_STEP), _MOST_STEP)
+    together = max(1, step_tokens // given.shape[1])
     split = _Split([], [], [])
     share = options.held_out_tokens / (len(given) + len(written)) / given.shape[1]
     for kind, windows in ((GIVEN, given), (WRITTEN, written)):

@@ -11,10 +11,8 @@ import pytest
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.tasks.harness_results import summarize_task
-from dynquant.families.open import open_model
 from tests.helpers.commands import linked_copy
 from tests.helpers.evaluating import evaluated
-from tests.helpers.tiny_models import write_f32
 
 RUN = {"threads": 1, "device": "cpu"}
 CHOICES = """
@@ -73,11 +71,6 @@ def folder(small_moe: Path, tmp_path_factory) -> Path:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "gsm8k" / "main" / f"{split}-00000.jsonl").write_text(text)
     return folder
-
-
-@pytest.fixture(scope="module")
-def f32_moe(small_moe: Path, tmp_path_factory) -> Path:
-    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("f32") / "f32.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -353,9 +353,14 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--size", "1GB"), "not --bpw and --size"),
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--select"), "--select is for plans of GGUF types"),
         (("plan", "MODEL", "--mixed-experts", "--bpw", "5"), "--mixed-experts goes with --for vllm"),
-        (("plan", "MODEL", "--for", "vllm", "--group-size", "48"), "none of 128, 64, 32"),
+        (("plan", "MODEL", "--for", "vllm", "--group-size", "48"), "give 128 or 64 or 32"),
+        (("plan", "MODEL", "--for", "vllm", "--types", "w2a16", "--bpw", "1"), "bytes in every plan; ask for"),
         (("plan", "MODEL", "--tensor-parallel", "2", "--bpw", "5"), "it goes with --for vllm"),
         (("plan", "MODEL", "--for", "vllm", "--tensor-parallel", "3"), "`blk.0.attn_q.weight` has 4 heads"),
+        (
+            ("plan", "MODEL", "--for", "vllm", "--types", "w4a16", "--tensor-parallel", "4"),
+            "can hold `blk.0.ffn_down.weight`",
+        ),
     ],
 )
 def test_refusals_are_one_paragraph(arguments, words, llama, tmp_path):
