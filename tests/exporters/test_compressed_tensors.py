@@ -357,6 +357,10 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
         (("plan", "MODEL", "--for", "vllm", "--types", "w2a16", "--bpw", "1"), "bytes in every plan; ask for"),
         (("plan", "MODEL", "--tensor-parallel", "2", "--bpw", "5"), "it goes with --for vllm"),
         (("plan", "MODEL", "--for", "vllm", "--tensor-parallel", "3"), "`blk.0.attn_q.weight` has 4 heads"),
+        (
+            ("plan", "MODEL", "--for", "vllm", "--types", "w4a16", "--tensor-parallel", "4"),
+            "can hold `blk.0.ffn_down.weight`",
+        ),
     ],
 )
 def test_refusals_are_one_paragraph(arguments, words, llama, tmp_path):
