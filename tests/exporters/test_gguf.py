@@ -18,7 +18,7 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
 from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
-from tests.helpers.tiny_gguf import GGML, NUM_LAYERS, SlowEncoder, left_in, tiny_model, tiny_plan, tiny_stats
+from tests.helpers.tiny_gguf import GGML, NUM_LAYERS, WatchedEncoder, left_in, tiny_model, tiny_plan, tiny_stats
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +131,10 @@ def test_each_expert_is_encoded_with_its_own_statistics(tmp_path):
 
 
 def test_the_size_does_not_depend_on_the_encoder(tmp_path):
-    class LongerName(SlowEncoder):
-        name = "dynquant"
-
     model = tiny_model()
-    plan = tiny_plan(model)
-    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=LongerName())
+    plan, encoder = tiny_plan(model), WatchedEncoder(lambda *_: None)
+    encoder.name = "dynquant"
+    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=encoder)
     assert path.stat().st_size == plan.predicted_bytes
 
 
