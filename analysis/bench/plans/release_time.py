@@ -1,6 +1,6 @@
 """CPU time of a release of several sizes beside one plan and the encoding of all that its files are made of.
 
-    python -m dynquant.analysis.bench.release_time MODEL -o DIR --sizes 1.8:5.0
+    python -m dynquant.analysis.bench.plans.release_time MODEL -o DIR --sizes 1.8:5.0
 
 Both run in new folders and select by KL; the plan is of the middle size. Encoding is of the distinct pairs of tensor
 and type of all files, each once. CPU time of all threads is counted, which others on the machine hardly change.
