@@ -21,7 +21,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
         "search.rounds": 4,
         "search.selection_tokens": 16_384,
         "closing.most_tokens": 524_288,
-        "closing.tune_sampled": 131_072,
+        "closing.tune_sampled": 524_288,
         "closing.patience": 5,
         "closing.tune_minutes": 60.0,
     },

@@ -57,8 +57,8 @@ def _structure(fields: str, defaults: Mapping[str, object]) -> type[Structure]:
     """Return a structure of fields such as `n_ctx:u`, and the values that a library's defaults must have."""
     kinds = {"i": c_int, "u": c_uint32, "f": c_float, "b": c_bool, "p": c_void_p, "z": c_size_t}
     pairs = [word.split(":") for word in fields.split()]
-    known = tuple((name, kinds[kind]) for name, kind in pairs)
-    return type("Parameters", (Structure,), {"_fields_": (*known, _TAIL), "defaults": dict(defaults)})
+    typed_fields = tuple((name, kinds[kind]) for name, kind in pairs)
+    return type("Parameters", (Structure,), {"_fields_": (*typed_fields, _TAIL), "defaults": dict(defaults)})
 
 
 _MODEL = _structure(

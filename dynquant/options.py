@@ -252,7 +252,7 @@ Exact = Annotated[
 CalibrationText = Annotated[
     str | None,
     Flag(
-        "Calibration text: .txt, .jsonl, .json, .csv, .parquet or a datasets id. Default: dynquant-mix-1, which ships.",
+        "Calibration text: .txt, .jsonl, .json, .csv, .parquet or a datasets id. Default: dynquant-mix-2, which ships.",
         ("--calibration",),
     ),
 ]

@@ -73,8 +73,13 @@ class ClosingPassOptions(Options):
         ),
     ] = 10.0
     tune_sampled: Annotated[
-        int, Flag("Tokens that the original writes itself, for the closing pass beside the text.", min=0)
-    ] = 0
+        int | None,
+        Flag(
+            "Tokens that the original writes itself, for the closing pass beside the text. Default: three times as "
+            "many as the text has on a GPU, where they take seconds to minutes, else none.",
+            min=0,
+        ),
+    ] = None
     tune_parts: Annotated[
         tuple[str, ...],
         Flag("What the closing pass trains, of scales, norms, biases and routers (which hurt where measured)."),
@@ -106,7 +111,7 @@ class ExportOptions(Options):
     fallback: Fallback = ()
     format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
     stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
-    calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
+    calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "sampled_tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
     encoder: EncoderName = "dynquant"
@@ -157,7 +162,8 @@ class ExportOptions(Options):
     allow_difference: AllowDifference = False
     effort: Effort = "normal"
     blocks: Path | None = None
-    """Folder of `encoding.store` that keeps every tensor's blocks for other exports of the model."""
+    """Folder of `encoding.store` that keeps every tensor's blocks, and what the original writes, for other exports of
+    the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,7 +184,9 @@ class TuneFileOptions(Options):
         int, Flag("Train on at most this many tokens; fewer when the held-out KL stops falling.", min=1)
     ] = 131072
     closing: ClosingPassOptions = field(default_factory=ClosingPassOptions)
-    step_tokens: Annotated[int, Flag("Tokens in a step.", min=1)] = 1024
+    step_tokens: Annotated[
+        int | None, Flag("Tokens in a step. Default: so many that there are about 128, 1024 to 4096.", min=1)
+    ] = None
     window: Window = 512
 
 

@@ -260,8 +260,8 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     # Training that ends by the clock does not give the same bytes twice, and some may be in the output already.
     target, files = (output, []) if is_gguf else beside("tuned", astuple(tuning))
     if not files:
-        windows, encoder = encoding.moments.tokens, encoding.encoder.name
-        files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, encoder=encoder)
+        windows, how = encoding.moments.tokens, {"encoder": encoding.encoder.name, "shared": options.blocks}
+        files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, **how)
     if not is_gguf:
         written += files
         files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))  # tuned bytes
@@ -277,13 +277,13 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
     file = GGUFSource(path)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
-    steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
-    tuning = tune_options(options.closing, **steps)
     model = open_language_model(options.reference, session)
     check_original(path, model)
-    tokens = tuning.tokens + tuning.held_out_tokens * 5 // 4
-    text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
+    tokens = options.tokens + TuneOptions.held_out_tokens * 5 // 4
+    text = read_text(options.text, seed=session.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
+    steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
+    tuning = tune_options(options.closing, windows, chosen_device(session.device), **steps)
     check_context(model, windows.shape[1])
     check_complete(file)
     encoder = recorded_encoder(file).removesuffix("+tune")

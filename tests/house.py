@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +32,22 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Module:
-    """One file of the package, parsed; `place` is its path in the repository."""
+    """One file of the package; `place` is its path in the repository."""
 
     place: str
     text: str
-    tree: ast.Module
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def folder(self) -> str:
+        return self.place.rpartition("/")[0]
+
+    @property
+    def is_package(self) -> bool:
+        return self.place.endswith("/__init__.py")
 
     @property
     def num_lines(self) -> int:
@@ -54,12 +66,11 @@ class Module:
 def read_modules() -> list[Module]:
     """Read every module of the four top folders."""
     paths = sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py"))
-    texts = [(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
-    return [Module(place, text, ast.parse(text)) for place, text in texts]
+    return [Module(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
 
 
 def crowded_folders(modules: list[Module]) -> list[str]:
-    counts = Counter(module.place.rpartition("/")[0] for module in modules)
+    counts = Counter(module.folder for module in modules)
     return [f"{folder}: {count} modules" for folder, count in counts.items() if count > MAX_MODULES]
 
 

@@ -129,7 +129,7 @@ def judge_options(doc: str | None, **more: Any) -> Namespace:
         methods=(str(METHODS), "Flags by method."),
         only=("", "Methods to measure, as default,routers; all without any."),
         recipes=(RECIPES, "Stock recipes whose bytes are taken."),
-        calibration=(str, "Text; dynquant-mix-1 without any."), tokens=(131072, "Tokens of calibration."),
+        calibration=(str, "Text; dynquant-mix-2 without any."), tokens=(131072, "Tokens of calibration."),
         text=([], "Text that files are scored on."), score=(16384, "Tokens of each text."),
         questions=(str, "Multiple-choice questions."), shots=(str, "Examples; the first of each subject without any."),
         limit=(0, "Questions at most."), scoring=("letter", "How they are scored: letter, cloze or both."),
@@ -242,8 +242,8 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float 
                 for future in as_completed(futures):
                     if time.monotonic() > until:
                         pool.shutdown(wait=False, cancel_futures=True)
-                    if not future.cancelled():
-                        enter(*futures[future], future.result())
+                    if not future.cancelled():  # a killed worker breaks the pool: the same command goes on
+                        enter(*futures[future], {"refused": str(e)} if (e := future.exception()) else future.result())
     write_atomically(path, json.dumps(content) + "\n")
 
 

@@ -219,8 +219,8 @@ def _super_weights(judged: Judged, text: str, tokens: int) -> str:
     if not path.is_file():
         options = SuperWeightOptions(model=judged.model, text=text, tokens=tokens, min_effect=_MIN_EFFECT)
         search = look_for_super_weights(options, Session(device=judged.device))
-        found = [[weight.model_dump(), effect and effect.model_dump()] for weight, effect in search.weights]
-        write_atomically(path, json.dumps(asdict(search) | {"weights": found}) + "\n")
+        weights = [[weight.model_dump(), effect and effect.model_dump()] for weight, effect in search.weights]
+        write_atomically(path, json.dumps(asdict(search) | {"weights": weights}) + "\n")
     search = json.loads(path.read_text())
     lines = []
     for weight, effect in search["weights"]:
@@ -242,7 +242,7 @@ _EFFECTS = ("perplexity", "without_super_weight", "without_next_largest")
 
 def _plots(rows: Sequence[Row], folder: Path, output: Path, weights: int) -> Iterator[tuple[str, str]]:
     """Write plots of the rows and of the smallest plan; yield name and headline of each."""
-    plan = Plan.load(folder / rows[0].recipe / PLAN_NAME)
+    plan = next((Plan.load(path) for row in rows if (path := folder / row.recipe / PLAN_NAME).is_file()), None)
     drawings: dict[str, Callable[[], style.Drawn]] = {
         "damage": lambda: _draw_damage(rows, weights),
         "error_by_layer": lambda: draw_errors(ErrorTable.load(folder / ERRORS_NAME), plan, "activation_error"),
@@ -250,7 +250,7 @@ def _plots(rows: Sequence[Row], folder: Path, output: Path, weights: int) -> Ite
             plan, CalibrationStats.load(folder / STATS_NAME), load_super_weights(folder / SUPER_NAME).super_weights
         ),
     }
-    for name, draw in drawings.items():
+    for name, draw in drawings.items() if plan else [*drawings.items()][:1]:
         with style.plot_settings():
             if (drawn := draw()) is not None:
                 style.save_figure(drawn[0], output, name, drawn[1]).png.unlink()

@@ -203,7 +203,7 @@ class ErrorMeter(Meter):
         shares = _shares(self.stats.input_of(part.name), len(rows.experts))
         sampled = SampledSums(rows, shares, part.types, self.sampling)
         for experts, weights, places in sampled.rounds():
-            sampled.add(places, *self._measured(part, experts, weights, sampled.wanted))
+            sampled.add(places, *self._measured(part, experts, weights, sampled.types_left))
         return sampled.sums(content.checksum)
 
     def _measured(
@@ -387,7 +387,7 @@ def _row(
     """Return the row of a tensor in a format, to which the candidate types `types` lead."""
     place = {"name": info.name, "role": role_of(info.name), "layer": layer_of(info.name)}
     others = tuple(name for name in types if name != candidate.name)
-    return ErrorRow(**place, type=candidate.name, wanted=others, bytes=candidate.tensor_bytes(info.shape), **errors)
+    return ErrorRow(**place, type=candidate.name, stands_for=others, bytes=candidate.tensor_bytes(info.shape), **errors)
 
 
 def errors_of(sums: ErrorSums, inputs: InputStats | None, num_experts: int) -> dict[str, Any]:
@@ -415,8 +415,8 @@ def errors_of(sums: ErrorSums, inputs: InputStats | None, num_experts: int) -> d
         errors["activation_error"] = _ratio_of((outputs * counted).sum(0)).sqrt().item()
         if num_experts > 1:
             ratios = (outputs[:, 0] / outputs[:, 1]).sqrt().tolist()
-            known = {expert: ratio for expert, ratio in zip(experts, ratios, strict=True) if not isnan(ratio)}
-            errors["per_expert_activation_error"] = tuple(map(known.get, range(num_experts)))
+            ratio_of = {expert: ratio for expert, ratio in zip(experts, ratios, strict=True) if not isnan(ratio)}
+            errors["per_expert_activation_error"] = tuple(map(ratio_of.get, range(num_experts)))
     return errors
 
 

@@ -20,7 +20,7 @@ class SampledSums:
     shares: Tensor  # float64 [E], tokens that each expert received
     types: tuple[str, ...]
     limits: Sampling
-    wanted: tuple[str, ...] = ()
+    types_left: tuple[str, ...] = ()
     """Types that the round is for."""
     _energies: Tensor | None = None  # [2 or 3, E, M], experts and rows in the order in which they were drawn
     _lost: dict[str, Tensor] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class SampledSums:
 
     def rounds(self) -> Iterator[tuple[list[int], Tensor, Places]]:
         """Yield experts, their rows [n, m, C], and the places of their sums; `add` wants them before the next round."""
-        earlier, self.wanted = Extent(0, 0), self.types
+        earlier, self.types_left = Extent(0, 0), self.types
         for extent in self.drawn.extents(self.limits):
             is_wider = extent.rows == earlier.rows
             places = (
@@ -37,9 +37,9 @@ class SampledSums:
             )
             experts = self.drawn.experts[places[0]]
             yield experts.tolist(), self.drawn.weights[experts, places[1]], places
-            self._extents |= dict.fromkeys(self.wanted, extent)
-            self.wanted = tuple(name for name in self.wanted if not self._is_known(name))
-            if not self.wanted:
+            self._extents |= dict.fromkeys(self.types_left, extent)
+            self.types_left = tuple(name for name in self.types_left if not self._is_known(name))
+            if not self.types_left:
                 return
             earlier = extent
 

@@ -101,8 +101,8 @@ def scheme_table(
     statistics or groups."""
     schemes = [name for name in SCHEMES if name in schemes or name in DEFAULT_SCHEMES]
     candidates = checkpoint.candidates(schemes, mixed_experts=True)
-    wanted = unmeasured_table(model, scheme_formats(checkpoint, candidates), ())
-    sizes = {(row.name, row.type): row.bytes for row in wanted.rows}
+    unmeasured = unmeasured_table(model, scheme_formats(checkpoint, candidates), ())
+    sizes = {(row.name, row.type): row.bytes for row in unmeasured.rows}
     earlier = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
     has_these = earlier and sizes.items() <= {(row.name, row.type): row.bytes for row in earlier.rows}.items()
     if earlier and has_these and (earlier.stats_hash, earlier.fingerprint) == (stats.hash, model.fingerprint):

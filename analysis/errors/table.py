@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
@@ -42,11 +42,13 @@ CLOSED_FORM = "closed-form"
 class ErrorRow(FrozenRecord):
     """One tensor in one type. `per_expert_*` have one number an expert, None if it was not drawn or has no samples."""
 
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_alias=True, validate_by_name=True)
+
     name: str
     role: Role
     layer: int | None
     type: str
-    wanted: tuple[str, ...] = ()  # candidate types stored as `type` in rows of this length; empty: `type` alone
+    stands_for: tuple[str, ...] = Field((), alias="wanted")  # candidate types that rows of this length store as `type`
     bytes: int
     relative_rms: float
     weighted_error: float
@@ -146,7 +148,7 @@ class ErrorTable(FrozenRecord):
     def _by_key(self) -> dict[tuple[str, str], ErrorRow]:
         # Two types may stand for one that does not fit; llama.cpp stores the larger.
         by_size = sorted(self.rows, key=lambda row: row.bytes)
-        by_wanted_type = {(row.name, name): row for row in by_size for name in row.wanted}
+        by_wanted_type = {(row.name, name): row for row in by_size for name in row.stands_for}
         return by_wanted_type | {(row.name, row.type): row for row in self.rows}  # a type that is stored itself wins
 
     def tensors(self) -> dict[str, dict[str, ErrorRow]]:
@@ -163,7 +165,7 @@ class ErrorTable(FrozenRecord):
     def restricted_to(self, types: Collection[str]) -> "ErrorTable":
         """Return the rows that these candidate types lead to; a tensor that would lose all of them keeps its own."""
         kept = {
-            name: [row for row in rows.values() if set(types) & {row.type, *row.wanted}] or list(rows.values())
+            name: [row for row in rows.values() if set(types) & {row.type, *row.stands_for}] or list(rows.values())
             for name, rows in self.tensors().items()
         }
         return self.with_rows(row for rows in kept.values() for row in rows)
@@ -186,9 +188,9 @@ class ErrorTable(FrozenRecord):
         rows = {(row.name, row.type): row for row in self.rows}
         for row in other.rows:
             mine = rows.get((row.name, row.type))
-            wanted_types = dict.fromkeys((*(mine.wanted if mine else ()), *row.wanted))
+            wanted_types = dict.fromkeys((*(mine.stands_for if mine else ()), *row.stands_for))
             better = mine if mine and mine.weighted_error_se is None else row  # exact ones stay
-            rows[row.name, row.type] = better.model_copy(update={"wanted": tuple(wanted_types)})
+            rows[row.name, row.type] = better.model_copy(update={"stands_for": tuple(wanted_types)})
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
         merged = tuple(sorted(rows.values(), key=lambda row: order[row.name]))
@@ -261,7 +263,7 @@ class ErrorTable(FrozenRecord):
     def save(self, path: Path) -> None:
         """Write errors.json and, beside it, the same rows as a tidy CSV."""
         super().save(path)
-        columns = [name for name in ErrorRow.model_fields if not name.startswith(("per_expert", "wanted"))]
+        columns = [name for name in ErrorRow.model_fields if not name.startswith(("per_expert", "stands_for"))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

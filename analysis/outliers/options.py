@@ -12,7 +12,7 @@ class SuperWeightOptions(Options):
 
     model: ModelPath
     text: Annotated[
-        str | None, Flag("Text to run, as --calibration of plan takes it. Default: dynquant-mix-1, which ships.")
+        str | None, Flag("Text to run, as --calibration of plan takes it. Default: dynquant-mix-2, which ships.")
     ] = None
     tokens: Annotated[int, Flag("Tokens of the text to run.", min=2)] = 512
     min_effect: Annotated[

@@ -266,8 +266,8 @@ class DownScan:
         numbers = torch.stack([numbers for *_, numbers in self._pending])
         position, row = numbers[:, 3].long(), numbers[:, 4].long()
         grows = after[0, position, row].abs() > before[0, position, row].abs()
-        for place, found, is_growing in zip(places, numbers.tolist(), grows.tolist(), strict=True):
-            max_in, in_channel, value, position, row, col, share = found
+        for place, spike, is_growing in zip(places, numbers.tolist(), grows.tolist(), strict=True):
+            max_in, in_channel, value, position, row, col, share = spike
             at = (max_in, int(in_channel), value, int(position), int(row), int(col), share)
             self._spikes.append(DownSpike(*place, *at, is_growing))
         self._pending.clear()

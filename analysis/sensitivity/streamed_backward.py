@@ -70,6 +70,8 @@ class StreamedBackward:
         self._flowing = below
 
     def _embedding(self) -> None:
+        if "token_embd.weight" not in self.names:  # nothing is below it that a gradient flows to
+            return
         with self._measured(["token_embd.weight"]) as collect:
             for index, gradient in enumerate(self._flowing):
                 with torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from dynquant.errors import StatsError
 from dynquant.options import (
@@ -41,13 +41,23 @@ class CalibrationOptions(Options):
         ),
     ] = None
     strict: Strict = False
-    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.", min=1)] = 131072
+    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.", min=0)] = 131072
+    sampled_tokens: Annotated[
+        int,
+        Flag(
+            "Calibrate also on this many tokens that the original writes itself, in its chat template too where it has "
+            "one; with --tokens 0 on nothing else.",
+            min=0,
+        ),
+    ] = 0
     window: Window = 512
     hessians: Annotated[
         Hessians,
         Flag(
             "Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
-            "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or none."
+            "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or "
+            "none. Default: activations; two-sided with --select, whose models run backward anyway.",
+            show_default=False,
         ),
     ] = "activations"
     hessian_memory: Annotated[
@@ -90,8 +100,16 @@ class CalibrationOptions(Options):
             self.refuse_unused("it is for samples with images, given with --data FILE.", "strict")
         else:
             self.refuse_unused("samples, given with --data, have lengths of their own.", "window")
+            self.refuse_unused("calibration is on the samples of --data.", "sampled_tokens")
+        if not self.tokens + self.sampled_tokens:
+            raise StatsError("--tokens 0 leaves nothing to calibrate on; give more, or --sampled-tokens N.")
         if self.hessians == "none":
             self.refuse_unused("--hessians none takes no second moments.", "hessian_memory")
+
+    def for_selected_plans(self) -> Self:
+        """Return what plans that are chosen by their KL calibrate with: two-sided second moments of text, and of
+        samples with images what is asked for."""
+        return self if self.data is not None else self.filled({"hessians": "two-sided"})
 
 
 @dataclass(frozen=True, kw_only=True)

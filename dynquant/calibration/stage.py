@@ -4,17 +4,20 @@ The model is loaded whole where it fits, and streamed layer by layer where it do
 """
 
 import gc
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Event
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 from dynquant.calibration.importance import coverage_report
@@ -32,15 +35,16 @@ from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples
 from dynquant.inputs.text import read_text
+from dynquant.inputs.written import Writer
 from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.cluster import open_ray
-from dynquant.running.load import computing_type, load_hf
+from dynquant.running.load import computing_type, load_hf, load_tokenizer
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.running.weight_inputs import weight_inputs
 from dynquant.running.weights import add_layer_ahead
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
-from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
+from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside, written_path
 
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
@@ -154,7 +158,7 @@ def statistics_in(
     may still be on their way to the disk until `finish`."""
     path = directory / STATS_NAME
     if stats_path is not None:
-        if unused := options.changed("tokens", "hessians", "hessian_memory"):
+        if unused := options.changed("tokens", "sampled_tokens", "hessians", "hessian_memory"):
             session.note(f"{stats_path} is used as it is, so {' and '.join(unused)} did nothing")
         stats = StatsFile(stats_path).of(model).stats
         directory.mkdir(parents=True, exist_ok=True)
@@ -189,31 +193,37 @@ def statistics_at(
 
 def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: int) -> list[str]:
     """Return in what the statistics of a file differ from those that these options give."""
-    made, kind = file.stats.provenance, kind_beside(file.path)
+    provenance, kind = file.stats.provenance, kind_beside(file.path)
     same = {
-        "weights": made.fingerprint == model.fingerprint,
-        "configuration": not differing_settings(made.settings, model.settings),
-        "--tokens": made.max_tokens == options.tokens,
-        "--seed": made.seed == seed,
+        "weights": provenance.fingerprint == model.fingerprint,
+        "configuration": not differing_settings(provenance.settings, model.settings),
+        "--tokens": provenance.max_tokens == options.tokens,
+        "--seed": provenance.seed == seed,
+        "--sampled-tokens": provenance.sampled_tokens == options.sampled_tokens,
         "--hessians": options.hessians in ("none", kind),
     }
     if options.data is not None:
-        same["--data"] = made.text_hash == read_samples(Path(options.data)).sha256
+        same["--data"] = provenance.text_hash == read_samples(Path(options.data)).sha256
     elif all(same.values()):  # the text depends on both
-        text = read_text(options.text, seed=seed, max_tokens=options.tokens)
+        text = read_text(options.text, seed=seed, max_tokens=_given_tokens(options))
         same |= {
-            "--window": made.window == _window_of(made, model, options, seed),
-            "text": made.text_hash == text.sha256,
+            "--window": provenance.window == _window_of(provenance, model, options, seed),
+            "text": provenance.text_hash == text.sha256,
         }
     return [name for name, is_same in same.items() if not is_same]
 
 
-def _window_of(made: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
+def _window_of(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
     """Return the window that a calibration with these options has: that of one short window is the text's length."""
     window = min(options.window, max(options.tokens, 2))
-    if made.num_windows != 1 or made.window >= window:
+    if provenance.num_windows != 1 or provenance.window >= window:
         return window
     return text_inputs(model, options.text, tokens=options.tokens, window=options.window, seed=seed).longest
+
+
+def _given_tokens(options: CalibrationOptions) -> int:
+    """Return how many tokens of given text are read; what the model writes takes its beginnings from some."""
+    return options.tokens or options.sampled_tokens
 
 
 def run_calibration(
@@ -231,15 +241,12 @@ def run_calibration(
     _check(model, options, output)
     device = chosen_device(session.device)
     limit = None if options.ray is not None else streaming_limit(model, options, device, session)
-    inputs = calibration_inputs(model, options, session, batch_size=_batch_size(device))
-    if model.has_vision and not inputs.has_pictures:
-        session.note(TEXT_ONLY)
-    if inputs.num_tokens < FEW_TOKENS:
-        session.note(
-            f"calibrating on only {inputs.num_tokens:,} tokens of {inputs.name}. Statistics of fewer than "
-            f"{FEW_TOKENS:,} say little about other text; give a longer text, or more --tokens."
-        )
-    provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed)
+    if limit is not None and options.sampled_tokens:
+        raise StatsError(_needs_memory(model, options, limit))
+    load = cache(lambda: load_hf(model, device=device))
+    inputs, sampled = _all_inputs(model, options, output, load, session)
+    inputs = replace(inputs, batch_size=_batch_size(device))
+    provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed).model_copy(update=sampled)
     statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))
     if limit is not None:
         streaming = StreamingOptions(limit, options.spill, device, computing_type(model, device))
@@ -250,6 +257,7 @@ def run_calibration(
     else:
         with session.stage("Calibration is not kept: what it has measured so far is lost.") as progress:
             if options.ray is not None:
+                load.cache_clear()  # workers have models of their own
                 with open_ray(options.ray) as pool:
                     device = pool.device(session.device)
                     result = calibrate_in_shards(
@@ -257,13 +265,13 @@ def run_calibration(
                         device=device, pool=pool, progress=progress,
                     )  # fmt: skip
             else:
-                hf_model = load_hf(model, device=device)
+                hf_model = load()
                 add_layer_ahead(model, hf_model)
                 result = collect_statistics(
                     hf_model, inputs, names=weight_inputs(model, hf_model), provenance=provenance, options=statistics,
                     progress=progress,
                 )  # fmt: skip
-                del hf_model
+                del hf_model, load
                 gc.collect()  # hooks and model hold each other: weights would stay beside those of later stages
     file = _saved(result, output, in_background) if limit is None else StatsFile(output, result.stats)
     with file.guarded():
@@ -276,6 +284,23 @@ def run_calibration(
             path_beside(output).unlink(missing_ok=True)
         _tell_result(result, inputs, path_beside(output), options, session)
     return file
+
+
+def _all_inputs(
+    model: Model, options: CalibrationOptions, output: Path, load: Callable[[], nn.Module], session: Session
+) -> tuple[ModelInputs, dict[str, object]]:
+    """Return what the model is run on, and what the provenance says of text that it wrote itself."""
+    inputs, sampled = calibration_inputs(model, options, session), {}
+    if options.sampled_tokens:
+        inputs, sampled = _with_written(model, inputs, options, written_path(output), load, session)
+    if model.has_vision and not inputs.has_pictures:
+        session.note(TEXT_ONLY)
+    if inputs.num_tokens < FEW_TOKENS:
+        session.note(
+            f"calibrating on only {inputs.num_tokens:,} tokens of {inputs.name}. Statistics of fewer than "
+            f"{FEW_TOKENS:,} say little about other text; give a longer text, or more --tokens."
+        )
+    return inputs, sampled
 
 
 def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
@@ -336,9 +361,7 @@ def _tell_result(
         )
 
 
-def calibration_inputs(
-    model: Model, options: CalibrationOptions, session: Session, *, batch_size: int = 4
-) -> ModelInputs:
+def calibration_inputs(model: Model, options: CalibrationOptions, session: Session) -> ModelInputs:
     """Return what the model is run on: samples with pictures (`data`), or windows of a text.
 
     Raises:
@@ -346,8 +369,8 @@ def calibration_inputs(
         StatsError: the text is missing or empty.
     """
     if options.data is None:
-        length = {"tokens": options.tokens, "window": options.window}
-        inputs = text_inputs(model, options.text, **length, batch_size=batch_size, seed=session.seed)
+        length = {"tokens": _given_tokens(options), "window": options.window}
+        inputs = text_inputs(model, options.text, **length, seed=session.seed)
         if plain := Counter(inputs.skipped):
             reasons = "\n  ".join(f"{reason} ({number})" for reason, number in plain.items())
             session.note(
@@ -387,6 +410,43 @@ def streaming_limit(
         f"streamed layer by layer within {human_bytes(limit)}. --max-memory sets another limit"
     )
     return limit
+
+
+def _with_written(
+    model: Model,
+    inputs: ModelInputs,
+    options: CalibrationOptions,
+    file: Path,
+    load: Callable[[], nn.Module],
+    session: Session,
+) -> tuple[ModelInputs, dict[str, object]]:
+    """Return inputs with windows that the model writes, evenly among those of given text, and their part of the
+    provenance."""
+    given, count = inputs.windows, -(-options.sampled_tokens // inputs.longest)
+    with session.stage("Text that was written is kept.") as progress:
+        written = Writer(model.fingerprint, load, load_tokenizer(model), file=file).windows(
+            given, count, session.seed, progress
+        )
+    if len(written) < count:
+        session.note(
+            f"the original wrote {len(written)} windows of text instead of {count}: the others end in loops or repeat "
+            "each other"
+        )
+    given = given if options.tokens else given[:0]
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / max(len(part), 1) for part in (given, written)])
+    samples = torch.cat([given, written])[places.argsort(stable=True)]
+    name = f"{inputs.name} and text that the original wrote" if len(given) else "text that the original wrote"
+    sha256 = hashlib.sha256(written.numpy().tobytes()).hexdigest()
+    sampled = {"sampled_tokens": options.sampled_tokens, "sampled_hash": sha256}
+    return replace(inputs, samples=samples, name=name), sampled
+
+
+def _needs_memory(model: Model, options: CalibrationOptions, limit: int) -> str:
+    return (
+        f"--sampled-tokens {options.sampled_tokens}: {model.name} cannot write text here. It runs token by token, so "
+        f"all its weights have to be in memory, and it is streamed layer by layer within {human_bytes(limit)}. Leave "
+        "--sampled-tokens out, or calibrate without --max-memory on a machine that holds the model."
+    )
 
 
 def _check(model: Model, options: CalibrationOptions, output: Path) -> None:

@@ -89,6 +89,8 @@ class StatsProvenance(BaseModel):
     window: int = Field(512, ge=0)
     max_tokens: int = Field(0, ge=0)  # the limit that calibration ran under; 0 when unknown
     seed: int = 0
+    sampled_tokens: int = Field(0, ge=0)  # the limit of text that the model wrote itself
+    sampled_hash: str = Field("", pattern="^[0-9a-f]{0,64}$")  # of that text's token ids
     imported_from: str | None = None
 
     def joined(self, other: "StatsProvenance") -> "StatsProvenance":

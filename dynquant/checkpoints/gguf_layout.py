@@ -192,8 +192,8 @@ def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
 
 def _file_type(name: str) -> int | None:
     member = _FILE_TYPE_OF.get(name, f"MOSTLY_{name}")
-    known = gguf.LlamaFileType.__members__
-    return int(known[member]) if member in known else _LATER_THAN_GGUF.get(name)
+    members = gguf.LlamaFileType.__members__
+    return int(members[member]) if member in members else _LATER_THAN_GGUF.get(name)
 
 
 def _check_names(tensors: Iterable[TensorSpec]) -> None:

@@ -263,8 +263,8 @@ def _first_layer_name(name: str) -> str:
     template = _MTP.sub("model.", template)
     if template.endswith(".bias") and not template.endswith("e_score_correction_bias"):
         return ""
-    known = _names_of_parameters()
-    return known.get(template) or known.get(template.rpartition(".")[0]) or ""
+    names = _names_of_parameters()
+    return names.get(template) or names.get(template.rpartition(".")[0]) or ""
 
 
 @cache

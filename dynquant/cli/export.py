@@ -24,12 +24,9 @@ def export(options: ExportOptions, session: Annotated[Session, Only(("device", "
     Example: dynquant export ./vision-model --plan plan/plan.json -f safetensors -o out/
     """
     from dynquant.exporters import stage
+    from dynquant.publishing.effort_time import with_estimate
 
-    if options.effort == "high":
-        from dynquant.publishing.effort_time import effort_time
-
-        console.note(effort_time(options, session))
-    print_exported(stage.export(options, session))
+    print_exported(stage.export(options, with_estimate(options, session)))
 
 
 def print_exported(exported: "Exported") -> None:
@@ -79,8 +76,9 @@ def release(options: ReleaseOptions, session: Annotated[Session, Only(("seed", "
     Example: dynquant release ./model --calibration text.jsonl --fits 8GB,16GB -o release/ --push OWNER/REPO
     """
     from dynquant.publishing import stage
+    from dynquant.publishing.effort_time import with_estimate
 
-    released = stage.release(options, session)
+    released = stage.release(options, with_estimate(options, session))
     rows = [
         (row.name, human_bytes(row.bytes), f"{row.bits_per_weight:.2f}")
         for row in released.record.files

@@ -92,6 +92,7 @@ def fit(options: FitOptions, as_json: AsJson = False) -> None:
     if as_json:
         console.show_json(_placed(placement, options))
         return
+    _note_context(options, placement)
     rows = []
     for name in (*(field.name for field in fields(placement.gpu)), "total"):
         sizes = (getattr(side, name) for side in (placement.gpu, placement.host))
@@ -111,12 +112,22 @@ def _fit_common_cards(options: FitOptions, as_json: bool) -> None:
     if as_json:
         console.show_json({card: _placed(placement, options) for card, placement in placements.items()})
         return
+    _note_context(options, next(iter(placements.values())))
     rows = [
         (card, *map(human_bytes, (each.gpu.total, each.host.total)), each.flags(options.context, options.kv_type))
         for card, each in placements.items()
     ]
     title = f"{options.file.name}, {options.context:,} tokens"
     console.print_table(title, ("GPU of", "on the GPU", "in host memory", "llama-server -m FILE"), rows)
+
+
+def _note_context(options: FitOptions, placement: "Placement") -> None:
+    """Say so where a longer context is asked for than the model was trained on, which no memory mends."""
+    if 0 < placement.trained_context < options.context:
+        console.note(
+            f"{options.file.name} was trained for {placement.trained_context:,} tokens of context, and --context is "
+            f"{options.context:,}: give no more, or scale its positions with llama.cpp's --rope-scaling"
+        )
 
 
 def _placed(placement: "Placement", options: FitOptions) -> dict[str, object]:

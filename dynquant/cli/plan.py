@@ -43,6 +43,7 @@ def plan(
     Example: dynquant plan ./model --for vllm --bpw 5 -o plan/
     """
     from dynquant.planning import stage
+    from dynquant.publishing.effort_time import with_estimate
 
     if config_only is not None:
         if options.model is not None:
@@ -61,11 +62,7 @@ def plan(
         return
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
-    if options.effort == "high" and options.model is not None:
-        from dynquant.publishing.effort_time import effort_time
-
-        console.note(effort_time(options, session))
-    decided = stage.make_plan(options, session)
+    decided = stage.make_plan(options, with_estimate(options, session))
     if report and options.target.serves is None:
         from dynquant.analysis.report.stage import write_plan_report
 
@@ -161,7 +158,11 @@ def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: Plan
 
     machine, calibration = Machine.load(machine_file), options.calibration
     limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)
-    inputs = {"tokens": calibration.tokens, "window": calibration.window, "hessians": calibration.hessians}
+    inputs = {
+        "tokens": calibration.tokens + calibration.sampled_tokens,
+        "window": calibration.window,
+        "hessians": calibration.hessians,
+    }
     types = tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES
     hessian_bytes = parse_size(calibration.hessian_memory)
     work = CostOptions(**inputs, hessian_bytes=hessian_bytes, types=types, limit_bytes=limit)

@@ -37,9 +37,9 @@ from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import is_gguf, open_model
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, neighbours_that, tree_batch
-from dynquant.inputs.continuation import cache_name
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
+from dynquant.inputs.written import cache_name
 from dynquant.llama_library import is_installed
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.packed.layers import choose_layout

@@ -142,7 +142,8 @@ def linear_checkpoint(model: Model, tensor_parallel: int = 1, group_size: int = 
         PlanError: one cannot be shared out among `tensor_parallel` GPUs; no scheme has such groups.
     """
     if group_size not in GROUP_SIZES:
-        raise PlanError(f"--group-size {group_size} is none of {', '.join(map(str, GROUP_SIZES))}, which vLLM's take.")
+        sizes = " or ".join(map(str, GROUP_SIZES))
+        raise PlanError(f"--group-size {group_size} is no group that vLLM's kernels take; give {sizes}.")
     source, directory = model.source, model.hf_directory
     if directory is None or not isinstance(source, ConvertedSource):
         raise ExportError(

@@ -26,7 +26,8 @@ from dynquant.storage.documents import read_document
 PRUNED_NAME = "pruned_experts.json"
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "expert_count")
 """Names of the number of routed experts in config.json, and in GGUF."""
-_HAS_EXPERTS = re.compile(r"\.(ffn_gate_inp|exp_probs_b\w*|ffn_\w+exps|ffn_gate_tid2eid)\.")
+HAS_EXPERTS = re.compile(r"\.(ffn_gate_inp|exp_probs_b\w*|ffn_\w+exps|ffn_gate_tid2eid)\.")
+"""Tensors, by their names in GGUF, that have a slice for each expert."""
 _OF_ONE = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
@@ -132,7 +133,7 @@ def _layers_by_name(model: Model) -> dict[str, int]:
     """Return the layer of every tensor that has a slice for each expert, and of what names of single experts begin
     with."""
     layers: dict[str, int] = {}
-    for name in filter(_HAS_EXPERTS.search, model.source.names()):
+    for name in filter(HAS_EXPERTS.search, model.source.names()):
         for stored in model.checkpoint_names(name):
             of_one = _OF_ONE.fullmatch(stored)
             layers[of_one[1] if of_one else stored] = layer_of(name) or 0

@@ -40,13 +40,13 @@ def split_documents(text: CalibrationText, share: float) -> tuple[CalibrationTex
 
 def without_repeats(windows: Tensor, held_out: Iterable[Tensor]) -> Tensor:
     """The training windows [n, T] that share no run of `RUN_TOKENS` tokens with held-out sequences [*]."""
-    seen = [_runs(tokens.numpy()) for tokens in held_out]
+    seen = [runs_of(tokens.numpy()) for tokens in held_out]
     hashes = np.unique(np.concatenate(seen)) if seen else np.empty(0, np.int64)
-    repeats = [np.isin(_runs(part.numpy()), hashes).any(axis=-1) for part in windows.split(_AT_ONCE)]
+    repeats = [np.isin(runs_of(part.numpy()), hashes).any(axis=-1) for part in windows.split(_AT_ONCE)]
     return windows[~torch.from_numpy(np.concatenate([np.empty(0, bool), *repeats]))]
 
 
-def _runs(tokens: np.ndarray) -> np.ndarray:
+def runs_of(tokens: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every run of consecutive tokens [..., T]: [..., T - RUN_TOKENS + 1]."""
     count = max(0, tokens.shape[-1] - RUN_TOKENS + 1)
     hashes = np.zeros((*tokens.shape[:-1], count), np.int64)

@@ -9,7 +9,6 @@ texts to measure on have them as lines of `role: content`, alike for all models.
 import hashlib
 import os
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,8 +39,9 @@ from dynquant.inputs.records import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MIX = "dynquant-mix-1"
+MIX = "dynquant-mix-2"
 """Name of the mix that is calibrated on where no text is given: its file in `dynquant/data`, without the ending."""
+_FORMER_MIX = "dynquant-mix-1"
 _PLAIN = "Plain text has the ending .txt, .md or .raw."
 _MAX_CHARACTERS_PER_TOKEN = 16
 _TRICKY = (
@@ -145,6 +145,11 @@ def _documents(
         with resources.as_file(resources.files("dynquant") / "data" / f"{MIX}.jsonl") as path:
             return MIX, [_Document.of(record, place, refusal) for _, place, record in read_records(path, refusal)]
     path = Path(source)
+    if str(source) == _FORMER_MIX and not path.exists():
+        raise refusal(
+            f"{_FORMER_MIX} ships no more: its Vietnamese and Hindi text was not in composed Unicode (NFC), as text is "
+            f"elsewhere. {MIX} is the same text, composed; give that name, or none."
+        )
     form = form_of(path)
     if path.is_file() and form in PLAIN_FORMS:
         return path.name, [_Document(read_plain(path, refusal), "")]
@@ -218,7 +223,8 @@ def _token_stream(
     for number, document in enumerate(text.documents):
         if number and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
-        rendered = None if form is None or not isinstance(document, Chat) else _rendered(document, form)
+        is_chat = form is not None and isinstance(document, Chat)
+        rendered = _rendered(document.messages, document.tools, form) if is_chat else None
         if isinstance(rendered, str):  # with what the tokenizer would add
             ids = first_tokens(lambda part: encode(part, add_special_tokens=False)["input_ids"], rendered, limit)
             yield from ids[skip_first and ids[:1] == [tokenizer.bos_token_id] :]
@@ -232,8 +238,23 @@ def refused_chats(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -
     text: many templates refuse a system message or calls of tools."""
     form = _chat_format(tokenizer)
     chats = [document for document in text.documents if form is not None and isinstance(document, Chat)]
-    reasons = [_rendered(chat, form) for chat in chats]
+    reasons = [_rendered(chat.messages, chat.tools, form) for chat in chats]
     return [str(reason) for reason in reasons if isinstance(reason, ChatTemplateError)]
+
+
+def short_prompts(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[list[int]]:
+    """Return what stands before the first answers of conversations in the tokenizer's chat template, as token ids,
+    where that is `most` tokens or fewer; none without a template."""
+    if (form := _chat_format(tokenizer)) is None:
+        return []
+    prompts = []
+    for chat in (document for document in text.documents if isinstance(document, Chat)):
+        roles = [turn["role"] for turn in chat.messages]
+        asked = chat.messages[: roles.index("assistant")] if "assistant" in roles else chat.messages
+        rendered = _rendered(asked, chat.tools, form, generation=True)
+        if isinstance(rendered, str):
+            prompts.append(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return [ids for ids in prompts if 0 < len(ids) <= most]
 
 
 def _chat_format(tokenizer: "PreTrainedTokenizerBase") -> ChatFormat | None:
@@ -244,9 +265,11 @@ def _chat_format(tokenizer: "PreTrainedTokenizerBase") -> ChatFormat | None:
     return ChatFormat(template, frozenset(), bos, (eos,), None) if template else None
 
 
-def _rendered(chat: Chat, form: ChatFormat) -> str | ChatTemplateError:
+def _rendered(
+    messages: list[dict[str, Any]], tools: list[Any] | None, form: ChatFormat, *, generation: bool = False
+) -> str | ChatTemplateError:
     try:
-        return form.render(chat.messages, tools=chat.tools, generation=False, has_clock=False)
+        return form.render(messages, tools=tools, generation=generation, has_clock=False)
     except ChatTemplateError as error:
         return error
 
@@ -271,9 +294,7 @@ def varied_strings() -> list[str]:
     """Return a few hundred short strings on which tokenizers are told apart: prose, code, numbers, spaces, scripts."""
     _, documents = _documents(None, 0)
     lines = [line for document in documents for line in document.text.splitlines() if line.strip()]
-    # Composed, as text mostly is: llama.cpp splits words before combining marks, whatever the file says.
-    drawn = (unicodedata.normalize("NFC", line) for line in lines[:: max(1, len(lines) // 256)])
-    return list(dict.fromkeys((*_TRICKY, *drawn)))
+    return list(dict.fromkeys((*_TRICKY, *lines[:: max(1, len(lines) // 256)])))
 
 
 def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, max_tokens: int) -> ModelInputs:

@@ -134,6 +134,8 @@ class PlanOptions(Options):
         if self.target.serves is not None:
             self.refuse_unused("it is for plans of GGUF types.", "effort")
         fill(self, self.effort, without=("search",) if self.target.has_types else ())
+        if self.search.select and self.target.serves is None:
+            object.__setattr__(self, "calibration", self.calibration.for_selected_plans())
         self.search.refuse_idle()
         if self.target.has_types:
             self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")

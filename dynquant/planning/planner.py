@@ -101,21 +101,22 @@ def check_budget_range(budget: int, smallest: int, largest: int, rules: Rules) -
 
     For vLLM a larger budget than can be spent is no error: its largest scheme is BF16, which is the model itself.
     """
+    takes, ask = f"between {smallest:,} and {largest:,} bytes", "ask for a size between them"
+    if smallest == largest:
+        takes, ask = f"{smallest:,} bytes in every plan", f"ask for {smallest:,} bytes"
     if rules.target == "vllm":
         if budget < smallest:
             raise PlanError(
                 f"The budget of {budget:,} bytes is below the smallest possible size. With these schemes, and "
-                f"embedding, head and routers in BF16, this model takes between {smallest:,} and {largest:,} bytes. "
-                "Ask for a size between them, or plan without --for vllm: GGUF has types for embedding and head too."
+                f"embedding, head and routers in BF16, this model takes {takes}; {ask}, give other `--types`, or plan "
+                "without --for vllm: GGUF has types for embedding and head too."
             )
         return
     how = "below the smallest" if budget < smallest else "above the largest" if budget > largest else None
     if how is not None:
         raise PlanError(
             f"The budget of {budget:,} bytes is {how} possible size. With these candidate types this model takes "
-            f"between {smallest:,} and {largest:,} bytes; ask for a size between them, or give other `--types`."
-            + rules.fixed_words
-            * (budget < smallest)
+            f"{takes}; {ask}, or give other `--types`." + rules.fixed_words * (budget < smallest)
         )
 
 

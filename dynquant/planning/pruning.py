@@ -7,7 +7,8 @@ super weight or drive massive activations are never left out. A router that choo
 equal size, so each loses as many.
 """
 
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from dynquant.calibration.stage import StatsFile, statistics_at, streaming_limit
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model, PrunedExperts
 from dynquant.checkpoints.tensor_roles import Role, layer_of
+from dynquant.checkpoints.tensor_source import ModelSource, TensorInfo
 from dynquant.errors import PlanError
 from dynquant.families.open import open_pruned
-from dynquant.families.pruned import check_prunable
+from dynquant.families.pruned import HAS_EXPERTS, PRUNED_NAME, check_prunable
 from dynquant.resources import chosen_device
 from dynquant.session import Session
 from dynquant.storage.file_names import ORIGINAL_STATS_NAME
@@ -34,13 +36,12 @@ def without_experts(
     """Return the model without `count` experts of every layer, as a checkpoint in a plan's folder.
 
     Statistics of the original, which say how often experts are used, are those of `stats` or are measured beside it.
+    What plans before left of other experts is removed from the folder.
 
     Raises:
-        PlanError: the model has no experts, or too few of them, or statistics do not rank them.
-        CheckpointError: it is no directory, or its experts are stored in a way that is not known.
+        PlanError: statistics do not rank the experts.
+        CheckpointError: they are stored in a way that is not known.
     """
-    check_prunable(model)  # these two before anything is measured
-    _groups(model, count)
     if stats is None:
         measured = statistics_at(folder / ORIGINAL_STATS_NAME, model, replace(options, hessians="none"), session)
     else:
@@ -49,7 +50,51 @@ def without_experts(
     pruned = PrunedExperts(
         original=model.name, fingerprint=model.fingerprint, num_experts=model.hyper.n_expert, experts=experts
     )
-    return open_pruned(model, pruned, folder, session)
+    smaller = open_pruned(model, pruned, folder, session)
+    remove_pruned(folder, session, but=smaller.path.parent)
+    return smaller
+
+
+def remove_pruned(folder: Path, session: Session, *, but: Path | None = None) -> None:
+    """Remove the checkpoints without experts that plans left in their folder, each as large as the model."""
+    for checkpoint in sorted({path.parent.parent for path in folder.glob(f"pruned-*/*/{PRUNED_NAME}")} - {but}):
+        shutil.rmtree(checkpoint)
+        session.note(f"removed {checkpoint}, the checkpoint of a plan before")
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Tensors as if experts were gone, of which there is nothing to load."""
+
+    source: ModelSource
+    num_experts: int
+    count: int
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def names(self) -> list[str]:
+        return self.source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        info = self.source.info(name)
+        if not HAS_EXPERTS.search(name) or info.shape[0] != self.num_experts:
+            return info
+        return replace(info, shape=(self.num_experts - self.count, *info.shape[1:]))
+
+
+def sized_without_experts(model: Model, count: int) -> Model:
+    """Return a model of the sizes that tensors will have without `count` experts of every layer, whichever these are.
+
+    Raises:
+        PlanError: the model has no experts, or too few of them.
+        CheckpointError: it is no directory of a language model.
+    """
+    check_prunable(model)
+    _groups(model, count)
+    model = model.without_mtp() if model.mtp_tensors else model
+    return replace(model, source=_Shapes(model.source, model.hyper.n_expert, count))  # type: ignore[arg-type]
 
 
 def least_used(
@@ -111,7 +156,7 @@ def _protected(
     model: Model, stats: CalibrationStats, options: CalibrationOptions, session: Session
 ) -> set[tuple[str, int]]:
     """Return down-projection and number of the experts that hold a super weight or drive massive activations."""
-    experts = {(found.name, found.expert) for found in find_super_experts(stats)}
+    experts = {(expert.name, expert.expert) for expert in find_super_experts(stats)}
     if options.data is None and streaming_limit(model, options, chosen_device(session.device)) is None:
         search = SuperWeightOptions(model=str(model.path), text=options.text, ablation=False)
         weights = (weight for weight, _ in look_for_super_weights(search, session).weights)

@@ -207,7 +207,8 @@ def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchRe
             unit_text = ScoredInputs(rendered, ModelInputs(unit_windows))
         results: dict[int, SearchResult] = {}
         before: ErrorTable | None = None
-        for index in sorted(range(len(searches)), key=lambda index: -searches[index].plan_bytes(table)):
+        sizes = [each.plan_bytes(table) for each in searches] if len(searches) > 1 else [0]
+        for index in sorted(range(len(searches)), key=lambda index: -sizes[index]):
             results[index] = _selected(searches[index], before or table, scorer, unit_text, is_first=before is None)
             if unit_text is not None:
                 before = results[index][0].priced(UNIT_KL)
@@ -250,7 +251,7 @@ def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, 
     tokenizer, num_tokens = load_tokenizer(search.model), used + window + options.selection_tokens
     documents = read_text(search.calibration.text, seed=session.seed, max_tokens=num_tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
-    calibrated, wanted = windows[: max(1, used // window)], min(options.selection_tokens, 4 * window)
+    calibrated, min_tokens = windows[: max(1, used // window)], min(options.selection_tokens, 4 * window)
     if options.text is not None:
         name = options.text.name
         other = read_text(options.text, seed=session.seed, max_tokens=options.selection_tokens)
@@ -259,15 +260,15 @@ def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, 
         name = f"{documents.name}, behind the calibrated tokens"
         selection = windows[used // window + 1 :]  # one window is left out between the two
         summed, held = ModelInputs(calibrated).hold_back(HELD_BACK)
-        if len(selection) < len(held) - 1 and selection.numel() < wanted:
+        if len(selection) < len(held) - 1 and selection.numel() < min_tokens:
             # Calibration took nearly all, but no price has seen what it held back.
             name, calibrated = f"{documents.name}, held back from calibration", summed.windows
             selection = held.windows[1:][: options.selection_tokens // window]
-    if options.select and selection.numel() < wanted:
+    if options.select and selection.numel() < min_tokens:
         raise StatsError(
             f"{name}: {selection.numel():,} tokens. Selection wants {options.selection_tokens:,}, and at least "
-            f"{wanted:,}. Give --selection-text FILE, or calibrate in a new folder (-o) on a longer text or on fewer "
-            "--tokens of it."
+            f"{min_tokens:,}. Give --selection-text FILE, or calibrate in a new folder (-o) on a longer text or on "
+            "fewer --tokens of it."
         )
     return ModelInputs(selection if len(selection) else calibrated[:1], name=name), calibrated
 

@@ -27,7 +27,7 @@ from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_schem
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
-from dynquant.planning.pruning import without_experts
+from dynquant.planning.pruning import remove_pruned, sized_without_experts, without_experts
 from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
@@ -68,7 +68,7 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     """
     target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
-    model, options = _pruned(model, options, session)
+    model, options = _pruned(model, options, session, [each for each in targets if not each.has_types])
     recipes = [_fixed_types(target, model) for target in targets]
     fixed = tuple(dict.fromkeys(choice.type for recipe in recipes for choice in (recipe or {}).values()))
     types = tuple(quant_type(name).name for name in target.types) or fixed or DEFAULT_TYPES
@@ -105,12 +105,19 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     return [_built(*each, table=table, path=path) for each in zip(choosers, recipes, results, strict=True)]
 
 
-def _pruned(model: Model, options: PlanOptions, session: Session) -> tuple[Model, PlanOptions]:
+def _pruned(
+    model: Model, options: PlanOptions, session: Session, budgets: Sequence[Target] = ()
+) -> tuple[Model, PlanOptions]:
     """Return the model without the experts that are to go, and the options for it: it has statistics of its own."""
     if not options.prune_experts:
+        remove_pruned(options.output, session)
         return model, options
     if options.target.preset and options.target.serves is None:
         _fixed_types(options.target, model)  # refuses what no model takes before experts are ranked
+    sized = sized_without_experts(model, options.prune_experts)
+    for target in budgets:
+        types = tuple(quant_type(name).name for name in target.types) or DEFAULT_TYPES
+        check_budget(sized, target, types, None)
     model = without_experts(
         model, options.prune_experts, options.output, options.calibration, session, stats=options.stats
     )

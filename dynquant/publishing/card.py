@@ -261,7 +261,6 @@ def _command_lines(words: Iterable[str]) -> str:
 
 
 def _how_made(record: Release) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     hashes = {name: digest for row in record.files if row.is_released for name, digest in row.files.items()}
     hashes |= record.extra_files
     statistics = record.stats_hash or "none"
@@ -273,11 +272,16 @@ def _how_made(record: Release) -> str:
         if row.is_released
     )
     commands = "\n".join(map(_command_lines, record.commands))
+    several = "Each command made the files of its own sizes. " * (len(record.commands) > 1)
+    tools = dict.fromkeys(
+        f"{', '.join(f'{name} {version}' for name, version in run.versions.items())} on {run.device}"
+        for run in record.runs
+    )
     return f"""```
 {commands}
 ```
 
-dynquant {record.tool_version}, {versions}. Checkpoint `{record.fingerprint}`, statistics `{statistics}`.
+{several}Made with {"; ".join(tools)}. Checkpoint `{record.fingerprint}`, statistics `{statistics}`.
 
 {table}
 

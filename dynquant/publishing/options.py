@@ -1,15 +1,17 @@
 """Options of a release: the sizes of a family of files, how they are made and measured, and where they go."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.effort import Effort, fill
 from dynquant.errors import OptionError
 from dynquant.evaluation.options import QuestionOptions
+from dynquant.exporters.options import ExportOptions
 from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes, typed_fields
+from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.storage.file_names import files_of_plan
 
@@ -17,14 +19,15 @@ CARD_NAME, RECORD_NAME, PLOT_NAME = "README.md", "release.json", "kl_against_siz
 WORK_NAME, REPORTS_NAME = "work", "evaluation"
 """Folders in a release: what is measured and encoded on the way, and the reports of `eval`."""
 DEFAULT_POINTS = 6
-_FITS = re.compile(r"fits (\d+), context (\d+), KV (\w+)")  # as `Target.recipe` says it
 
 
 def _in_release(output: Path, typed: Mapping[str, Any]) -> list[Path]:
     return [output / RECORD_NAME, *files_of_plan(output / WORK_NAME)]
 
 
-_CALIBRATION = Only(("text", "data", "strict", "tokens", "window", "hessians", "hessian_memory", "max_memory"))
+_CALIBRATION = Only(
+    ("text", "data", "strict", "tokens", "sampled_tokens", "window", "hessians", "hessian_memory", "max_memory")
+)
 _QUESTIONS = Only(
     ("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring", "prompts", "new_tokens")
 )
@@ -75,6 +78,7 @@ class ReleaseOptions(Options):
     tune: Annotated[
         int, Flag("Tokens of export's closing pass for every file, which lowers the KL in minutes a file.", min=0)
     ] = 0
+    effort: Effort = "normal"
     like: Annotated[
         tuple[Path, ...],
         Flag(
@@ -98,6 +102,7 @@ class ReleaseOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        fill(self, self.effort)
         flags = {"--sizes": self.sizes, "--bpw": self.bpw, "--fits": self.fits}
         given = [flag for flag, value in flags.items() if value]
         if len(given) != 1:
@@ -133,20 +138,39 @@ class ReleaseOptions(Options):
         with typed_fields(()):  # what was typed is the release's: its card tells of --context
             return [Target(bpw=size, types=self.types) for size in bits]
 
-    def asking_for(self, requests: Iterable[str]) -> list["ReleaseOptions"]:
-        """Return options of one run or more that ask for all of these sizes, which runs before may have made."""
-        requests = list(requests)
-        if {target.recipe for target in self.targets} >= set(requests):
-            return [self]
-        bits = tuple(request.removeprefix("bpw ") for request in requests if request.startswith("bpw "))
-        runs = [replace(self, sizes=None, fits=(), bpw=bits)] if bits else []
-        memories: dict[tuple[str, str], list[str]] = {}
-        for size, *room in (match.groups() for request in requests if (match := _FITS.fullmatch(request))):
-            memories.setdefault(tuple(room), []).append(f"{size}B")
-        for (context, kv_type), sizes in memories.items():
-            of_memory = {"fits": tuple(sizes), "context": int(context), "kv_type": kv_type}
-            runs.append(replace(self, sizes=None, bpw=(), **of_memory))
-        return runs
+    def asking_for(self, requests: Collection[str]) -> "ReleaseOptions":
+        """Return the options of a run that asks for these sizes alone, which are some of this one's."""
+        targets = [target for target in self.targets if target.recipe in requests]
+        if len(targets) == len(self.targets):
+            return self
+        if self.fits:
+            return replace(self, fits=tuple(str(target.fits) for target in targets))
+        return replace(self, sizes=None, bpw=tuple(str(target.bpw) for target in targets))
+
+    @property
+    def of_plans(self) -> PlanOptions:
+        """Options by which all sizes are planned; `target` is none of them."""
+        return PlanOptions(
+            model=self.model,
+            output=self.output / WORK_NAME,
+            calibration=self.calibration,
+            encoder=self.encoder,
+            search=SearchOptions(select=self.select),
+            effort=self.effort,
+        )
+
+    def of_export(self, output: Path, plan: Path) -> ExportOptions:
+        """Return the options by which one size is written."""
+        is_default = self.effort != "normal" and not self.changed("tune")
+        return ExportOptions(
+            model=self.model,
+            output=output,
+            plan=plan,
+            max_memory=self.calibration.max_memory,
+            encoder=self.encoder,
+            tune=None if is_default else self.tune,
+            effort=self.effort,
+        )
 
 
 def _evenly(sizes: str) -> list[float]:

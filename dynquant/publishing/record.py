@@ -15,6 +15,16 @@ from dynquant.storage.atomic import file_hash
 from dynquant.storage.documents import FrozenRecord, read_document
 
 
+class ReleaseRun(FrozenRecord):
+    """A command, and the sizes that it planned together: where plans are selected by KL, the search for a size goes on
+    from that for the next larger one, so that its bytes are those of this command alone."""
+
+    command: tuple[str, ...]
+    sizes: dict[str, dict[str, Any]]  # what each asks for, as {"bpw": 2.1}, by `ReleasedFile.request`
+    device: str
+    versions: dict[str, str]
+
+
 class ReleasedFile(FrozenRecord):
     """One size. `files` are its names in the folder with their SHA-256, the .gguf file first."""
 
@@ -41,9 +51,9 @@ class ReleasedFile(FrozenRecord):
 
 
 class Release(FrozenRecord):
-    """release.json: `command` is the last run's, `commands` make all.
+    """release.json: `command` is the last one that was given, `commands` those of the `runs` that planned the files.
 
-    `settings` decide the bytes of every file; where they select, the larger sizes of its run do so too.
+    `settings`, which all runs share, and its run decide the bytes of a file.
     """
 
     schema_version: Literal[1] = 1
@@ -55,6 +65,7 @@ class Release(FrozenRecord):
     settings: dict[str, Any]
     command: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
+    runs: tuple[ReleaseRun, ...] = ()
     versions: dict[str, str] = Field({})
     stats_hash: str = ""
     calibration: str = ""
@@ -70,6 +81,10 @@ class Release(FrozenRecord):
     def row(self, request: str) -> ReleasedFile | None:
         """Return the row of what was asked for."""
         return next((row for row in self.files if row.request == request), None)
+
+    def run_of(self, request: str) -> ReleaseRun | None:
+        """Return the run that planned a size."""
+        return next((run for run in self.runs if request in run.sizes), None)
 
     def with_file(self, row: ReleasedFile) -> "Release":
         """Return the record with a row in place of that of the same request, smallest file first."""

@@ -23,6 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from dynquant import __version__
 from dynquant.analysis.plots import style
 from dynquant.analysis.plots.frontier import draw_measured_frontier
 from dynquant.calibration.imatrix import export_imatrix
@@ -33,25 +34,32 @@ from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.report import EvalReport
-from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
 from dynquant.inputs.questions import load_questions
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.llama_library import llama_cpp
-from dynquant.options import command_words
-from dynquant.planning.options import PlanOptions, SearchOptions
+from dynquant.options import command_words, shown_values
 from dynquant.planning.selection import Candidate, Selection
 from dynquant.planning.stage import make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing.card import release_card
 from dynquant.publishing.hub import Upload, push, recipe_file
-from dynquant.publishing.options import CARD_NAME, PLOT_NAME, RECORD_NAME, REPORTS_NAME, WORK_NAME, ReleaseOptions
-from dynquant.publishing.record import Release, ReleasedFile
+from dynquant.publishing.options import (
+    CARD_NAME,
+    PLOT_NAME,
+    RECORD_NAME,
+    REPORTS_NAME,
+    WORK_NAME,
+    ReleaseOptions,
+    ReleaseQuestions,
+)
+from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.type_lists import like_types
+from dynquant.resources import chosen_device
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, write_atomically
@@ -59,7 +67,7 @@ from dynquant.storage.documents import recorded_settings
 from dynquant.storage.file_names import STATS_NAME
 
 _SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
-_MEASURING = {"--text", "--max-tokens", "--mmlu-data", "--shots", "--num-shots", "--limit", "--scoring"}
+_MEASURING = {option for _, option, *_ in shown_values(ReleaseQuestions())}
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
 _FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
@@ -88,7 +96,8 @@ def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
         record.save(options.output / RECORD_NAME)  # before plans, which are of these settings
         making = _Making(options, model, session, _texts(options, model, session))
         making.check(record)
-        plans = making.plans(record) | making.followed(record)
+        record = making.planned(record)
+        plans = making.missing(record) | making.followed(record)
     for request, path in plans.items():
         row = making.row(request, Plan.load(path), record)
         if row is not None:
@@ -122,7 +131,9 @@ def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
     settings = json.loads(json.dumps(recorded_settings(options, _FREE) | {"--seed": session.seed}))
     record = Release.load(options.output)
     if record is not None and record.files:
-        record.check_same(options.output, model, settings)
+        # An option that is newer than the folder was at its default there.
+        told = {option for _, option, _, is_changed in shown_values(options) if is_changed} | record.settings.keys()
+        record.check_same(options.output, model, {option: settings[option] for option in told & settings.keys()})
         return record
     if record is not None and (record.fingerprint, record.settings) == (model.fingerprint, settings):
         return record
@@ -145,7 +156,7 @@ def _texts(options: ReleaseOptions, model: Model, session: Session) -> tuple[Pat
     if options.questions.text or model.has_vision:
         return options.questions.text
     calibration, asked = options.calibration, options.questions.max_tokens
-    window, spare = calibration.window, SearchOptions.selection_tokens + 2 * calibration.window
+    window, spare = calibration.window, options.of_plans.search.selection_tokens + 2 * calibration.window
     num_tokens = calibration.tokens + spare + asked
     documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
     tokenizer = load_tokenizer(model)
@@ -192,23 +203,38 @@ class _Making:
         """Settings that decide the measurements of a file."""
         return json.loads(json.dumps(recorded_settings(self.questions, ())))
 
-    def plans(self, record: Release) -> dict[str, Path]:
-        """Return the plan of every size that has not all of its files, by what was asked for."""
+    def planned(self, record: Release) -> Release:
+        """Plan every size that has not all of its files; return the record with the run of those that had none.
+
+        The sizes of a run are planned together or not at all, so that a file that is made again has the same bytes.
+        """
         options = self.options
-        paths = {target.recipe: self._plan_path(target.recipe) for target in options.targets}
-        missing = {request for request in paths if not self._has_files(record, request)}
-        unplanned = [t for t in options.targets if t.recipe in missing and not paths[t.recipe].is_file()]
-        if unplanned:
-            asked = PlanOptions(
-                model=options.model,
-                output=self.work,
-                calibration=options.calibration,
-                encoder=options.encoder,
-                search=SearchOptions(select=options.select),
-            )
-            for target, plan in zip(unplanned, make_plans(asked, unplanned, self.session), strict=True):
-                plan.save(paths[target.recipe])
-        return {request: path for request, path in paths.items() if request in missing}
+        missing = {target.recipe: target for target in options.targets if not self._has_files(record, target.recipe)}
+        new = {request: target for request, target in missing.items() if record.run_of(request) is None}
+        runs = list(record.runs)
+        if new:
+            fields = ("fits", "context", "kv_type") if options.fits else ("bpw",)
+            sizes = {request: {field: getattr(new[request], field) for field in fields} for request in new}
+            command, device = _command(options.asking_for(new), self.session), chosen_device(self.session.device)
+            runs.append(ReleaseRun(command=command, sizes=sizes, device=device, versions=_versions()))
+        for run in runs:
+            is_there = (request not in missing or self.plan_path(request).is_file() for request in run.sizes)
+            if run in record.runs and all(is_there):
+                continue
+            targets = [Target(types=options.types, **size) for size in run.sizes.values()]
+            plans = make_plans(options.of_plans, targets, self.session)
+            if run not in record.runs:
+                added = {"runs": (*record.runs, run), "commands": (*record.commands, run.command)}
+                record = record.model_copy(update=added)
+                record.save(self.folder / RECORD_NAME)
+            for request, plan in zip(run.sizes, plans, strict=True):
+                plan.save(self.plan_path(request))
+        return record
+
+    def missing(self, record: Release) -> dict[str, Path]:
+        """Return the plan of every size that has not all of its files, by what was asked for."""
+        requests = (target.recipe for target in self.options.targets)
+        return {request: self.plan_path(request) for request in requests if not self._has_files(record, request)}
 
     @cached_property
     def likes(self) -> dict[str, dict[str, Choice]]:
@@ -242,14 +268,14 @@ class _Making:
             row = record.row(request)
             if row is not None and row.measured_with == self.settings:
                 continue
-            path = paths[request] = self._plan_path(request)
+            path = paths[request] = self.plan_path(request)
             if not path.is_file():
                 stats = StatsFile(self.work / STATS_NAME).of(self.model)
-                made = {"recipe": request, "stats": stats.stats, "stats_hash": stats.hash}
-                plan_from_types(self.model, types, **made).save(path)
+                origin = {"recipe": request, "stats": stats.stats, "stats_hash": stats.hash}
+                plan_from_types(self.model, types, **origin).save(path)
         return paths
 
-    def _plan_path(self, request: str) -> Path:
+    def plan_path(self, request: str) -> Path:
         return self.work / f"{_in_file_name(request)}.plan.json"
 
     def _has_files(self, record: Release, request: str) -> bool:
@@ -283,17 +309,14 @@ class _Making:
     def exported(self, row: ReleasedFile, plan: Path) -> ReleasedFile:
         """Return the row with its files, which are written unless they are there; those of a comparison stay among
         the work."""
-        options, output = self.options, (self.folder if row.is_released else self.work) / row.name
-        how = {"encoder": options.encoder, "tune": options.tune, "blocks": self.work / ENCODED_NAME}
-        asked = ExportOptions(
-            model=options.model, output=output, plan=plan, max_memory=options.calibration.max_memory, **how
-        )
+        output = (self.folder if row.is_released else self.work) / row.name
+        asked = replace(self.options.of_export(output, plan), blocks=self.work / ENCODED_NAME)
         if not row.is_released:
             export(asked, self.session)
             return row
         if not row.files or not all((self.folder / name).is_file() for name in row.files):
             row = row.with_files(self.folder, export(replace(asked, modelfile=True), self.session).files)
-        if options.packed and not row.packed:
+        if self.options.packed and not row.packed:
             packed = replace(asked, output=output.with_suffix(""), format="safetensors")
             row = row.with_files(self.folder, export(packed, self.session).files)
         return row
@@ -319,9 +342,7 @@ class _Making:
         """Return the record with what belongs to all files; card, plot and imatrix are written."""
         options, stats_path = self.options, self.work / STATS_NAME
         imatrix = f"{options.name or self.model.name}-imatrix.gguf"
-        requests = [row.request for row in record.files if row.is_released]
-        commands = tuple(map(_command, options.asking_for(requests)))
-        update: dict[str, Any] = {"command": _command(options), "commands": commands, "versions": _versions()}
+        update: dict[str, Any] = {"command": _command(options, self.session), "versions": _versions()}
         is_recorded = imatrix in record.extra_files and (self.folder / imatrix).is_file()
         if stats_path.is_file() and not is_recorded:
             stats = StatsFile(stats_path)
@@ -343,9 +364,9 @@ def _in_file_name(request: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", request)
 
 
-def _command(options: ReleaseOptions) -> tuple[str, ...]:
+def _command(options: ReleaseOptions, session: Session) -> tuple[str, ...]:
     """Return the words of the command, and of absolute paths, which are this machine's, the last component."""
-    words = command_words(options, {"--push", "--yes"})
+    words = [*command_words(options, {"--push", "--yes"}), *(["--seed", str(session.seed)] if session.seed else [])]
     return tuple(os.path.basename(word.rstrip("/")) if os.path.isabs(word) else word for word in words)
 
 
@@ -358,7 +379,7 @@ def _file_name(model: str, plan: Plan, record: Release) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"dynquant": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

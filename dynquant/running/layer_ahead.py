@@ -72,8 +72,7 @@ def places_ahead(hf_model: Any, arch: str, stored: Collection[str]) -> Iterator[
         path = next(f"{name}.{len(layers)}" for name, module in hf_model.named_modules() if module is layers)
     if f"{path}.{names.projection}.weight" not in stored:
         return
-    own = (f"{path}.{part}.weight" in stored for part in (_HEAD, _EMBEDDING))
-    has_head, has_embedding = own
+    has_head, has_embedding = (f"{path}.{part}.weight" in stored for part in (_HEAD, _EMBEDDING))
     kinds = [tuple((name, tensor.shape) for name, tensor in layer.state_dict().items()) for layer in layers]
     for number in reversed(range(len(layers))):
         if kinds[number] not in kinds[number + 1 :]:

@@ -29,9 +29,14 @@ def kind_path(stats: Path, kind: str) -> Path:
     return stats.with_name(f"{stats.stem}-{kind}{stats.suffix}")
 
 
+def written_path(stats: Path) -> Path:
+    """Return where text lies that a model wrote to be calibrated on: `stats-written.safetensors`."""
+    return kind_path(stats, "written")
+
+
 def files_beside(stats: Path) -> list[Path]:
     """Return all files that a calibration may write beside its statistics."""
-    return [path_beside(stats), *(kind_path(stats, kind) for kind in KINDS)]
+    return [path_beside(stats), written_path(stats), *(kind_path(stats, kind) for kind in KINDS)]
 
 
 def table_beside(errors: Path) -> Path:

@@ -24,14 +24,15 @@ from dynquant.errors import DataError
 from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
-from dynquant.evaluation.reference_cache import TeacherWindows, build_teacher_windows, model_fingerprint
+from dynquant.evaluation.reference_cache import TeacherWindows, build_teacher_windows, cache_key, model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner
+from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
 from dynquant.families.model_kind import check_same_kind
 from dynquant.families.open import check_original, locate_model, open_model
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import MIX, CalibrationText, evaluation_windows, pack_windows, read_text
+from dynquant.inputs.written import Writer
 from dynquant.resources import chosen_device
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.atomic import write_atomically
@@ -44,7 +45,6 @@ from dynquant.training.base import (
 )
 from dynquant.training.options import KEPT, RESIDUAL, HealOptions
 from dynquant.training.run import Change, RunDirectory, TrainingReport
-from dynquant.training.sampling import sampled_windows
 
 HELD_OUT_NAME = "held_out.txt"
 _HELD_OUT_SHARE = 0.1
@@ -179,16 +179,21 @@ class _Healing:
         """Add windows sampled from the original; what it knows by heart of held-out text is left out."""
         data = self.options.data
         count = -(-data.sampled_tokens // data.window)
-        windows = sampled_windows(
-            self.original, split.train, count, self.options.reference_cache, columns=self.num_columns,
-            device=self.device, seed=self.options.training.seed, progress=self.progress,
+        key, seed = cache_key(self.original, [], kind="written", device=self.device), self.options.training.seed
+        writer = Writer(
+            key, self._load_original, open_tokenizer(self.original), self.num_columns,
+            self.options.reference_cache / f"written-{key}.safetensors",
         )  # fmt: skip
+        windows = writer.windows(split.train, count, seed, self.progress)
         clean = without_repeats(windows, split.measured_on)
         notes = [f"{len(clean)} training windows were sampled from the original."]
-        if len(clean) < count:
-            missing = count - len(clean)
+        if missing := len(windows) - len(clean):
             notes.append(f"{missing} sampled windows repeat a passage of the held-out text and were left out.")
         return replace(split, train=torch.cat([split.train, clean]), notes=[*split.notes, *notes])
+
+    def _load_original(self) -> torch.nn.Module:
+        dtype = torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16
+        return load_model(self.original, dtype).to(self.device).eval()
 
     def teacher_windows(self, split: _Split) -> tuple[TeacherWindows, TeacherWindows]:
         """Return training and held-out windows with the original's distributions, from the cache where it has them."""

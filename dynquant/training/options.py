@@ -100,7 +100,7 @@ class HealTrainOptions(TrainOptions):
 class HealData(Options):
     """Text to train on and text to measure on. Without `text`, the part of the data that was kept apart is measured."""
 
-    data: Annotated[str | None, Flag("Text to train on, as --calibration takes it. Default: dynquant-mix-1.")] = None
+    data: Annotated[str | None, Flag("Text to train on, as --calibration takes it. Default: dynquant-mix-2.")] = None
     tokens: Annotated[int, Flag("Train on at most this many tokens of it.", min=2)] = 524_288
     sampled_tokens: Annotated[int, Flag("Also train on this many tokens that the original writes itself.", min=0)] = 0
     window: Window = 512

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +39,16 @@ from dynquant.exporters.tuning.tensors import (
     share_changed,
     trained_kinds,
 )
-from dynquant.inputs.continuation import START_TOKENS, continued, random_starts
+from dynquant.inputs.written import Writer
 from dynquant.running.live_weights import LiveWeights
-from dynquant.running.load import tf32_products
+from dynquant.running.load import load_tokenizer, tf32_products
 from dynquant.session import Progress, ignore_progress
 
 GIVEN, WRITTEN = "given text", "text that the original wrote"
 _TRAINED_TOP = 1024
 _STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "all text was used", "time was over"
 _FULL_RATE_STEPS = 16
-_WRITTEN_TOGETHER = 64  # windows, whose keys and values are in memory
+_STEPS, _LEAST_STEP, _MOST_STEP = 128, 1024, 4096  # tokens of a step: four times as many take a GPU as long
 _GROWTH = 1.4  # of the text between two looks at the held-out KL
 _LATE = 8  # power by which later steps count more in the average
 _LEAST_KL = 1e-3  # nats that are added to a token's KL, whose root has no slope at 0
@@ -74,7 +75,8 @@ class TuneOptions:
     """Parts that are trained; the rest stays as it is."""
     patience: int = 3
     """Looks at the held-out KL without a gain before training ends."""
-    step_tokens: int = 1024
+    step_tokens: int | None = None
+    """None for so many that all text makes `_STEPS` steps, within limits."""
     scale_rate: float = 0.025
     norm_rate: float = 0.01
     router_rate: float = 0.01
@@ -162,6 +164,7 @@ def tune(
     options: TuneOptions,
     *,
     original: Any = None,
+    written_file: Path | None = None,
     progress: Progress = ignore_progress,
 ) -> Tuned:
     """Tune `file` towards `hf_model`, its original in float32, which ends up holding tuned weights.
@@ -169,6 +172,7 @@ def tune(
     Args:
         original: The running model that it is tuned towards instead, which has experts that `hf_model` lacks.
         windows: token ids [n, window] to train on, apart from those that are held out.
+        written_file: where text that the original writes is kept for a run that is started again.
 
     Raises:
         StatsError: too little text.
@@ -177,7 +181,8 @@ def tune(
     with recorded_routes(hf_model) as routes:
         live = LiveWeights(model, hf_model)
         tuning = _Tuning(hf_model, routes, options, progress, original)
-        split = _split(windows.long(), _written(original or hf_model, windows, options, progress), options)
+        written = _written(model, original or hf_model, windows, options, written_file, progress)
+        split = _split(windows.long(), written, options)
         start, limit = time.monotonic(), 60 * options.minutes
         choice = tuning.original(split.choice, until=start + _CHOICE_SHARE * limit)
         decision = tuning.original(split.decision, until=start + (_CHOICE_SHARE + _DECISION_SHARE) * limit)
@@ -214,25 +219,15 @@ def _sureness(changes: Tensor) -> float:
     return float(changes.mean() / changes.std().clamp_min(1e-12)) * math.sqrt(len(changes)) if len(changes) > 1 else 0.0
 
 
-def _written(hf_model: Any, windows: Tensor, options: TuneOptions, progress: Progress) -> Tensor:
-    """Return windows that the original writes: half of them from nothing, the others as given text goes on."""
-    length, count = windows.shape[1], -(-options.sampled_tokens // windows.shape[1])
-    count = max(count, _FEWEST_WRITTEN) if count else 0
-    device, config = next(hf_model.parameters()).device, hf_model.config.get_text_config()
-    generator = torch.Generator().manual_seed(options.seed)
-    draws = torch.Generator(device).manual_seed(options.seed)
-    begin = next((token for token in (config.bos_token_id, config.eos_token_id) if isinstance(token, int)), None)
-    from_nothing = 0 if begin is None else count // 2
-    going_on = random_starts(windows, count - from_nothing, min(START_TOKENS, length // 2), generator)
-    starts = [torch.full((from_nothing, 1), begin or 0), going_on]
-    written = [windows[:0].long()]
-    if count:
-        progress("original, writing", 0, count, unit="windows")
-    for part in (few for rows in starts for few in rows.split(_WRITTEN_TOGETHER)):
-        if len(part):
-            written.append(continued(hf_model, part.long().to(device), length, draws).cpu())
-            progress("original, writing", sum(map(len, written)), count, unit="windows")
-    return torch.cat(written)
+def _written(
+    model: Model, hf_model: Any, windows: Tensor, options: TuneOptions, kept: Path | None, progress: Progress
+) -> Tensor:
+    """Return windows that the original writes, kept in a file where one is named."""
+    count = -(-options.sampled_tokens // windows.shape[1])
+    if not count:
+        return windows[:0].long()
+    writer = Writer(model.fingerprint, lambda: hf_model, load_tokenizer(model), file=kept)
+    return writer.windows(windows.long(), max(count, _FEWEST_WRITTEN), options.seed, progress)
 
 
 def _split(given: Tensor, written: Tensor, options: TuneOptions) -> _Split:
@@ -242,7 +237,9 @@ def _split(given: Tensor, written: Tensor, options: TuneOptions) -> _Split:
             f"{len(given)}. Calibrate on more text, or export with `--tune 0`."
         )
     generator = torch.Generator().manual_seed(options.seed)
-    together = max(1, options.step_tokens // given.shape[1])
+    trained = min(options.tokens, given.numel()) + written.numel()
+    step_tokens = options.step_tokens or min(max(trained // _STEPS, _LEAST_STEP), _MOST_STEP)
+    together = max(1, step_tokens // given.shape[1])
     split = _Split([], [], [])
     share = options.held_out_tokens / (len(given) + len(written)) / given.shape[1]
     for kind, windows in ((GIVEN, given), (WRITTEN, written)):

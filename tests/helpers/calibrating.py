@@ -20,7 +20,7 @@ def calibrate(model, text=None, *, tokens=131_072, window=512, device="cpu", see
 
 def unseen_text(folder: Path) -> Path:
     """Write prose like that of demo_text.txt, on which `calibrated_16m` calibrates: the novels of the mix."""
-    lines = resources.files("dynquant").joinpath("data/dynquant-mix-1.jsonl").read_text("utf-8").splitlines()
+    lines = resources.files("dynquant").joinpath("data/dynquant-mix-2.jsonl").read_text("utf-8").splitlines()
     prose = [record["text"] for record in map(json.loads, lines) if record["domain"] == "prose"]
     text = folder / "unseen.txt"
     text.write_text("\n\n".join(prose), encoding="utf-8")

@@ -10,12 +10,12 @@ from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.model import PrunedExperts
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.open import open_model, open_pruned
-from dynquant.planning.pruning import least_used
+from dynquant.planning.pruning import least_used, remove_pruned, sized_without_experts
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT
 from tests.helpers.calibrating import calibrate
-from tests.helpers.commands import run, succeed
+from tests.helpers.commands import refused, succeed
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 
@@ -59,6 +59,8 @@ def test_both_runtimes_agree_on_the_smaller_model(name, small_moe, tmp_path):
     has_groups = name == "deepseek-v3"
     model = open_model(save_tiny(name, tmp_path / "model", small_moe, **(GROUPED if has_groups else {})))
     smaller = without(model, tmp_path, *((0, 5, 9, 13) if has_groups else (1, 4)))
+    sized = sized_without_experts(model, 4 if has_groups else 2)
+    assert all(sized.source.info(n).shape == smaller.source.info(n).shape for n in smaller.source.names())
     file = write_f32(smaller, tmp_path / "model.gguf")
     assert mean_kl(hf_logits(smaller.path, TOKENS), llama_logits(file, TOKENS)) < 1e-9
 
@@ -99,5 +101,11 @@ def test_a_plan_its_files_and_their_evaluation_know_what_is_gone(small_moe, tmp_
         succeed("eval", output, "--reference", small_moe, *kl)
         assert json.loads((tmp_path / "kl.json").read_text())["texts"][0]["kl"]["mean"]["value"] < 2
     assert files["gguf"].stat().st_size == plan.predicted_bytes
-    refused = run("plan", small_moe, "--prune-experts", 7, *text, "-o", tmp_path / "refused")
-    assert refused.returncode == 1 and "Give at most 6" in refused.stderr and not (tmp_path / "refused").exists()
+    remove_pruned(folder, SILENT)
+    assert not list(folder.glob("pruned-*"))
+
+
+def test_what_cannot_be_pruned_is_refused_before_anything_is_measured(small_moe, tmp_path):
+    for words, reason in (((7,), "Give at most 6"), ((2, "--bpw", 0.9), "below the smallest possible size")):
+        assert reason in refused("plan", small_moe, "--prune-experts", *words, "-o", tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()

@@ -26,7 +26,7 @@ def table_of(errors: dict[str, float]) -> ErrorTable:
         for type_name, factor in TYPES.items():
             rows.append(
                 ErrorRow(
-                    name=name, role=role_of(name), layer=layer_of(name), type=type_name, wanted=(), bytes=100,
+                    name=name, role=role_of(name), layer=layer_of(name), type=type_name, bytes=100,
                     relative_rms=factor, weighted_error=factor, weighted_energy=1.0, activation_error=factor * scale,
                 )
             )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from unittest.mock import Mock, patch
 
@@ -23,6 +24,7 @@ from dynquant.publishing.hub import push
 from dynquant.publishing.options import ReleaseOptions
 from dynquant.publishing.record import Release
 from dynquant.session import SILENT
+from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import linked_copy, refused, succeed
 from tests.helpers.hub_stand_in import Repository, hub_stand_in
 
@@ -118,6 +120,7 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     record = json.loads((again / "release.json").read_text())
     whole = record["files"]
     record["files"] = [row for row in whole if row["name"] != second]  # as if it had been killed before it was entered
+    del record["settings"]["--effort"]  # as if it had no such option yet
     (again / "release.json").unlink()
     (again / "release.json").write_text(json.dumps(record))
     encoded = []
@@ -125,11 +128,15 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     monkeypatch.setattr(
         TensorEncoder, "tensor", lambda self, name, stored: encoded.append(stored) or plain(self, name, stored)
     )
-    succeed("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again)
+    call = ("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again)
+    succeed(*call)
     assert (again / first).stat().st_mtime_ns == kept
     assert (again / second).read_bytes() == content
     assert json.loads((again / "release.json").read_text())["files"] == whole
     assert all(stored.is_float for stored in encoded)
+    succeed(*call, "--prompts", 2, "--new-tokens", 4)
+    assert "divergence@4" in (again / "README.md").read_text()
+    assert "--effort" in refused(*call, "--effort", "high")
 
 
 @pytest.mark.nightly
@@ -154,7 +161,7 @@ def test_a_size_and_a_published_recipe_are_added(again, released, tiny_moe, text
     same = [row.split("|")[5:] for name in files_in(released) for row in rows if name in row]
     assert sorted(likes) == sorted(same)  # the same types, so the same numbers
     assert len(list(again.glob("*bpw/model.safetensors"))) == 1
-    assert "--bpw 3.4,4,5" in card  # one command for the files of both runs
+    assert "--bpw 3.4,5 " in card and "--bpw 4 " in card
 
 
 @pytest.mark.nightly
@@ -219,13 +226,47 @@ def test_that_llama_cpp_is_missing_is_said_before_anything_is_planned(tiny_moe, 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_commands_of_a_card_ask_for_the_sizes_of_all_runs(tmp_path):
+@pytest.mark.nightly
+def test_a_file_has_the_bytes_of_its_command_whatever_other_sizes_there_are(tiny_moe, text, tmp_path):
+    def hashes(folder):
+        return {row.request: row.files[row.name] for row in Release.load(folder).files}
+
+    few = ("release", tiny_moe, *OPTIONS, "--text", text, "--max-tokens", 256, "--tokens", 1024, "--select")
+    succeed(*few, "--bpw", "3.4,5", "-o", tmp_path / "first")
+    succeed(*few, "--bpw", "5,4.2", "-o", tmp_path / "first")
+    record = Release.load(tmp_path / "first")
+    assert [list(run.sizes.values()) for run in record.runs] == [[{"bpw": 3.4}, {"bpw": 5.0}], [{"bpw": 4.2}]]
+    for number, run in enumerate(record.runs):  # the card's command, with this machine's paths
+        words = {tiny_moe.name: tiny_moe, text.name: text, "first": tmp_path / f"again-{number}"}
+        succeed("release", *(words.get(word, word) for word in run.command))
+        again = hashes(tmp_path / f"again-{number}")
+        assert again == {request: hashes(tmp_path / "first")[request] for request in run.sizes}
+    lost = record.row("bpw 3.4")
+    shutil.rmtree(tmp_path / "first" / "work")
+    (tmp_path / "first" / lost.name).unlink()
+    succeed(*few, "--bpw", "3.4", "-o", tmp_path / "first")
+    assert file_hash(tmp_path / "first" / lost.name) == lost.files[lost.name]
+    assert Release.load(tmp_path / "first").runs == record.runs
+
+
+def test_a_command_is_kept_for_the_sizes_that_it_adds(tmp_path):
     options = ReleaseOptions(model="m", output=tmp_path, bpw=("3", "4"))
-    assert options.asking_for(["bpw 3", "bpw 4"]) == [options]
-    requests = ["bpw 2.5", "bpw 3", *(Target(fits=size, context=4096).recipe for size in ("8GB", "1GiB"))]
-    of_bits, of_memories = options.asking_for(requests)
-    asked = [target.recipe for each in (of_bits, of_memories) for target in each.targets]
-    assert asked == requests
+    assert options.asking_for(["bpw 3", "bpw 4"]) is options
+    assert [target.recipe for target in options.asking_for(["bpw 4"]).targets] == ["bpw 4"]
+    options = ReleaseOptions(model="m", output=tmp_path, fits=("8GB", "1GiB"), context=4096)
+    request = options.targets[1].recipe
+    assert [target.recipe for target in options.asking_for([request]).targets] == [request]
+
+
+def test_more_effort_reaches_plans_and_files(tmp_path):
+    options = ReleaseOptions(model="m", output=tmp_path, bpw=("3",), effort="high")
+    plan, export = options.of_plans, options.of_export(tmp_path / "a.gguf", tmp_path / "plan.json")
+    assert options.calibration.hessians == plan.calibration.hessians == "two-sided"
+    assert plan.search.select and plan.search.rounds > 2 and export.tune is None and export.closing.patience > 3
+    assert (
+        ReleaseOptions(model="m", output=tmp_path, bpw=("3",), effort="high", tune=9).of_export(tmp_path, tmp_path).tune
+        == 9
+    )
 
 
 def test_a_lost_connection_is_told_of(tmp_path):

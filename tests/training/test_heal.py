@@ -16,13 +16,11 @@ from tests.helpers.evaluating import evaluated
 pytest.importorskip("trl", reason="trl is not installed")
 from contextlib import nullcontext
 
-from dynquant.evaluation.runners import load_model
 from dynquant.inputs.text import read_text
 from dynquant.session import Session, ignore_progress
 from dynquant.training import heal as healing
 from dynquant.training.options import HealData, HealOptions, TrainOptions
 from dynquant.training.run import TrainingReport
-from dynquant.training.sampling import sampled_windows
 
 
 def heal(packed, reference, output, data, options, *, device=None, progress=ignore_progress, **more):
@@ -192,24 +190,6 @@ def test_text_that_is_measured_on_is_not_trained_on_and_the_original_writes_more
     data = replace(data, text=[crushed.text], max_tokens=10**6)
     with pytest.raises(DataError, match="nothing is left to train on"):
         heal(str(crushed.packed), str(crushed.original), tmp_path / "other", data, OPTIONS)
-
-
-def test_samples_follow_the_originals_distribution(crushed, tmp_path):
-    """After each beginning, the share of each next token is the probability that the model gives it."""
-    model = load_model(crushed.original)
-    text = torch.arange(100, 132)[None]
-    sample = {"columns": 8000, "device": "cpu", "progress": ignore_progress}
-    windows = sampled_windows(crushed.original, text, 200, tmp_path, seed=0, **sample)
-    assert windows.shape == (200, 32) and windows.max() < 8000
-    beginnings = text.unfold(1, 16, 1)[0]
-    assert {tuple(window[:16].tolist()) for window in windows} == {tuple(one.tolist()) for one in beginnings}
-    with torch.no_grad():
-        likely = model(input_ids=beginnings).logits[:, -1, :8000].softmax(-1).topk(200)
-    which = windows[:, 0] - 100
-    share = (windows[:, 16:17] == likely.indices[which]).any(1).float().mean()
-    expected = likely.values.sum(1)[which].mean()
-    assert 0.05 < expected < 0.95 and abs(share - expected) < 4 * (0.25 / len(windows)) ** 0.5
-    assert torch.equal(sampled_windows(crushed.original, text, 200, tmp_path, seed=0, **sample), windows)
 
 
 @pytest.mark.nightly

@@ -248,7 +248,7 @@ class _Candidate:
             (self.folder / "plan").mkdir(exist_ok=True)
             compared.save(self.folder / "plan" / SAME_COMPUTATION_NAME)
         kl = compared.kl
-        reasons = [] if kl < 1e-9 else [known.reason for known in self.known]
+        reasons = [] if kl < 1e-9 else [difference.reason for difference in self.known]
         return f"{'' if kl < max(1e-9, self.known_kl) else '✗ '}{'; '.join([f'{kl:.1e}', *reasons])}"
 
     def plan(self) -> str:

@@ -105,12 +105,12 @@ def nearest(
 @triton.jit
 def _nearest_level(y, levels_ptr, NUM_LEVELS: tl.constexpr):
     below = tl.load(levels_ptr)
-    found = tl.zeros_like(y) + below
+    nearest_level = tl.zeros_like(y) + below
     for i in range(1, NUM_LEVELS):
         level = tl.load(levels_ptr + i)
-        found = tl.where(y > (below + level) / 2, level, found)
+        nearest_level = tl.where(y > (below + level) / 2, level, nearest_level)
         below = level
-    return found
+    return nearest_level
 
 
 @triton.jit
@@ -149,10 +149,10 @@ def _nearest_magnitudes(
         while unfinished > 0:
             cheapest = tl.argmin(untried, 1)
             is_cheapest = places == cheapest[:, None]
-            found, cost = _search(tl.where(is_cheapest, -y, y), metric, pairs_ptr, NUM_WORDS)
+            word, cost = _search(tl.where(is_cheapest, -y, y), metric, pairs_ptr, NUM_WORDS)
             better = cost - score < extra
             extra = tl.where(better, cost - score, extra)
-            negated_index = tl.where(better, found, negated_index)
+            negated_index = tl.where(better, word, negated_index)
             negated_place = tl.where(better, cheapest, negated_place)
             untried = tl.where(is_cheapest, float("inf"), untried)
             bound = 4 * LOW * tl.min(tl.reshape(untried, (rows, 8)), 1)

@@ -124,9 +124,9 @@ def _sizes(rows: Rows) -> tuple[int, int]:
 
 
 def _constants(rows: Rows) -> dict[str, object]:
-    found = constants(rows) | {"ROWS": _num_rows(rows)}
-    del found["HAS_MINIMUMS"]
-    return found
+    arguments = constants(rows) | {"ROWS": _num_rows(rows)}
+    del arguments["HAS_MINIMUMS"]
+    return arguments
 
 
 @triton.jit
@@ -186,12 +186,12 @@ def _values(
         return tl.minimum(tl.maximum(tl.floor(y + 0.5), -1.0), 1.0)
     else:
         kind: tl.constexpr = "signed words" if SCANS else KIND
-        found = tl.zeros_like(y)
+        values = tl.zeros_like(y)
         for g in range(0, y.shape[1] // GROUP):
             metric = tl.load(metric_ptr + g * GROUP + tl.arange(0, GROUP))
             value = nearest(group_of(y, g, GROUP), metric, words_ptr, pairs_ptr, kind, LOW, HIGH, NUM_WORDS, WORD)
-            found = with_group(found, g, value, GROUP)
-        return found
+            values = with_group(values, g, value, GROUP)
+        return values
 
 
 @jit_for_any_rows

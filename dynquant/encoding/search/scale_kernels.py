@@ -128,19 +128,19 @@ def _descend_scales_kernel(
                 a = d * tl.load(multipliers_ptr + trial_code)
                 inverse = inverse_of(a)
                 pending = target
-                found = tl.zeros((ROWS, SUB_BLOCK), tl.float32)
+                values = tl.zeros((ROWS, SUB_BLOCK), tl.float32)
                 left = tl.zeros((ROWS, SUB_BLOCK), tl.float32)
                 # as many as the sub-block has; a constant would have the loop unrolled, with too few registers
                 for g in range(0, tl.minimum(SUB_BLOCK, num_columns) // GROUP):
                     groups = first + g * GROUP + tl.arange(0, GROUP)
-                    wanted = (group_of(pending, g, GROUP) + b[:, None]) * inverse[:, None]
+                    y = (group_of(pending, g, GROUP) + b[:, None]) * inverse[:, None]
                     if SHIFT != 0:
                         shift = row * (num_columns // SHIFT_WIDTH) + (first + g * GROUP) // SHIFT_WIDTH
                         offset = SHIFT * trial_flip * tl.load(shifts_ptr + shift, mask=inside, other=0.0)[:, None]
-                        wanted -= offset
+                        y -= offset
                     metric = tl.load(metric_ptr + expert * metric_stride + groups)
-                    value = nearest(wanted, metric, words_ptr, pairs_ptr, KIND, LOW, HIGH, NUM_WORDS, WORD)
-                    found = with_group(found, g, value, GROUP)
+                    value = nearest(y, metric, words_ptr, pairs_ptr, KIND, LOW, HIGH, NUM_WORDS, WORD)
+                    values = with_group(values, g, value, GROUP)
                     if SHIFT != 0:
                         value += offset
                     rest = group_of(target, g, GROUP) - (a[:, None] * value - b[:, None])
@@ -157,7 +157,7 @@ def _descend_scales_kernel(
                 if HAS_MINIMUMS:
                     best_minimum = tl.where(better, trial_minimum, best_minimum)
                 best_flip = tl.where(better, trial_flip, best_flip)
-                best_values = tl.where(better[:, None], found, best_values)
+                best_values = tl.where(better[:, None], values, best_values)
                 best_error = tl.where(better[:, None], left, best_error)
             tl.store(scales_ptr + place, best_code, mask=inside)
             if HAS_MINIMUMS:

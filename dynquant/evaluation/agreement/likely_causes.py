@@ -73,7 +73,8 @@ def likely_causes(model: Model) -> list[str]:
     raw = read_json(model.hf_directory / "config.json")
     config: Config = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
     keys, names = {field.key.partition(".")[2]: field.value for field in model.metadata}, model.source.names()
-    causes = [f"{known.reason} (random weights: a KL of {known.kl:g})" for known in known_differences(config)]
+    differences = known_differences(config)
+    causes = [f"{difference.reason} (random weights: a KL of {difference.kl:g})" for difference in differences]
     causes += _routing_causes(config, keys, names) if "expert_count" in keys else ()
     if config.get("sliding_window") and "attention.sliding_window" not in keys and config.get("use_sliding_window", 1):
         causes.append("config.json has a sliding_window, the file has none")
@@ -82,7 +83,7 @@ def likely_causes(model: Model) -> list[str]:
 
 def known_differences(config: Config) -> list[KnownDifference]:
     """Return what llama.cpp is known to compute otherwise for a configuration, by what was measured."""
-    return [known for known in _KNOWN if known.applies(config)]
+    return [difference for difference in _KNOWN if difference.applies(config)]
 
 
 def _rope(config: Config) -> Config:

@@ -278,8 +278,8 @@ def mean_kl(reference: Tensor, logits: Tensor) -> float:
     """Return mean KL(reference || other) in nats over the rows of logits; padding of one vocabulary is left out."""
     columns = min(reference.shape[1], logits.shape[1])
     total = 0.0
-    for one, other in zip(reference.split(32), logits.split(32), strict=True):
-        p, q = (rows[:, :columns].double().log_softmax(-1) for rows in (one, other))
+    for chunks in zip(reference.split(32), logits.split(32), strict=True):
+        p, q = (rows[:, :columns].double().log_softmax(-1) for rows in chunks)
         total += float((p.exp() * (p - q)).sum())
     return total / len(reference)
 

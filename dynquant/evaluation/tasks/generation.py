@@ -19,11 +19,11 @@ from dynquant.evaluation.statistics import Estimate, bootstrap_mean, compare_pai
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.questions import take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
+from dynquant.inputs.written import is_loop
 from dynquant.storage.documents import FrozenRecord
 
 PROMPT_TOKENS = 64
 _NOTHING = -1  # fills rows of continuations behind their end
-_FEWEST_REPEATS, _FEWEST_REPEATED = 3, 24
 
 
 class Prompts(NamedTuple):
@@ -146,16 +146,6 @@ def summarize_generation(
         only_candidate_loops=int(paired["only_candidate_right"]),
         mcnemar_p=paired["mcnemar_p"],
     )
-
-
-def is_loop(tokens: Sequence[int]) -> bool:
-    """Return True if the text ends in a block of tokens that stands there three times or more, 24 tokens in all."""
-    ids = np.asarray(tokens)
-    for period in range(1, len(ids) // _FEWEST_REPEATS + 1):
-        span = max(_FEWEST_REPEATS * period, _FEWEST_REPEATED)
-        if span <= len(ids) and np.array_equal(ids[-span + period :], ids[-span:-period]):
-            return True
-    return False
 
 
 def _writing(side: Continuations, loops: Sequence[bool]) -> Writing:

@@ -11,19 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dynquant.errors import EvaluationError
-from dynquant.evaluation.distributions import log_probs_at
 from dynquant.evaluation.llama_cpp import llama_decode_text, llama_encode, llama_tokens, llama_vocabulary
 from dynquant.evaluation.runners import LogitRunner, is_read_by_llama_cpp, open_encoder, transformers_tokenizer
 from dynquant.evaluation.tasks.multiple_choice import score_answers
 from dynquant.families.tokenizers.chat_template import ChatFormat
 from dynquant.inputs.branches import Branches, neighbours_that, num_shared
-from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.inputs.text import TextEncoder
 
@@ -126,23 +123,17 @@ class HarnessModel(TemplateLM):
         return [results[place] for place in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        batches, owners = [], []
+        windows, owners, sums = [], [], [0.0] * len(requests)
         for place, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            limits = {"max_seq_len": self._context_length - 1, "context_len": 1}
-            for pair in get_rolling_token_windows(ids, self._codec.prefix, **limits):
+            limits = {"max_seq_len": self._context_length, "context_len": 1}
+            for pair in get_rolling_token_windows(self.tok_encode(request.args[0]), self._codec.prefix, **limits):
                 before, scored = make_disjoint_window(pair)
-                # Nothing is scored before the last token of what precedes.
-                is_text = torch.tensor([[False] * (len(before) - 1) + [True] * (len(scored) + 1)])
-                batches.append(Batch({"input_ids": torch.tensor([before + scored])}, is_text))
+                windows.append(Branches(before, [scored]))
                 owners.append(place)
-        runner, sums = self._runner(), [0.0] * len(requests)
-        runner.reserve(max((batch.num_tokens for batch in batches), default=1))
-        for done, (batch, place, logits) in enumerate(
-            zip(batches, owners, runner.scored_logits(batches), strict=True), start=1
-        ):
-            sums[place] += float(log_probs_at(logits[:, : self._num_columns], batch.targets[:, None]).sum())
-            self._progress(done, len(batches))
+        if windows:
+            scores = score_answers(self._runner(), windows, [range(len(windows))], self._num_columns, self._progress)
+            for place, score in zip(owners, scores, strict=True):
+                sums[place] += float(score.log_probs[0])
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:

@@ -59,6 +59,8 @@ class Placement:
     """Those behind the others."""
     cpu_moe: int
     """Experts of so many layers, from the first, stay in host memory; 0 where all layers are treated alike."""
+    trained_context: int
+    """Tokens of context that the model was trained for; 0 where the file does not say."""
 
     @property
     def offload_flags(self) -> str:
@@ -146,7 +148,9 @@ class _File:
             compute = reserved[1]
         split = (self._split(*where, caches, compute, 4 * UBATCH * context) for where in self._choices())
         whole = self._embedding + sum(self._shared) + sum(self._experts) + self._output
-        on_host = Placement(Buffers(), Buffers(whole, sum(caches), compute), self._layers, 0, 0)
+        on_host = Placement(
+            Buffers(), Buffers(whole, sum(caches), compute), self._layers, 0, 0, self._model.hyper.n_ctx
+        )
         return next((placement for placement in split if placement.gpu.total <= gpu), on_host)
 
     def _choices(self) -> Iterator[tuple[int, int]]:
@@ -169,4 +173,5 @@ class _File:
             self._layers,
             on_gpu,
             cpu_moe,
+            self._model.hyper.n_ctx,
         )

@@ -159,9 +159,9 @@ def test_rows_are_the_quantizable_tensors_in_order(table):
 
 def test_a_fallback_row_keeps_what_was_wanted(table):
     row = table.row(DENSE, "Q4_K")
-    assert (row.type, row.wanted) == ("Q5_0", ("Q4_K",))
+    assert (row.type, row.stands_for) == ("Q5_0", ("Q4_K",))
     assert row is table.row(DENSE, "Q5_0")
-    assert table.row(DENSE, "Q8_0").wanted == ()
+    assert table.row(DENSE, "Q8_0").stands_for == ()
     assert table.row(DENSE, "IQ1_S") is None
 
 
@@ -180,8 +180,8 @@ def test_statistics_of_another_model_are_refused(model, stats):
 def test_the_sizes_are_known_before_anything_is_measured(model, stats, table):
     types = ("Q4_0", "Q8_0", "Q4_K")
     before = unmeasured_table(model, tensor_formats(model, stats, types), types)
-    known = [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in table.rows]
-    assert [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in before.rows] == known
+    known = [(row.name, row.role, row.layer, row.type, row.stands_for, row.bytes) for row in table.rows]
+    assert [(row.name, row.role, row.layer, row.type, row.stands_for, row.bytes) for row in before.rows] == known
 
 
 class StoppedError(Exception):
@@ -295,7 +295,7 @@ def test_extended_by(model, stats, table):
     assert both.types == ("Q4_0", "Q8_0", "Q4_K", "Q5_0", "Q4_1")
     assert list(both.tensors()) == list(table.tensors())
     assert set(both.tensors()[DENSE]) == {"Q4_0", "Q8_0", "Q5_0", "F32", "Q4_1"}
-    assert both.row(DENSE, "Q4_K").wanted == ("Q4_K",)
+    assert both.row(DENSE, "Q4_K").stands_for == ("Q4_K",)
     assert len(both.rows) == len({(row.name, row.type) for row in both.rows})
 
 

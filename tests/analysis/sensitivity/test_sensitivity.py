@@ -7,12 +7,14 @@ a routing decision flips or it does not: at 1e-3 the ratio measured here is abou
 import pytest
 import torch
 
+from dynquant.analysis.sensitivity import closed_form
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.running.weight_inputs import weight_inputs
+from tests.helpers.labels import likeliest_log_probability
 
 RELATIVE = 0.1
 
@@ -96,8 +98,11 @@ def test_windows_that_run_together_give_the_same(loaded, measured, dtype, bound)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), TYPES)
-def test_a_gpu_gives_the_same(loaded, measured, cuda, dtype, bound):
-    check_together(loaded, measured, cuda, dtype, bound)
+def test_a_gpu_gives_the_same(loaded, monkeypatch, cuda, dtype, bound):
+    monkeypatch.setattr(closed_form, "sampled_log_probability", likeliest_log_probability)
+    hf_model, windows, model = loaded
+    expected = output_sensitivity(hf_model, weight_inputs(model, hf_model), ModelInputs(windows))
+    check_together(loaded, expected, cuda, dtype, bound)
 
 
 def test_every_quantizable_tensor_has_one_and_weights_are_untouched(loaded, measured, sensitivity):

@@ -62,14 +62,14 @@ def decoded(spread, values):
 
 
 @inner
-def feed_block(links, book, x, at, n, pending, loss, spread, active, work, found):
+def feed_block(links, book, x, at, n, pending, loss, spread, active, work, results):
     """Round `n` columns from `at` on; `pending` [n, ROWS] is the feedback of earlier ones, and is used up.
 
-    `loss`: the factor, the inverses of its groups, the metric. `found`: values and errors, of all columns, are written,
-    and losses [ROWS] grow by the columns' part.
+    `loss`: the factor, the inverses of its groups, the metric. `results`: values and errors, of all columns, are
+    written, and losses [ROWS] grow by the columns' part.
     """
     factor, inverses, metric = loss
-    values, errors, losses = found
+    values, errors, losses = results
     group = book[1]
     y = np.empty((group, ROWS), np.float32)
     for c in range(0, n, group):
@@ -112,8 +112,8 @@ def _feed_examples() -> tuple[Any, ...]:
     book, tile = as_arrays(Integers(0, 1)), np.zeros((1, ROWS), np.float32)
     square, spread = np.zeros((1, 1), np.float32), (tile, tile, tile, tile, 1, 1)
     links, work = (0,) * NUM_LINKS, workspace(book)
-    loss, found = (square, square[None], square[0]), (tile, tile, tile[0])
-    return links, book, tile, 0, 1, tile, loss, spread, np.ones(ROWS, np.bool_), work, found
+    loss, results = (square, square[None], square[0]), (tile, tile, tile[0])
+    return links, book, tile, 0, 1, tile, loss, spread, np.ones(ROWS, np.bool_), work, results
 
 
 linked_feed_block = Linked(feed_block, 3, _feed_examples)
@@ -129,8 +129,8 @@ def feed_back(links, book, x, loss, transposed, spread, active, values):
         stop = min(start + _CHUNK, columns)
         pending = np.zeros((_CHUNK, ROWS), np.float32)
         product_of(links, (pending, transposed, errors, start, stop, 0, start, start, 0))
-        found = values, errors, losses
-        feed_block_of(links, (links, book, x, start, stop - start, pending, loss, spread, active, work, found))
+        results = values, errors, losses
+        feed_block_of(links, (links, book, x, start, stop - start, pending, loss, spread, active, work, results))
 
 
 @compiled

@@ -25,13 +25,13 @@ def _inverse(a):
 
 
 @inner
-def search_block(links, book, x, metric, first, width, a, b, run, is_scan, active, room, found):
+def search_block(links, book, x, metric, first, width, a, b, run, is_scan, active, room, out):
     """Find values [width, ROWS] and shifts [runs, ROWS] of one sub-block under scales `a`, minimums `b` [1 or 0, ROWS].
 
-    `found` are these and their weighted squared error [ROWS]. `run` is 0 for types without shifts.
+    `out` are these and their weighted squared error [ROWS]. `run` is 0 for types without shifts.
     """
     work, inverse, y, tried, errors = room
-    values, shifts, error = found
+    values, shifts, error = out
     group = book[1]
     for t in range(ROWS):
         inverse[0, t] = _inverse(a[0, t])
@@ -50,9 +50,9 @@ def search_block(links, book, x, metric, first, width, a, b, run, is_scan, activ
                     for t in range(ROWS):
                         y[j, t] = x[first + c + j, t]
                 to_codewords(spread, 0, y)
-                found = tried[c - start : c - start + group]
-                nearest_of(links, (book, y, metric[first + c : first + c + group], active, is_scan, work, found))
-                decode(spread, 0, found, y)
+                nearest = tried[c - start : c - start + group]
+                nearest_of(links, (book, y, metric[first + c : first + c + group], active, is_scan, work, nearest))
+                decode(spread, 0, nearest, y)
                 for j in range(group):
                     weight = metric[first + c + j]
                     for t in range(ROWS):
@@ -134,8 +134,8 @@ def fit_scales(links, book, x, metric, width, run, fractions, active):
             if book[0] == INTEGERS:
                 _add_moments(x, metric, first, width, book[2], book[3], a[0], moment, square)
             else:
-                found = values, shifts, error
-                search_block_of(links, (links, book, x, metric, first, width, a, none, run, True, active, room, found))
+                out = values, shifts, error
+                search_block_of(links, (links, book, x, metric, first, width, a, none, run, True, active, room, out))
                 for c in range(width):
                     weight = metric[first + c]
                     for t in range(ROWS):
@@ -314,10 +314,10 @@ def round_scales(free, curvature, multipliers, unit, per_block, is_never_zero):
                         code = _integer(code, _ZERO, last)
                         tried[s, t] = code
                         m = lowest + step * code
-                        cost, wanted = curvature[first + s, t], free[first + s, t]
-                        moment[t] += cost * m * wanted
+                        cost, scaled = curvature[first + s, t], free[first + s, t]
+                        moment[t] += cost * m * scaled
                         square[t] += cost * m * m
-                        error[t] += cost * (wanted - scale[t] * m) * (wanted - scale[t] * m)
+                        error[t] += cost * (scaled - scale[t] * m) * (scaled - scale[t] * m)
                 for t in range(ROWS):
                     if turn < 2 and square[t] > _ZERO:
                         scale[t] = moment[t] / max(square[t], _TINY)
@@ -353,10 +353,10 @@ def search(links, book, x, metric, a, b, widths, active):
     errors = np.zeros((x.shape[0] // super_block, ROWS), np.float32)
     for s in range(a.shape[0]):
         first = s * width
-        found = values[first : first + width], shifts[s * runs : (s + 1) * runs], error
+        out = values[first : first + width], shifts[s * runs : (s + 1) * runs], error
         here_a, here_b, here_active = a[s : s + 1], b[s : s + 1], active[first // super_block]
         search_block_of(
-            links, (links, book, x, metric, first, width, here_a, here_b, run, False, here_active, room, found)
+            links, (links, book, x, metric, first, width, here_a, here_b, run, False, here_active, room, out)
         )
         for t in range(ROWS):
             errors[first // super_block, t] += error[t]
@@ -394,8 +394,8 @@ def neighbours(links, book, x, metric, layout, fields, values, active):
                 if num_mins:
                     codes[1, t] = min(max(mins[s, t] + min_step, 0), num_mins - 1)
             _set_scales(multipliers, d[block], dmin, block, codes, a, b)
-            found = tried, tried_shifts, error
-            search_block_of(links, (links, book, x, metric, first, width, a, b, run, False, active[block], room, found))
+            out = tried, tried_shifts, error
+            search_block_of(links, (links, book, x, metric, first, width, a, b, run, False, active[block], room, out))
             for t in range(ROWS):
                 if error[t] < least[t]:
                     least[t], codes[2, t], codes[3, t] = error[t], codes[0, t], codes[1, t]

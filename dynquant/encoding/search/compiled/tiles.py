@@ -261,14 +261,14 @@ class _Tile:
         matrix, right, pulled = columns.scale_terms(
             self._links, units, slope, loss.hessian, loss.folded, super_block, sub_block, len(fields.d) <= _KEPT
         )
-        left, wanted = (torch.from_numpy(t).movedim(-1, 0).to(torch.float64) for t in (matrix, right))
+        left, pull = (torch.from_numpy(t).movedim(-1, 0).to(torch.float64) for t in (matrix, right))
         diagonal = left.diagonal(dim1=-2, dim2=-1)
         ridge = _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-        change = torch.linalg.solve(left + torch.diag_embed(ridge.expand_as(diagonal)), wanted)  # [ROWS, n]
+        change = torch.linalg.solve(left + torch.diag_embed(ridge.expand_as(diagonal)), pull)  # [ROWS, n]
         present = np.concatenate((fields.d, fields.dmin))
         new = self._rounded(present + change.T.to(torch.float32).numpy())
         change = torch.from_numpy(new - present).T.to(torch.float64)
-        growth = (change * ((left @ change.unsqueeze(-1)).squeeze(-1) - 2 * wanted)).sum(-1)
+        growth = (change * ((left @ change.unsqueeze(-1)).squeeze(-1) - 2 * pull)).sum(-1)
         new = np.where(growth.numpy() < 0, new, present)
         columns.follow_scales(
             self._links, units, pulled, new - present, slope, loss.hessian, loss.folded, super_block, sub_block
@@ -300,8 +300,8 @@ class _Tile:
     def _search(self, fields: _Fields, active: Array) -> tuple[_Fields, Array, Array]:
         """The fields with the better shifts, the nearest values, and the error of each super-block."""
         a, b, metric = self._scales(fields), self._minimums(fields), self._loss.metric
-        found = fits.search(self._links, self._book, self._x, metric, a, b, self._widths, active)
-        values, shifts, errors = found
+        searched = fits.search(self._links, self._book, self._x, metric, a, b, self._widths, active)
+        values, shifts, errors = searched
         return replace(fields, shifts=shifts), values, errors
 
     def _neighbours(self, fields: _Fields, values: Array, active: Array) -> tuple[_Fields, Array]:

@@ -62,8 +62,8 @@ def descend_scales(links, book, layout, loss, fields, active, slope, values):
                 tried_offsets = -here if trial == 5 else here
                 spread = _spread(multipliers, width, run, d[block], dmin, block, codes, tried_offsets)
                 pending = np.zeros((width, ROWS), np.float32)
-                here_loss, found = (factors[s], inverses[s], metric[s]), (tried, errors, losses)
-                feed_block_of(links, (links, book, target, 0, width, pending, here_loss, spread, active, work, found))
+                here_loss, results = (factors[s], inverses[s], metric[s]), (tried, errors, losses)
+                feed_block_of(links, (links, book, target, 0, width, pending, here_loss, spread, active, work, results))
                 for t in range(ROWS):
                     if losses[t] < least[t]:
                         least[t], flips[t] = losses[t], trial == 5

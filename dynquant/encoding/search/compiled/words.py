@@ -216,9 +216,9 @@ def _nearest_by_changes(book, number, magnitudes, t, metric, work_costs, work_ch
             costs[i] = metric[j] * (difference * difference - rounded * rounded)
             steps[i] = (changed - digit) * place
             places[i] = 1 << j
-            found = index[number + steps[i]]
-            if found >= 0 and costs[i] < bound:
-                word, bound = found, costs[i]
+            changed_word = index[number + steps[i]]
+            if changed_word >= 0 and costs[i] < bound:
+                word, bound = changed_word, costs[i]
         place *= np.int32(3)
     count = 0
     for i in range(16):
@@ -235,9 +235,9 @@ def _nearest_by_changes(book, number, magnitudes, t, metric, work_costs, work_ch
             sums[both] = sums[rest] + costs[i] if is_possible else np.float32(np.inf)
             used[both], numbers[both] = used[rest] | places[i], numbers[rest] + steps[i]
             if sums[both] < bound:
-                found = index[numbers[both]]
-                if found >= 0:
-                    word, bound = found, sums[both]
+                changed_word = index[numbers[both]]
+                if changed_word >= 0:
+                    word, bound = changed_word, sums[both]
     return word
 
 

@@ -1,6 +1,6 @@
 """Plans from drawn rows beside plans from the exact table: the KL of both on text that calibration did not see.
 
-    python -m dynquant.analysis.bench.sampled_plans MODEL -o DIR --bpw 2,2.5,3,3.5,4,5
+    python -m dynquant.analysis.bench.plans.sampled_plans MODEL -o DIR --bpw 2,2.5,3,3.5,4,5
 
 The error table is measured once exactly and once from drawn rows, by the same encoder under the same statistics.
 At every budget both plans are rendered, and scored on the same windows; the last column is the mean over tokens of the
@@ -52,8 +52,8 @@ def main() -> None:
         for bits in budgets:
             how = {"calibration": calibration} if stats is None else {"stats": stats}
             how |= {"encoder": asked.encoder, "exact": is_exact}
-            made = PlanOptions(model=asked.model, output=folder, target=Target(bpw=bits, types=types), **how)
-            plans[is_exact].append(make_plan(made, session))
+            plan_options = PlanOptions(model=asked.model, output=folder, target=Target(bpw=bits, types=types), **how)
+            plans[is_exact].append(make_plan(plan_options, session))
         stats = stats or folder / STATS_NAME
     print_tables(asked.output / "drawn" / ERRORS_NAME, asked.output / "exact" / ERRORS_NAME)
     model = open_model(asked.model)
@@ -69,7 +69,7 @@ def main() -> None:
             rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
             scores.append(inputs.score()[0].numpy())
         kls = [bootstrap_mean(values, inputs.lengths) for values in (*scores, scores[1] - scores[0])]
-        changed = sum(one.type != other.type for one, other in zip(exact.entries, drawn.entries, strict=True))
+        changed = sum(entry.type != twin.type for entry, twin in zip(exact.entries, drawn.entries, strict=True))
         table.add(f"{bits:g}", f"{changed} of {len(exact.entries)}", *(estimate.shown(".4f") for estimate in kls))
 
 
