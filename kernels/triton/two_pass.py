@@ -1,6 +1,6 @@
 """Products of many rows with planar weights on CUDA: decode a slice of the matrix, multiply it with cuBLAS, repeat.
 
-Slices are large: ones that would stay in the L2 cache between the two passes leave cuBLAS too few tiles for a GPU, which
+Slices are large: ones that would stay in the L2 cache between the passes leave cuBLAS too few tiles for a GPU, which
 costs more than the cache saves, also where the next slice is decoded on a second stream meanwhile. The forward pass
 takes slices of rows and the gradient slices of columns, so that in both every result is written once: no rounded
 partial sums are added up.
