@@ -18,7 +18,7 @@ from torch import Tensor
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.bench.harness import device_name, options
 from dynquant.kernels.planes import PLANES
-from dynquant.kernels.triton import fused, grouped, tiles, two_pass
+from dynquant.kernels.triton import grouped, tiles, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
 
 _ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -47,7 +47,7 @@ def bench_dequantize(name: str) -> Iterator[dict[str, object]]:
 
 
 def bench_linear(name: str) -> Iterator[dict[str, object]]:
-    """Yield times of `fused` and `two_pass` with slices of several sizes, forward and backward, beside bfloat16."""
+    """Yield times of `tiles` and `two_pass` with slices of several sizes, forward and backward, beside bfloat16."""
     for (rows, length), m in itertools.product(_MATRICES, _ROWS):
         weight = packed(name, rows, length)
         dense = torch.randn(rows, length, dtype=torch.bfloat16, device="cuda")
@@ -56,8 +56,8 @@ def bench_linear(name: str) -> Iterator[dict[str, object]]:
         line["bf16"] = microseconds(torch.matmul, x, dense.T)
         line["bf16 grad"] = microseconds(torch.matmul, dy, dense)
         if m <= 1024:
-            line["fused"] = microseconds(fused.linear, x, weight, name)
-            line["fused grad"] = microseconds(fused.input_grad, dy, weight, name)
+            line["tiles"] = microseconds(tiles.linear, x, weight, name)
+            line["tiles grad"] = microseconds(tiles.input_grad, dy, weight, name)
         for mega in (24, 48, 96):
             with mock.patch.object(two_pass, "_SLICE_BYTES", mega << 20):
                 line[f"two_pass {mega}"] = microseconds(two_pass.linear, x, weight, name)

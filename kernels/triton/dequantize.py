@@ -75,7 +75,7 @@ def dequantize_kernel(
 
 
 def dequantize_arranged(weight: Tensor, type_name: str, out: Tensor, first_row: int) -> Tensor:
-    """Fill `out` [rows, whole steps] with rows of weights as tiles decode them, columns as `fragments.arrange` puts
+    """Fill `out` [rows, whole steps] with rows of weights as tiles decode them, columns as `activations.arrange` puts
     those of activations with `is_stream`; return it. Columns beyond the row repeat others.
     """
     name = quant_type(type_name).name

@@ -3,7 +3,8 @@
 A thread of a fragment of 16 rows by 16 columns holds four columns of two rows. Which columns of the matrix these are is
 free as long as activations come in the same order, so that here each of the four threads of a row takes a quarter of a
 step, 256 weights of a super-block type or 128 of any other, and decodes it without looking at its neighbours. `fetch`
-loads, `decode` makes pairs of weights, `columns` says which they are and `arrange` brings activations into their order.
+loads, `decode` makes pairs of weights, `columns` says which they are, and `activations.arrange` brings activations into
+their order.
 
 Codes become floats as the low bits of a power of two that is then taken away. Weights are rounded once more than those
 of `unpack`: their scale is rounded to the dtype of the activations too. A pair in float32, or in the interpreter, is
@@ -11,13 +12,10 @@ two tensors and exact. Words of the trade: `bit_words`.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.triton.bit_chunks import nibble_values
@@ -35,7 +33,7 @@ def step_of(type_name):
 
 @triton.constexpr_function
 def kind_of(dtype):
-    """How a pair is kept: 0 as two float32 tensors, 1 as a word of two bf16, 2 of two fp16."""
+    """Return how a pair is kept: 0 as two float32 tensors, 1 as a word of two bf16, 2 of two fp16."""
     return 0 if not USE_ASM or dtype.primitive_bitwidth == 32 else 2 if dtype.is_fp16() else 1
 
 
@@ -50,52 +48,6 @@ def columns(type_name: str) -> Tensor:
         back = parts[1].view(5, 4, 2, 2).transpose(0, 1).reshape(4, 10, 2)
         return torch.cat((front, back, parts[2].view(4, 2, 2)), dim=1)
     return step.view(4, -1, 2)
-
-
-@functools.cache
-def _order(type_name: str, device: torch.device, is_stream: bool) -> Tensor:
-    found = columns(type_name)
-    if is_stream:  # sixteen bytes of a thread beside those of the next
-        found = found.view(4, -1, 4, 2)
-    return found.transpose(0, 1).flatten().int().to(device)
-
-
-def arrange(
-    x: Tensor, type_name: str, num_rows: int, *, is_stream: bool = False, places: Tensor | None = None, slots: int = 1
-) -> Tensor:
-    """Activations [M, K] in the order of fragments, or of `two_pass` if `is_stream`: [num_rows, whole steps].
-
-    With `places` int [P] row i of the result is row places[i] // slots of x. Rows beyond these are zero.
-    """
-    length, step = x.shape[1], step_of.fn(type_name)
-    num_steps = triton.cdiv(length, step)
-    arranged = x.new_empty(num_rows, num_steps * step)
-    sources, together = len(x) if places is None else len(places), 1 if num_rows < 128 else 8
-    _arrange_kernel[(num_steps, triton.cdiv(num_rows, together))](
-        x, arranged, _order(type_name, x.device, is_stream), places, sources, num_rows, length, slots,
-        STEP=step, ROWS=together, PDL=USE_ASM.value, num_warps=2, launch_pdl=USE_ASM.value,
-    )  # fmt: skip
-    return arranged
-
-
-@triton.jit(do_not_specialize=["num_sources", "num_rows", "slots"])
-def _arrange_kernel(
-    x_ptr, out_ptr, order_ptr, places_ptr, num_sources, num_rows, length, slots,
-    STEP: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    i = tl.arange(0, STEP)[None, :]
-    # Two neighbours stay neighbours, all others may be anywhere.
-    k = tl.program_id(0) * STEP + tl.max_contiguous(tl.multiple_of(tl.load(order_ptr + i), [1, 2]), [1, 2])
-    place = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    source = place
-    if places_ptr is not None:
-        source = tl.load(places_ptr + tl.minimum(place, num_sources - 1)) // slots
-    x = tl.load(x_ptr + source * length + k, mask=(place < num_sources) & (k < length), other=0.0)
-    out = out_ptr + (place * tl.num_programs(0) + tl.program_id(0)) * STEP + i
-    tl.store(out, x, mask=place < num_rows)
 
 
 @triton.jit

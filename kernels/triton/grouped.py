@@ -48,7 +48,9 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
     length, num_pairs = shapes.row_length(weight, stored), expert_ids.numel()
     product = inputs.new_empty(*expert_ids.shape, length if transposed else num_rows)
     if not _is_few(expert_ids, num_experts):
-        choose, run = (tiles.input_grad_config, tiles.input_grad) if transposed else (tiles.linear_config, tiles.linear)
+        choose, run = (
+            (tiles.input_grad_config, tiles.multiply_back) if transposed else (tiles.linear_config, tiles.multiply)
+        )
         config = choose(num_pairs / num_experts, inputs.dtype)
         return run(product, inputs, weight, stored, config, _tiles_of(expert_ids, num_experts, config["BM"]))
     width, config = (128, {"BN": 32, "G": 4}) if transposed else (16, {"BN": 16, "G": 8})

@@ -1,8 +1,9 @@
 """Triton: tiles of products, rows of activations by rows (or columns) of packed weights, on the tensor cores.
 
 A program decodes each piece of the matrix once for its BM rows, rounds it to the dtype of the activations and adds
-products in float32. `grouped` and `fused` launch these kernels: the one with a table of tiles that each belong to an
-expert (-1: nobody's, the result is zero; -2: nothing to do), the other without, for a single matrix.
+products in float32. `grouped` launches these kernels with a table of tiles that each belong to an expert (-1: nobody's,
+the result is zero; -2: nothing to do); `linear` and `input_grad` are for a single matrix, where `two_pass` would decode
+more than it multiplies.
 
 Arguments in common: `num_blocks` of the whole tensor, N rows of a matrix, `K_groups` groups of 32 weights in a row,
 `slots` results that share a row of activations, `num_pairs` results. The third axis of the forward grid shares out the
@@ -15,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dynquant.formats.quant_types import QuantType
+from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels import shapes
+from dynquant.kernels.triton.activations import arrange
 from dynquant.kernels.triton.bit_words import USE_ASM
-from dynquant.kernels.triton.fragments import arrange, decode, fetch, kind_of, matrix, rows, step_of
+from dynquant.kernels.triton.fragments import decode, fetch, kind_of, matrix, rows, step_of
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
@@ -83,7 +85,7 @@ def tile_linear_kernel(
     TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr,
     STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y^T = W x^T for activations of `fragments.arrange`, a row for every place of a tile."""
+    """y^T = W x^T for activations of `arrange`, a row for every place of a tile."""
     STEP: tl.constexpr = step_of(TYPE)
     KIND: tl.constexpr = kind_of(x_ptr.dtype.element_ty)
     tile = tl.program_id(1)
@@ -166,7 +168,25 @@ def tile_input_grad_kernel(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=is_pair[:, None] & (k < K_groups * 32)[None, :])
 
 
-def linear(
+def supports(type_name: str, x: Tensor) -> bool:
+    """Return whether tensor cores take these activations; float32 has none that are exact enough."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
+    """x [M, K] times planar rows uint8 [N, row_bytes] transposed: [M, N]. Both are contiguous."""
+    product, config = x.new_empty(len(x), len(weight)), linear_config(len(x), x.dtype)
+    return multiply(product, x, weight, quant_type(type_name), config)
+
+
+def input_grad(dy: Tensor, weight: Tensor, type_name: str) -> Tensor:
+    """dy [M, N] times planar rows uint8 [N, row_bytes]: [M, K]. Both are contiguous."""
+    stored = quant_type(type_name)
+    product = dy.new_empty(len(dy), shapes.row_length(weight, stored))
+    return multiply_back(product, dy, weight, stored, input_grad_config(len(dy), dy.dtype))
+
+
+def multiply(
     product: Tensor, x: Tensor, weight: Tensor, stored: QuantType, config: dict[str, int], pairs=(None, None)
 ) -> Tensor:
     """Write x W^T into `product` [pairs, N] and return it; `config` of `linear_config`.
@@ -194,10 +214,10 @@ def linear(
     return product
 
 
-def input_grad(
+def multiply_back(
     product: Tensor, dy: Tensor, weight: Tensor, stored: QuantType, config: dict[str, int], pairs=(None, None)
 ) -> Tensor:
-    """Write dy W into `product` [pairs, K] and return it, like `linear`; `config` of `input_grad_config`."""
+    """Write dy W into `product` [pairs, K] and return it, like `multiply`; `config` of `input_grad_config`."""
     order, tiles = pairs
     num_pairs = product.numel() // product.shape[-1]
     num_tiles = triton.cdiv(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]

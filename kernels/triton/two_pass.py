@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
+from dynquant.kernels.triton.activations import arrange
 from dynquant.kernels.triton.dequantize import dequantize, dequantize_arranged
-from dynquant.kernels.triton.fragments import arrange
 
 _SLICE_BYTES = 128 << 20
 _COLUMN_STEP = 256
