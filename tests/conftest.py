@@ -20,13 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, cores[first : first + share])
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
-gc.disable()  # until all is imported
 
-
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
     """Leave what is imported out of collections of garbage, which would each go through two million objects."""
-    gc.freeze()
-    gc.enable()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -71,6 +74,22 @@ def short_probe():
 def small_moe() -> Path:
     """textbook-moe-16m: DeepSeek-V3 architecture, 6 layers, 8 routed experts."""
     return REPOSITORY / "dynquant" / "data" / "textbook-moe-16m"
+
+
+@pytest.fixture(scope="session")
+def moe_model(small_moe: Path):
+    from dynquant.families.open import open_model
+
+    return open_model(small_moe)
+
+
+@pytest.fixture(scope="session")
+def f32_moe(moe_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """textbook-moe-16m as a GGUF of float32; read only."""
+    from tests.helpers.tiny_models import write_f32
+
+    folder = made_once(tmp_path_factory, "f32-moe", lambda folder: write_f32(moe_model, folder / "small.gguf"))
+    return folder / "small.gguf"
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,11 @@ from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.model import Model
+from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
+from dynquant.formats.vllm_schemes import BF16
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import fixed_bytes, fixed_sizes
@@ -131,11 +133,22 @@ class SchemeChooser:
     """Schemes of the linear layers of a checkpoint, out of those named in `schemes`.
 
     Layers that vLLM fuses are coupled, there are no floors, and sizes are those of safetensors with their headers.
+
+    Raises:
+        PlanError: none of the schemes fits a layer, and BF16 is not among them.
     """
 
     def __init__(self, checkpoint: LinearCheckpoint, schemes: Sequence[str], mixed_experts: bool = False) -> None:
         candidates = checkpoint.candidates(schemes, mixed_experts=mixed_experts)
         units = checkpoint.units(mixed_experts=mixed_experts).values()
+        for linear in checkpoint.linears:
+            if "BF16" not in schemes and candidates[linear.name] == [BF16]:
+                rows, columns = linear.shard
+                raise PlanError(
+                    f"None of {', '.join(schemes)} can hold `{linear.name}`, {rows:,} rows and {columns:,} columns on "
+                    "each GPU: groups and zero points are to divide them, and not every scheme is for experts. Add "
+                    "bf16 or another scheme to --types."
+                )
         self._formats = scheme_formats(checkpoint, candidates)
         self._bytes = {
             (linear.name, scheme.name): safetensors_bytes_at_most(linear.stored_as(scheme))

@@ -40,13 +40,21 @@ from dynquant.formats.storage_format import Choice
 from dynquant.inputs.questions import load_questions
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.llama_library import llama_cpp
-from dynquant.options import command_words
+from dynquant.options import command_words, shown_values
 from dynquant.planning.selection import Candidate, Selection
 from dynquant.planning.stage import make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing.card import release_card
 from dynquant.publishing.hub import Upload, push, recipe_file
-from dynquant.publishing.options import CARD_NAME, PLOT_NAME, RECORD_NAME, REPORTS_NAME, WORK_NAME, ReleaseOptions
+from dynquant.publishing.options import (
+    CARD_NAME,
+    PLOT_NAME,
+    RECORD_NAME,
+    REPORTS_NAME,
+    WORK_NAME,
+    ReleaseOptions,
+    ReleaseQuestions,
+)
 from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.plan import Plan
@@ -59,7 +67,7 @@ from dynquant.storage.documents import recorded_settings
 from dynquant.storage.file_names import STATS_NAME
 
 _SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
-_MEASURING = {"--text", "--max-tokens", "--mmlu-data", "--shots", "--num-shots", "--limit", "--scoring"}
+_MEASURING = {option for _, option, *_ in shown_values(ReleaseQuestions())}
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
 _FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
@@ -123,7 +131,9 @@ def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
     settings = json.loads(json.dumps(recorded_settings(options, _FREE) | {"--seed": session.seed}))
     record = Release.load(options.output)
     if record is not None and record.files:
-        record.check_same(options.output, model, settings)
+        # An option that is newer than the folder was at its default there.
+        told = {option for _, option, _, is_changed in shown_values(options) if is_changed} | record.settings.keys()
+        record.check_same(options.output, model, {option: settings[option] for option in told & settings.keys()})
         return record
     if record is not None and (record.fingerprint, record.settings) == (model.fingerprint, settings):
         return record

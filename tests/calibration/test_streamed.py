@@ -38,14 +38,9 @@ QUICK = ("llama", "qwen3-moe", "gemma3-period-3")
 
 
 @pytest.fixture(scope="module")
-def moe(small_moe: Path) -> Model:
-    return open_model(small_moe)
-
-
-@pytest.fixture(scope="module")
-def whole(moe: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(moe_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of a calibration that loaded the model whole."""
-    return calibrated_whole(moe, tmp_path_factory.mktemp("whole"), "two-sided")
+    return calibrated_whole(moe_model, tmp_path_factory.mktemp("whole"), "two-sided")
 
 
 def calibrated_whole(model: Model, directory: Path, hessians: str, **options) -> Path:
@@ -87,59 +82,59 @@ def test_files_are_byte_equal_to_those_of_a_whole_model(name, tmp_path, tiny_tex
     assert same_files(calibrated_whole(model, tmp_path / "whole", "two-sided"), tmp_path)
 
 
-def test_a_trained_moe_gives_the_same_files_within_the_least_memory(moe, whole, tmp_path):
+def test_a_trained_moe_gives_the_same_files_within_the_least_memory(moe_model, whole, tmp_path):
     with pytest.raises(StatsError, match="is too small") as refused:
-        streamed(moe, tmp_path, "two-sided", limit_bytes=10**8)
+        streamed(moe_model, tmp_path, "two-sided", limit_bytes=10**8)
     assert not any(tmp_path.iterdir())
     least = float(str(refused.value).split("--max-memory ")[1].split("GB")[0])
-    streamed(moe, tmp_path, "two-sided", limit_bytes=int(1e9 * (least + 0.1)))
+    streamed(moe_model, tmp_path, "two-sided", limit_bytes=int(1e9 * (least + 0.1)))
     assert same_files(whole, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hessians.safetensors", "stats.safetensors"]
 
 
-def test_second_moments_of_activations_are_the_same(moe, tmp_path):
+def test_second_moments_of_activations_are_the_same(moe_model, tmp_path):
     (tmp_path / "whole").mkdir()
-    streamed(moe, tmp_path, "activations")
-    assert same_files(calibrated_whole(moe, tmp_path / "whole", "activations"), tmp_path)
+    streamed(moe_model, tmp_path, "activations")
+    assert same_files(calibrated_whole(moe_model, tmp_path / "whole", "activations"), tmp_path)
 
 
 @pytest.mark.gpu
-def test_a_gpu_streams_the_same_files_too(moe, cuda, tmp_path, monkeypatch):
+def test_a_gpu_streams_the_same_files_too(moe_model, cuda, tmp_path, monkeypatch):
     # A model that is loaded whole on a GPU is run in bfloat16 otherwise.
     monkeypatch.setattr("tests.helpers.calibrating.load_hf", partial(load_hf, dtype=torch.float32))
     (tmp_path / "whole").mkdir()
-    streamed(moe, tmp_path, "activations", device=str(cuda), dtype=torch.float32)
-    assert same_files(calibrated_whole(moe, tmp_path / "whole", "activations", device=str(cuda)), tmp_path)
+    streamed(moe_model, tmp_path, "activations", device=str(cuda), dtype=torch.float32)
+    assert same_files(calibrated_whole(moe_model, tmp_path / "whole", "activations", device=str(cuda)), tmp_path)
 
 
 @pytest.mark.parametrize(
     "stages", represented_by((3,), (3, 9))
 )  # in the middle of the layers, and before the last one runs backward
-def test_a_killed_run_goes_on(stages, moe, whole, tmp_path):
+def test_a_killed_run_goes_on(stages, moe_model, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        streamed(moe, tmp_path, "two-sided", progress=stopping_after(stages))
-    assert streamed(moe, tmp_path, "two-sided").first_stage == stages
+        streamed(moe_model, tmp_path, "two-sided", progress=stopping_after(stages))
+    assert streamed(moe_model, tmp_path, "two-sided").first_stage == stages
     assert same_files(whole, tmp_path)
 
 
-def test_a_line_of_something_else_is_run_again(moe, whole, tmp_path):
+def test_a_line_of_something_else_is_run_again(moe_model, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        streamed(moe, tmp_path, "two-sided", spill=tmp_path / "spill", progress=stopping_after(4))
+        streamed(moe_model, tmp_path, "two-sided", spill=tmp_path / "spill", progress=stopping_after(4))
     (journal,) = (tmp_path / "spill").rglob("progress.jsonl")
     *lines, _ = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines, b'{"stage": 3, "aliases": 5, "moment_bytes": []}\n']))
-    assert streamed(moe, tmp_path, "two-sided", spill=tmp_path / "spill").first_stage == 3
+    assert streamed(moe_model, tmp_path, "two-sided", spill=tmp_path / "spill").first_stage == 3
     assert same_files(whole, tmp_path)
 
 
-def test_another_calibration_starts_anew(moe, tmp_path):
+def test_another_calibration_starts_anew(moe_model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        streamed(moe, tmp_path, "none", progress=stopping_after(3))
-    assert streamed(moe, tmp_path, "none", batch_size=2).first_stage == 0
+        streamed(moe_model, tmp_path, "none", progress=stopping_after(3))
+    assert streamed(moe_model, tmp_path, "none", batch_size=2).first_stage == 0
 
 
-def test_one_stage_is_in_memory_at_a_time(moe):
-    stream = LayerStream(moe)
+def test_one_stage_is_in_memory_at_a_time(moe_model):
+    stream = LayerStream(moe_model)
     seen = []
 
     def loaded(_module, _args) -> None:
@@ -177,8 +172,8 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tiny_text):
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "moe"])
-def test_sensitivities_are_equal(name, moe, tiny_text, tmp_path):
-    model = moe if name == "moe" else open_model(tiny_text(name))
+def test_sensitivities_are_equal(name, moe_model, tiny_text, tmp_path):
+    model = moe_model if name == "moe" else open_model(tiny_text(name))
     inputs = text_inputs(model, None, tokens=300, window=100, batch_size=2)
     (tmp_path / "states").mkdir()
     stream = LayerStream(model)
@@ -193,32 +188,36 @@ def test_sensitivities_are_equal(name, moe, tiny_text, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_gpu_streams_sensitivities_too(moe, cuda, tmp_path):
-    inputs = text_inputs(moe, None, tokens=300, window=100, batch_size=2)
-    stream, whole = LayerStream(moe, device=str(cuda)), load_hf(moe, dtype=torch.float32, device=str(cuda))
+def test_a_gpu_streams_sensitivities_too(moe_model, cuda, tmp_path):
+    inputs = text_inputs(moe_model, None, tokens=300, window=100, batch_size=2)
+    stream, whole = LayerStream(moe_model, device=str(cuda)), load_hf(moe_model, dtype=torch.float32, device=str(cuda))
     with stream.running():
         passes = StagedPasses(stream, inputs.windows.split(2), tmp_path)
-        found, _ = streamed_sensitivity(passes, weight_inputs(moe, stream.hf_model), seed=3)
-    expected, _ = output_sensitivity(whole, weight_inputs(moe, whole), inputs, seed=3)
+        found, _ = streamed_sensitivity(passes, weight_inputs(moe_model, stream.hf_model), seed=3)
+    expected, _ = output_sensitivity(whole, weight_inputs(moe_model, whole), inputs, seed=3)
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_super_weights_are_ablated_in_a_stream(moe):
-    windows = text_inputs(moe, None, tokens=128, window=128).windows
+def test_super_weights_are_ablated_in_a_stream(moe_model):
+    windows = text_inputs(moe_model, None, tokens=128, window=128).windows
     low = {"criteria": Criteria(threshold=1.1, min_share=0.01, min_effect=1e-5, max_iterations=3)}
-    stream = LayerStream(moe)
+    stream = LayerStream(moe_model)
     with stream.running():
         found = find_super_weights(
-            stream.hf_model, weight_inputs(moe, stream.hf_model), windows[0], zeroed=stream.zeroed, **low
+            stream.hf_model, weight_inputs(moe_model, stream.hf_model), windows[0], zeroed=stream.zeroed, **low
         )
     assert len(found) == 3
-    whole = load_hf(moe)
-    assert found == find_super_weights(whole, weight_inputs(moe, whole), windows[0], **low)
+    whole = load_hf(moe_model)
+    assert found == find_super_weights(whole, weight_inputs(moe_model, whole), windows[0], **low)
 
 
 @pytest.mark.parametrize("keeps_experts", [True, False])
-def test_a_weight_of_an_expert_reads_as_zero(moe, keeps_experts):
-    stream, hf_model, tokens = LayerStream(moe, keeps_experts=keeps_experts), load_hf(moe), torch.arange(100)[None]
+def test_a_weight_of_an_expert_reads_as_zero(moe_model, keeps_experts):
+    stream, hf_model, tokens = (
+        LayerStream(moe_model, keeps_experts=keeps_experts),
+        load_hf(moe_model),
+        torch.arange(100)[None],
+    )
     hf_model.set_experts_implementation("eager")
     weights = hf_model.model.layers[2].mlp.experts.down_proj.data[3]
     with stream.running(), torch.no_grad():
@@ -292,12 +291,12 @@ def test_a_gguf_file_cannot_be_streamed(packed_moe, tmp_path):
         LayerStream(model)
 
 
-def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch):
+def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe_model, monkeypatch):
     notes = []
-    assert streaming_limit(moe, CalibrationOptions(), "cpu") is None
-    assert streaming_limit(moe, CalibrationOptions(max_memory="8GB"), "cpu") == 8 * 10**9
+    assert streaming_limit(moe_model, CalibrationOptions(), "cpu") is None
+    assert streaming_limit(moe_model, CalibrationOptions(max_memory="8GB"), "cpu") == 8 * 10**9
     monkeypatch.setattr("dynquant.running.streaming.stream_memory.free_memory", lambda: 80 * 10**6)
-    assert streaming_limit(moe, CalibrationOptions(), "cpu", Session(note=notes.append)) == 68 * 10**6
+    assert streaming_limit(moe_model, CalibrationOptions(), "cpu", Session(note=notes.append)) == 68 * 10**6
     assert "streamed layer by layer within 68.00 MB" in " ".join(notes)
 
 
@@ -328,6 +327,8 @@ def test_an_export_that_calibrates_keeps_the_limit_too(tiny_moe, tmp_path):
     assert "layers" in made[1].stdout + made[1].stderr
 
 
-def test_a_limit_is_a_size(moe, tmp_path):
-    run_calibration(moe, CalibrationOptions(max_memory="8GB", hessians="none", **OPTIONS), tmp_path / "s.safetensors")
+def test_a_limit_is_a_size(moe_model, tmp_path):
+    run_calibration(
+        moe_model, CalibrationOptions(max_memory="8GB", hessians="none", **OPTIONS), tmp_path / "s.safetensors"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]

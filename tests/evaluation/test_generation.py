@@ -8,11 +8,9 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import open_runner
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, summarize_generation
-from dynquant.families.open import open_model
 from dynquant.inputs.written import is_loop
 from tests.helpers.commands import succeed
 from tests.helpers.evaluating import evaluated
-from tests.helpers.tiny_models import write_f32
 
 SMALL = {"tasks": {"generate"}, "max_tokens": 1024, "prompts": 6, "new_tokens": 12, "threads": 1, "device": "cpu"}
 
@@ -20,11 +18,6 @@ SMALL = {"tasks": {"generate"}, "max_tokens": 1024, "prompts": 6, "new_tokens": 
 @pytest.fixture(scope="module")
 def text(small_moe: Path) -> dict:
     return {"text": [small_moe.parent / "demo_text.txt"], **SMALL}
-
-
-@pytest.fixture(scope="module")
-def f32_moe(small_moe: Path, tmp_path_factory) -> Path:
-    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("f32") / "f32.gguf")
 
 
 def test_loops_are_blocks_that_stand_at_the_end_three_times() -> None:

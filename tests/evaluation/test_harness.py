@@ -11,10 +11,8 @@ import pytest
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.tasks.harness_results import summarize_task
-from dynquant.families.open import open_model
 from tests.helpers.commands import linked_copy
 from tests.helpers.evaluating import evaluated
-from tests.helpers.tiny_models import write_f32
 
 RUN = {"threads": 1, "device": "cpu"}
 CHOICES = """
@@ -73,11 +71,6 @@ def folder(small_moe: Path, tmp_path_factory) -> Path:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "gsm8k" / "main" / f"{split}-00000.jsonl").write_text(text)
     return folder
-
-
-@pytest.fixture(scope="module")
-def f32_moe(small_moe: Path, tmp_path_factory) -> Path:
-    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("f32") / "f32.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +159,7 @@ def test_code_runs_only_where_that_is_allowed(lm_eval, small_moe, folder) -> Non
         ({"tasks": ["gsm8k"], "task_data": True, "chat": True}, "no chat template"),
         ({"tasks": ["gsm8k"], "task_data": True, "new_tokens": 100_000}, "Give --new-tokens with a smaller number"),
         ({"tasks": ["humaneval"]}, "runs the code that models write"),
+        ({"tasks": ["humaneval"], "allow_code_execution": True}, "put code_eval/ of huggingface/evaluate"),
     ],
 )
 def test_what_a_task_lacks_is_said(lm_eval, small_moe, folder, asked, said) -> None:

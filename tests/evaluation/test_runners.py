@@ -21,14 +21,9 @@ from tests.helpers.tiny_models import write_f32
 TEXT = "A quantized model answers a question.\n\nWhat is mitosis?  É naïve \t 42 + 7\nAnswer:"
 
 
-@pytest.fixture(scope="module")
-def small_gguf(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("gguf") / "small.gguf")
-
-
 @pytest.fixture(scope="module", params=["transformers", "llama.cpp"])
-def runner(request: pytest.FixtureRequest, small_moe: Path, small_gguf: Path) -> Iterator[LogitRunner]:
-    opened = open_runner(small_moe if request.param == "transformers" else small_gguf, threads=1, device="cpu")
+def runner(request: pytest.FixtureRequest, small_moe: Path, f32_moe: Path) -> Iterator[LogitRunner]:
+    opened = open_runner(small_moe if request.param == "transformers" else f32_moe, threads=1, device="cpu")
     yield opened
     opened.close()
 
@@ -39,10 +34,10 @@ def tokens(small_moe: Path) -> list[int]:
         return encode((small_moe.parent / "demo_text.txt").read_text(encoding="utf-8")[:4000])
 
 
-def test_gguf_in_float32_gives_the_logits_of_transformers(small_moe, small_gguf, tokens) -> None:
+def test_gguf_in_float32_gives_the_logits_of_transformers(small_moe, f32_moe, tokens) -> None:
     window = tokens[:200]
     logits = []
-    for path in (small_moe, small_gguf):
+    for path in (small_moe, f32_moe):
         opened = open_runner(path, threads=1, device="cpu")
         logits.append(opened.window_logits(window).double().log_softmax(-1))
         opened.close()
@@ -58,13 +53,13 @@ def test_windows_longer_than_a_batch_and_the_context_grow_on_demand(runner, toke
     torch.testing.assert_close(long[:40], short, atol=2e-3, rtol=0)
 
 
-def test_windows_scored_side_by_side_have_the_logits_of_one_thread(small_gguf, tokens) -> None:
+def test_windows_scored_side_by_side_have_the_logits_of_one_thread(f32_moe, tokens) -> None:
     """Short windows share batches, whichever context runs them; a runner can be asked again while one is left."""
     starts = (0, 200, 240, 280, 330, 360, 480, 500, 560)
     batches = [Batch.of_tokens(torch.tensor([tokens[a:b]])) for a, b in pairwise(starts)]
     scored = []
     for threads in (1, 2, 5):
-        opened = open_runner(small_gguf, threads=threads)
+        opened = open_runner(f32_moe, threads=threads)
         scored.append(list(opened.scored_logits(batches)))
         next(opened.scored_logits(batches))
         assert torch.equal(opened.window_logits(tokens[:200])[:-1], scored[0][0])
@@ -73,9 +68,9 @@ def test_windows_scored_side_by_side_have_the_logits_of_one_thread(small_gguf, t
         assert all(torch.equal(a, b) for a, b in zip(rows, scored[0], strict=True))
 
 
-def test_both_tokenizers_agree(small_moe, small_gguf) -> None:
+def test_both_tokenizers_agree(small_moe, f32_moe) -> None:
     ids = []
-    for path in (small_moe, small_gguf):
+    for path in (small_moe, f32_moe):
         with open_encoder(path) as encode:
             ids.append((encode(TEXT), encode(TEXT, add_special=False)))
     assert ids[0] == ids[1]
@@ -83,7 +78,7 @@ def test_both_tokenizers_agree(small_moe, small_gguf) -> None:
 
 
 def test_transformers_reads_the_tokenizer_of_a_file_where_there_is_no_llama_cpp(
-    small_gguf, tiny_text, tmp_path, monkeypatch
+    f32_moe, tiny_text, tmp_path, monkeypatch
 ) -> None:
     path = write_f32(open_model(tiny_text("qwen2")), tmp_path / "model.gguf")
     with open_encoder(path) as encode:
@@ -92,7 +87,7 @@ def test_transformers_reads_the_tokenizer_of_a_file_where_there_is_no_llama_cpp(
     with open_encoder(path) as encode:
         assert (encode(TEXT), encode(TEXT, add_special=False)) == ids
     with pytest.raises(EvaluationError, match=r"no llama\.cpp here .*deepseek2 is not supported"):
-        open_encoder(small_gguf).__enter__()
+        open_encoder(f32_moe).__enter__()
 
 
 @pytest.fixture
@@ -113,8 +108,8 @@ def changed(small_moe: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("gguf", [True, False], ids=["GGUF", "directory"])
-def test_tokenizers_that_differ_are_described(gguf: bool, small_moe: Path, small_gguf: Path, changed) -> None:
-    assert tokenizer_notes(small_moe, small_gguf) == tokenizer_notes(small_gguf, small_moe) == []
+def test_tokenizers_that_differ_are_described(gguf: bool, small_moe: Path, f32_moe: Path, changed) -> None:
+    assert tokenizer_notes(small_moe, f32_moe) == tokenizer_notes(f32_moe, small_moe) == []
     assert tokenizer_notes(small_moe, changed(gguf=gguf)) == []
     (note,) = tokenizer_notes(small_moe, changed(gguf=gguf, eos_token="!", tokens=swap(small_moe)))
     assert "the EOS token is 0 and 1" in note and "2 ids stand for other tokens" in note
@@ -135,8 +130,8 @@ def test_a_bos_that_only_one_tokenizer_adds_is_described(small_moe: Path, change
     assert "were not compared" in note
 
 
-def test_descriptions_come_without_weights(small_moe, small_gguf) -> None:
-    for path, kind in ((small_moe, "transformers"), (small_gguf, "llama.cpp")):
+def test_descriptions_come_without_weights(small_moe, f32_moe) -> None:
+    for path, kind in ((small_moe, "transformers"), (f32_moe, "llama.cpp")):
         info = describe_model(path)
         assert (info.kind, info.vocab_size, info.context_length) == (kind, 8192, 1024)
         assert info.num_named_tokens == 8192
@@ -150,17 +145,17 @@ def test_a_corrupt_gguf_is_refused_before_llama_cpp_opens_it(tmp_path: Path) -> 
             way_in()
 
 
-def test_a_truncated_gguf_is_refused(small_gguf: Path, tmp_path: Path) -> None:
+def test_a_truncated_gguf_is_refused(f32_moe: Path, tmp_path: Path) -> None:
     path = tmp_path / "short.gguf"
-    with small_gguf.open("rb") as whole:
+    with f32_moe.open("rb") as whole:
         path.write_bytes(whole.read(3_000_000))
     with pytest.raises(CheckpointError, match=r"short\.gguf"):
         open_runner(path)
 
 
-def test_a_gguf_with_more_behind_it_is_refused(small_gguf: Path, tmp_path: Path) -> None:
+def test_a_gguf_with_more_behind_it_is_refused(f32_moe: Path, tmp_path: Path) -> None:
     path = tmp_path / "joined.gguf"
-    path.write_bytes(small_gguf.read_bytes() + bytes(100))
+    path.write_bytes(f32_moe.read_bytes() + bytes(100))
     with pytest.raises(CheckpointError, match=r"joined\.gguf"):
         open_runner(path)
 

@@ -52,23 +52,18 @@ def test_every_tensor_finds_its_place_in_the_running_model(family, tiny_text):
 
 
 @pytest.fixture(scope="module")
-def model(small_moe):
-    return open_model(small_moe)
-
-
-@pytest.fixture(scope="module")
-def windows(model):
-    tokenizer = load_tokenizer(model)
+def windows(moe_model):
+    tokenizer = load_tokenizer(moe_model)
     text = read_text(None, max_tokens=4096)
     return pack_windows(text, tokenizer, window=128, max_tokens=4096)
 
 
 @pytest.fixture(scope="module")
-def crushed(model, tmp_path_factory) -> Path:
+def crushed(moe_model, tmp_path_factory) -> Path:
     """Experts that ggml made ternary, by their largest weights: damage enough for a short run to mend some of it."""
     path = tmp_path_factory.mktemp("crushed") / "ternary.gguf"
-    plan = plan_from_types(model, preset_types("experts-tq2_0", model), recipe="preset experts-tq2_0")
-    export_gguf(model, plan, None, path, encoder=load_encoder("ggml"))
+    plan = plan_from_types(moe_model, preset_types("experts-tq2_0", moe_model), recipe="preset experts-tq2_0")
+    export_gguf(moe_model, plan, None, path, encoder=load_encoder("ggml"))
     return path
 
 
@@ -76,8 +71,8 @@ OPTIONS = TuneOptions(tokens=3072, step_tokens=256, held_out_tokens=640, parts=T
 
 
 @pytest.fixture(scope="module")
-def tuned(model, crushed, windows):
-    return tune(model, load_hf(model), GGUFSource(crushed), windows, OPTIONS)
+def tuned(moe_model, crushed, windows):
+    return tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, OPTIONS)
 
 
 def test_kl_falls_on_windows_that_decided_nothing(tuned):
@@ -91,7 +86,7 @@ def test_tokens_that_go_to_other_experts_become_fewer(tuned):
     assert 0 < tuned.after.rerouted < tuned.before.rerouted < 1
 
 
-def test_only_what_has_no_codes_changes(model, crushed, tuned):
+def test_only_what_has_no_codes_changes(moe_model, crushed, tuned):
     source = GGUFSource(crushed)
     roles = {role_of(name) for name in tuned.replacements}
     assert roles >= {Role.NORM, Role.ROUTER, Role.EXPERT_DOWN}
@@ -137,34 +132,34 @@ SHORT = replace(OPTIONS, tokens=512, held_out_tokens=256)
 
 
 @pytest.mark.nightly
-def test_the_same_run_gives_the_same_bytes(model, crushed, windows):
+def test_the_same_run_gives_the_same_bytes(moe_model, crushed, windows):
     """With text that the original writes, which is held out in part, and with routers alone."""
     options = replace(SHORT, tokens=256, held_out_tokens=256, sampled_tokens=240, parts=("routers",))
     short = windows[:, :48]
-    first, again = (tune(model, load_hf(model), GGUFSource(crushed), short, options) for _ in range(2))
+    first, again = (tune(moe_model, load_hf(moe_model), GGUFSource(crushed), short, options) for _ in range(2))
     assert first.before.kls.keys() == {"given text", "text that the original wrote"}
     assert first.before == again.before and first.after == again.after
     assert {role_of(name) for name in first.replacements} <= {Role.ROUTER}
     assert all(torch.equal(again.replacements[name], packed) for name, packed in first.replacements.items())
 
 
-def test_a_pass_that_does_not_help_changes_nothing(model, crushed, windows):
+def test_a_pass_that_does_not_help_changes_nothing(moe_model, crushed, windows):
     reckless = replace(SHORT, scale_rate=30.0, norm_rate=30.0, router_rate=30.0)
-    result = tune(model, load_hf(model), GGUFSource(crushed), windows, reckless)
+    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, reckless)
     assert not result.replacements and not result.after.kl < result.before.kl
 
 
-def test_steps_that_go_too_far_are_taken_back_in_part(model, crushed, windows):
+def test_steps_that_go_too_far_are_taken_back_in_part(moe_model, crushed, windows):
     record, options = RunRecord(), replace(SHORT, scale_rate=0.6, norm_rate=0.24)
-    result = tune(model, load_hf(model), GGUFSource(crushed), windows, options, progress=record.report)
+    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, options, progress=record.report)
     assert result.fraction < 1
     assert record.stages["tune"].amount == result.tokens > 0
 
 
-def test_a_part_that_the_file_lacks_is_not_trained(model, crushed, windows):
+def test_a_part_that_the_file_lacks_is_not_trained(moe_model, crushed, windows):
     totals = set()
     options, hear = replace(SHORT, parts=("biases",)), lambda _stage, _done, total, **_: totals.add(total)
-    result = tune(model, load_hf(model), GGUFSource(crushed), windows, options, progress=hear)
+    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, options, progress=hear)
     assert not result.replacements and result.tokens == 0 and "none of the parts" in result.ended
     assert totals == {128, 256}, "text that would be trained on was run all the same"
     with pytest.raises(ExportError, match=r"--tune-parts: there is no part codes; name some of scales, norms"):
@@ -176,31 +171,31 @@ def test_routers_stay_unless_they_are_asked_for():
     assert ClosingPassOptions().tune_parts == TuneOptions().parts == ("scales", "norms", "biases")
 
 
-def test_training_ends_when_the_time_is_over(model, crushed, windows):
-    result = tune(model, load_hf(model), GGUFSource(crushed), windows, replace(OPTIONS, minutes=0.001))
+def test_training_ends_when_the_time_is_over(moe_model, crushed, windows):
+    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, replace(OPTIONS, minutes=0.001))
     assert result.ended == "time was over" and result.tokens == result.held_tokens == OPTIONS.step_tokens
 
 
-def test_training_ends_when_the_held_out_kl_stops_falling(model, crushed, windows, monkeypatch):
+def test_training_ends_when_the_held_out_kl_stops_falling(moe_model, crushed, windows, monkeypatch):
     """Looked at after 2, 3 and 5 steps."""
     rising = iter(range(100))
     monkeypatch.setattr("dynquant.exporters.tuning.training._FULL_RATE_STEPS", 2)
     monkeypatch.setattr("dynquant.exporters.tuning.training._Tuning._placed", lambda *_: float(next(rising)))
     options = replace(OPTIONS, step_tokens=128, held_out_tokens=256, patience=2)
-    result = tune(model, load_hf(model), GGUFSource(crushed), windows, options)
+    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, options)
     assert result.ended == "the held-out KL stopped falling" and result.tokens == 5 * 128 and result.fraction == 0.25
 
 
-def test_a_little_gain_is_not_worth_the_rest_of_the_way(model, monkeypatch):
+def test_a_little_gain_is_not_worth_the_rest_of_the_way(moe_model, monkeypatch):
     kls = iter([1.0, 0.7, 0.5, 0.42, 0.45])  # at the start and at each quarter of the way
     monkeypatch.setattr("dynquant.exporters.tuning.training._Tuning._placed", lambda *_: next(kls))
-    tuning = training._Tuning(load_hf(model), {}, SHORT, ignore_progress, None)
+    tuning = training._Tuning(load_hf(moe_model), {}, SHORT, ignore_progress, None)
     assert tuning.move_to_best_fraction([], [], []) == 0.5
 
 
-def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(model):
-    hf_model = load_hf(model)
-    live, routes = LiveWeights(model, hf_model), {2: torch.tensor([[0, 1], [0, 2], [0, 3]])}
+def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(moe_model):
+    hf_model = load_hf(moe_model)
+    live, routes = LiveWeights(moe_model, hf_model), {2: torch.tensor([[0, 1], [0, 2], [0, 3]])}
     correction = Correction(live, "blk.2.exp_probs_b.bias", 1.0, routes)
     correction.expected = {2: torch.tensor([[4, 1], [0, 2], [4, 3]])}
     correction.pull_gradient()
@@ -208,16 +203,16 @@ def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(mode
 
 
 @pytest.mark.gpu
-def test_kl_falls_on_a_gpu_too(model, crushed, windows, tuned, cuda):
-    hf_model = load_hf(model, dtype=torch.float32, device=str(cuda))
-    found = tune(model, hf_model, GGUFSource(crushed), windows, OPTIONS)
+def test_kl_falls_on_a_gpu_too(moe_model, crushed, windows, tuned, cuda):
+    hf_model = load_hf(moe_model, dtype=torch.float32, device=str(cuda))
+    found = tune(moe_model, hf_model, GGUFSource(crushed), windows, OPTIONS)
     assert found.before.kl == pytest.approx(tuned.before.kl, rel=5e-3)  # products of the model are in TF32
     assert found.after.kl == pytest.approx(tuned.after.kl, rel=2e-2)
 
 
-def test_too_little_text_is_refused(model, crushed, windows):
+def test_too_little_text_is_refused(moe_model, crushed, windows):
     with pytest.raises(StatsError, match=r"needs at least 5 windows of 128 tokens, but calibration had 3"):
-        tune(model, load_hf(model), GGUFSource(crushed), windows[:3], OPTIONS)
+        tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows[:3], OPTIONS)
 
 
 def test_weights_of_a_gguf_original_are_found(tiny_text, tmp_path):
@@ -235,16 +230,16 @@ def test_weights_of_a_gguf_original_are_found(tiny_text, tmp_path):
         assert torch.equal(live.read(name).reshape(-1), 2 * original.source.load(name).reshape(-1)), name
 
 
-def test_a_gguf_that_is_not_what_runs_is_refused(crushed, model):
+def test_a_gguf_that_is_not_what_runs_is_refused(crushed, moe_model):
     with pytest.raises(CheckpointError, match="in an order that dynquant does not know"):
-        LiveWeights(open_model(crushed), load_hf(model))
+        LiveWeights(open_model(crushed), load_hf(moe_model))
 
 
-def test_models_beyond_the_memory_are_not_tuned_unasked(model, monkeypatch):
+def test_models_beyond_the_memory_are_not_tuned_unasked(moe_model, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a GPU that --device cpu leaves alone
-    assert too_large_to_tune(model, "cpu") is None
+    assert too_large_to_tune(moe_model, "cpu") is None
     monkeypatch.setattr("dynquant.exporters.closing_pass.BYTES_PER_WEIGHT", 10**6)
-    assert "this machine has" in too_large_to_tune(model, "cpu")
+    assert "this machine has" in too_large_to_tune(moe_model, "cpu")
 
 
 def test_no_file_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeypatch):
@@ -268,5 +263,5 @@ def test_a_file_of_another_model_is_not_tuned(crushed, tiny_text, tmp_path, fami
     assert "--reference" in message and not list(tmp_path.iterdir())
 
 
-def test_a_file_is_of_its_own_model(crushed, model):
-    check_original(model, GGUFSource(crushed), crushed)
+def test_a_file_is_of_its_own_model(crushed, moe_model):
+    check_original(moe_model, GGUFSource(crushed), crushed)

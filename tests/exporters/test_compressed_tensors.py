@@ -39,10 +39,7 @@ from tests.helpers.tiny_models import save_tiny
 from tests.running.test_any_architecture import gpt_oss_conversions
 
 PLANS = Path(__file__).parent.parent / "examples" / "plans"
-DENSE = (
-    *("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W3A16", "BF16", "W2A16", "W5A16"),
-    *("W8A16", "W7A16"),
-)
+DENSE = (*("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W3A16", "BF16", "W2A16", "W5A16"), *("W8A16", "W7A16"))
 
 
 def export(directory, output, choose, **options):
@@ -357,6 +354,10 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
         (("plan", "MODEL", "--for", "vllm", "--types", "w2a16", "--bpw", "1"), "bytes in every plan; ask for"),
         (("plan", "MODEL", "--tensor-parallel", "2", "--bpw", "5"), "it goes with --for vllm"),
         (("plan", "MODEL", "--for", "vllm", "--tensor-parallel", "3"), "`blk.0.attn_q.weight` has 4 heads"),
+        (
+            ("plan", "MODEL", "--for", "vllm", "--types", "w4a16", "--tensor-parallel", "4"),
+            "can hold `blk.0.ffn_down.weight`",
+        ),
     ],
 )
 def test_refusals_are_one_paragraph(arguments, words, llama, tmp_path):

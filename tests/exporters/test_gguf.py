@@ -18,45 +18,42 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
 from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
-from tests.helpers.tiny_gguf import GGML, NUM_LAYERS, SlowEncoder, left_in, tiny_model, tiny_plan, tiny_stats
+from tests.helpers.tiny_gguf import GGML, NUM_LAYERS, WatchedEncoder, left_in, tiny_model, tiny_plan, tiny_stats
 
 
 @pytest.fixture(scope="module")
-def moe(small_moe):
-    return open_model(small_moe)
+def moe_plan(moe_model):
+    return plan_of(moe_model, lambda name: "MXFP4" if "exps" in name else "Q8_0", recipe="preset uniform-q8_0")
 
 
 @pytest.fixture(scope="module")
-def moe_plan(moe):
-    return plan_of(moe, lambda name: "MXFP4" if "exps" in name else "Q8_0", recipe="preset uniform-q8_0")
-
-
-@pytest.fixture(scope="module")
-def moe_file(moe, moe_plan, tmp_path_factory):
-    (path,) = export_gguf(moe, moe_plan, None, tmp_path_factory.mktemp("moe") / "moe.gguf", encoder=GGML, threads=2)
+def moe_file(moe_model, moe_plan, tmp_path_factory):
+    (path,) = export_gguf(
+        moe_model, moe_plan, None, tmp_path_factory.mktemp("moe") / "moe.gguf", encoder=GGML, threads=2
+    )
     return path
 
 
 @pytest.fixture(scope="module")
-def moe_parts(moe, moe_plan, moe_file):
+def moe_parts(moe_model, moe_plan, moe_file):
     output = moe_file.with_name("parts.gguf")
-    return export_gguf(moe, moe_plan, None, output, encoder=GGML, threads=2, split_max_bytes=4_000_000)
+    return export_gguf(moe_model, moe_plan, None, output, encoder=GGML, threads=2, split_max_bytes=4_000_000)
 
 
-def test_the_file_has_the_predicted_size_and_the_bytes_of_direct_encodes(moe, moe_plan, moe_file):
+def test_the_file_has_the_predicted_size_and_the_bytes_of_direct_encodes(moe_model, moe_plan, moe_file):
     assert moe_file.stat().st_size == moe_plan.predicted_bytes
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(moe_file).tensors}
-    assert list(stored) == moe.source.names()
+    assert list(stored) == moe_model.source.names()
     for entry in moe_plan.entries:
-        weights = moe.source.load(entry.name)
+        weights = moe_model.source.load(entry.name)
         weights = weights if weights.dim() > 1 else weights[None]
         assert stored[entry.name].tensor_type.name == entry.type
         assert stored[entry.name].data.tobytes() == GGML.encode(entry.quant_type, weights, None, 2).numpy().tobytes()
 
 
-def test_metadata_survives_with_its_types(moe, moe_file):
+def test_metadata_survives_with_its_types(moe_model, moe_file):
     written = {field.key: field for field in open_model(moe_file).metadata}
-    for field in moe.metadata:
+    for field in moe_model.metadata:
         found = written[field.key]
         assert (found.value_type, found.item_type) == (field.value_type, field.item_type), field.key
         if isinstance(field.value, float):
@@ -134,12 +131,10 @@ def test_each_expert_is_encoded_with_its_own_statistics(tmp_path):
 
 
 def test_the_size_does_not_depend_on_the_encoder(tmp_path):
-    class LongerName(SlowEncoder):
-        name = "dynquant"
-
     model = tiny_model()
-    plan = tiny_plan(model)
-    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=LongerName())
+    plan, encoder = tiny_plan(model), WatchedEncoder(lambda *_: None)
+    encoder.name = "dynquant"
+    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=encoder)
     assert path.stat().st_size == plan.predicted_bytes
 
 

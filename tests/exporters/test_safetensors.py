@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.safetensors_format import read_header
-from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters import safetensors as exporter
 from dynquant.exporters import stage
@@ -27,8 +26,7 @@ from dynquant.families.text.llama import interleave_halves
 from dynquant.packed.places import build_meta_model, find_places
 from dynquant.recipes.build_plan import plan_from_types
 from tests.helpers.exports import export_safetensors
-
-GGML = load_encoder("ggml")
+from tests.helpers.tiny_gguf import GGML, WatchedEncoder, stop_after
 
 
 def sha(tensor: torch.Tensor) -> str:
@@ -58,7 +56,7 @@ def test_what_was_tuned_is_packed_after_an_interruption(tiny, tmp_path, monkeypa
     """Training that ends by the clock would give other bytes, which do not go with those that are there."""
     (model, plan), trained = tiny, []
 
-    def tune_file(_model, path, _windows, _options, output, _session, *, encoder):
+    def tune_file(_model, path, _windows, _options, output, _session, *, encoder, shared):
         source, name = GGUFSource(path), "blk.0.attn_q.weight"
         trained.append(source.load_packed(name) + len(trained) + 1)
         return write_patched(source, output, {name: trained[-1]}, encoder=encoder)
@@ -124,32 +122,18 @@ def test_the_card_tells_plan_and_damage(packed_moe):
     assert "measured: 0.1234" in card and "0.2000 ± 0.0100" in card and "Not measured" not in card
 
 
-class _Failing:
-    """ggml's bytes, until the encoder has been asked for `limit` tensors."""
-
-    name, uses_hessians, device, prepare = "ggml", False, GGML.device, GGML.prepare
-
-    def __init__(self, limit: int) -> None:
-        self.left = limit
-
-    def encode(self, *args, **options):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return GGML.encode(*args, **options)
-
-
 def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(tiny, tmp_path):
     model, plan = tiny
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = {"shard_max_bytes": 3_000_000}
     export_safetensors(model, plan, None, whole, encoder=GGML, **options)
     with pytest.raises(KeyboardInterrupt):
-        export_safetensors(model, plan, None, broken, encoder=_Failing(12), threads=1, **options)
+        export_safetensors(model, plan, None, broken, encoder=WatchedEncoder(stop_after(12)), threads=1, **options)
     assert not (broken / "config.json").exists() and not list(broken.glob("*.safetensors"))
-    counted = _Failing(10_000)
-    export_safetensors(model, plan, None, broken, encoder=counted, **options)
-    assert 10_000 - counted.left == len(plan.entries) - 12
+    encoded = []
+    recorder = WatchedEncoder(lambda name, _: encoded.append(name))
+    export_safetensors(model, plan, None, broken, encoder=recorder, **options)
+    assert len(encoded) == len(plan.entries) - 12
     contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (whole, broken)]
     assert contents[0] == contents[1]
 
@@ -158,7 +142,7 @@ def test_another_plan_is_refused_until_told_to_start_over(tiny, tmp_path):
     model, plan = tiny
     other = replace_type(plan, "blk.1.ffn_up.weight", "Q4_0")
     with pytest.raises(KeyboardInterrupt):
-        export_safetensors(model, plan, None, tmp_path, encoder=_Failing(3))
+        export_safetensors(model, plan, None, tmp_path, encoder=WatchedEncoder(stop_after(3)))
     with pytest.raises(ExportError, match="interrupted export with another plan"):
         export_safetensors(model, other, None, tmp_path, encoder=GGML)
     export_safetensors(model, other, None, tmp_path, encoder=GGML, resume=False)
@@ -183,9 +167,8 @@ def test_an_older_export_is_replaced_whole(tiny, tmp_path):
 
 
 def test_bytes_of_a_gguf_file_of_the_plan_are_taken_over(packed_moe, tmp_path):
-    export_safetensors(
-        packed_moe.model, packed_moe.plan, None, tmp_path, encoder=_Failing(0), stored=GGUFSource(packed_moe.gguf)
-    )
+    unused, stored = WatchedEncoder(None), GGUFSource(packed_moe.gguf)
+    export_safetensors(packed_moe.model, packed_moe.plan, None, tmp_path, encoder=unused, stored=stored)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, packed_moe.directory))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

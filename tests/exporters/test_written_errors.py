@@ -13,7 +13,7 @@ from dynquant.calibration.stage import StatsFile
 from dynquant.encoding.parts import PartLimits
 from dynquant.session import Session
 from tests.helpers.exports import export_gguf
-from tests.helpers.tiny_gguf import GGML, left_in, tiny_model, tiny_plan, tiny_stats
+from tests.helpers.tiny_gguf import GGML, WatchedEncoder, left_in, stop_after, tiny_model, tiny_plan, tiny_stats
 
 STACK, MATRIX = "blk.0.ffn_up_exps.weight", "token_embd.weight"
 IDENTITY = {"plan": "of this test"}
@@ -66,21 +66,6 @@ def exported(model, folder):
     return export
 
 
-class StoppedEncoder:
-    """Encodes some parts, and is then interrupted."""
-
-    name, uses_hessians, device, prepare = GGML.name, GGML.uses_hessians, GGML.device, GGML.prepare
-
-    def __init__(self, parts):
-        self.left = parts
-
-    def encode(self, *args, **options):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return GGML.encode(*args, **options)
-
-
 def check_exact(table, exact, name):
     row, whole = table.row(name, "Q4_K"), exact.row(name, "Q4_K")
     assert row.weighted_error_se is None
@@ -113,7 +98,7 @@ def test_exact_rows_outlast_types_that_are_added(exported, exact, model, stats):
 
 def test_an_interrupted_export_goes_on_with_what_it_measured(exported, exact, folder):
     with suppress(KeyboardInterrupt):
-        exported(StoppedEncoder(parts=5))
+        exported(WatchedEncoder(stop_after(5)))
     assert {"m.gguf.errors.journal", "m.gguf.partial"} <= set(left_in(folder / "out"))
     with (folder / "out" / "m.gguf.errors.journal").open("a") as journal:
         journal.write('{"name": "token_embd.weight", "rows": [0], "sums": []}\n')  # of no use, and no reason to stop

@@ -1,6 +1,7 @@
 """A small made-up GGUF model with a plan and statistics, exported in a blink."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,17 +58,33 @@ def tiny_stats(model: Model) -> CalibrationStats:
     return CalibrationStats(provenance, inputs)
 
 
-class SlowEncoder:
-    """ggml's bytes, with a pause per tensor that a kill can hit."""
+class WatchedEncoder:
+    """ggml's bytes; `watch` hears the name and the weights of what is encoded next."""
 
-    name = "ggml"
-    uses_hessians = False
-    device = GGML.device
-    prepare = GGML.prepare
+    name, uses_hessians, device, prepare = GGML.name, GGML.uses_hessians, GGML.device, GGML.prepare
 
-    def encode(self, *args, **options):
-        time.sleep(0.004)
-        return GGML.encode(*args, **options)
+    def __init__(self, watch: Callable[[str, torch.Tensor], object]) -> None:
+        self.watch = watch
+
+    def encode(self, quant_type, weights, *args, name, **options):
+        self.watch(name, weights)
+        return GGML.encode(quant_type, weights, *args, name=name, **options)
+
+
+def pause(*_) -> None:
+    """Wait for a kill, in every tensor."""
+    time.sleep(0.004)
+
+
+def stop_after(parts: int) -> Callable[..., None]:
+    """Let so many parts pass, and then interrupt."""
+    left = iter(range(parts))
+
+    def watch(*_) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    return watch
 
 
 def left_in(folder: Path) -> list[str]:

@@ -8,12 +8,10 @@ import sys
 import pytest
 
 from dynquant.errors import PlanError
-from dynquant.families.open import open_model
 from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES
 from dynquant.planning.memory.placement import fit
 from dynquant.planning.options import FitOptions
 from tests.helpers.commands import succeed
-from tests.helpers.tiny_models import write_f32
 
 MIB = 1 << 20
 OPEN = """
@@ -25,9 +23,9 @@ Llama(sys.argv[1], n_ctx=int(sys.argv[2]), n_batch=2048, n_ubatch=512, type_k=in
 
 
 @pytest.fixture(scope="module")
-def file(small_moe, tmp_path_factory):
+def file(f32_moe):
     pytest.importorskip("llama_cpp")
-    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("fit") / "model.gguf")
+    return f32_moe
 
 
 def placed(file, gpu=None, ram="1GB", **options):

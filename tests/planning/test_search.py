@@ -53,12 +53,7 @@ def plan(model, target, calibration, folder, search):
 
 
 @pytest.fixture(scope="module")
-def model(small_moe):
-    return open_model(small_moe)
-
-
-@pytest.fixture(scope="module")
-def calibrated(model, small_moe, tmp_path_factory):
+def calibrated(moe_model, small_moe, tmp_path_factory):
     directory = tmp_path_factory.mktemp("calibrated")
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     return calibrate(
@@ -67,16 +62,16 @@ def calibrated(model, small_moe, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def windows(model):
-    tokenizer = load_tokenizer(model)
+def windows(moe_model):
+    tokenizer = load_tokenizer(moe_model)
     return pack_windows(read_text(None), tokenizer, window=128, max_tokens=2048)
 
 
 @pytest.fixture(scope="module")
-def store(model, calibrated):
+def store(moe_model, calibrated):
     """That of the plans in the same folder: what one has encoded, the others read."""
     _, directory = calibrated
-    return encoded_store(model, StatsFile(directory / "stats.safetensors"), directory, "ggml", SILENT)
+    return encoded_store(moe_model, StatsFile(directory / "stats.safetensors"), directory, "ggml", SILENT)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +98,8 @@ def test_a_distribution_gives_the_whole_kl_and_a_cut_one_no_more():
     torch.testing.assert_close(exact, (p.exp() * (p - q)).sum(-1))
 
 
-def test_one_stage_gives_what_the_whole_pass_did(model, windows):
-    hf_model = load_hf(model)
+def test_one_stage_gives_what_the_whole_pass_did(moe_model, windows):
+    hf_model = load_hf(moe_model)
     replay = LayerReplay(hf_model, windows[:4].split(2))
     whole = list(replay.keep())
     with torch.no_grad():
@@ -124,22 +119,22 @@ def test_blocks_are_encoded_once_and_lose_what_the_table_says(table, store, monk
     assert table.row(name, "TQ2_0").relative_rms == pytest.approx(float(error), rel=0.1)
 
 
-def test_other_second_moments_are_another_store(model, calibrated, tmp_path):
+def test_other_second_moments_are_another_store(moe_model, calibrated, tmp_path):
     stats, _ = calibrated
     encoder = load_encoder("dynquant", "cpu")
     kinds = ("activations", "gradients")
     moments = [SecondMoments(stats.provenance, torch.zeros(1, 4, dtype=torch.int32), kind) for kind in kinds]
-    places = {store_directory(tmp_path, model, "stats", encoder, one) for one in (None, *moments)}
+    places = {store_directory(tmp_path, moe_model, "stats", encoder, one) for one in (None, *moments)}
     assert len(places) == 3
 
 
 @pytest.mark.nightly
-def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, store, windows):
-    hf_model = load_hf(model)
+def test_streamed_gradients_are_those_of_the_whole_backward_pass(moe_model, table, store, windows):
+    hf_model = load_hf(moe_model)
     costs = fisher_probe(hf_model, store, table, windows[:2])
     assert costs.keys() == table.tensors().keys()
     assert all(1 <= len(of_type) <= 3 for of_type in costs.values())
-    live = LiveWeights(model, hf_model)
+    live = LiveWeights(moe_model, hf_model)
     names = ["blk.0.attn_k_b.weight", "blk.3.ffn_up_exps.weight", "token_embd.weight", "output.weight"]
     generator = torch.Generator().manual_seed(0)
     squares = {name: [] for name in names}
@@ -149,7 +144,7 @@ def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, s
         sampled_log_probability(logits, generator).backward()
         for name in names:
             type_name = table.row(name, "Q2_K").type
-            difference = model.source.load(name) - store.decoded(name, type_name)
+            difference = moe_model.source.load(name) - store.decoded(name, type_name)
             squares[name].append(float((live.gradient(name).view_as(difference) * difference).sum()) ** 2)
     for name in names:
         type_name = table.row(name, "Q2_K").type
@@ -158,11 +153,11 @@ def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, s
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_costs_and_divergences(model, table, store, windows, monkeypatch, cuda):
+def test_a_gpu_gives_the_same_costs_and_divergences(moe_model, table, store, windows, monkeypatch, cuda):
     monkeypatch.setattr("dynquant.analysis.sensitivity.fisher_probe.sampled_log_probability", likeliest_log_probability)
     changes, costs, divergences, worth = types_of(table, "Q2_K"), [], [], []
     for device in ("cpu", str(cuda)):
-        hf_model = load_hf(model, dtype=torch.float32, device=device)
+        hf_model = load_hf(moe_model, dtype=torch.float32, device=device)
         costs.append(fisher_probe(hf_model, store, table, windows[:4]))
         scored = ScoredInputs(RenderedModel(hf_model, store), ModelInputs(windows[:4]))
         scored.rendered.install(changes)
@@ -188,9 +183,9 @@ def test_probe_prices_scale_each_tensor_by_one_factor(table):
     assert priced.cost(other) == pytest.approx(3 * table.closed_form_cost(other))
 
 
-def test_a_tensor_is_worth_its_share_of_the_gradient_of_the_kl(model, table, store, windows, monkeypatch):
+def test_a_tensor_is_worth_its_share_of_the_gradient_of_the_kl(moe_model, table, store, windows, monkeypatch):
     monkeypatch.setattr("dynquant.analysis.sensitivity.unit_kl._FURTHEST", 1e9)
-    rendered = RenderedModel(load_hf(model), store)
+    rendered = RenderedModel(load_hf(moe_model), store)
     text = ScoredInputs(rendered, ModelInputs(windows[:2]))
     with torch.no_grad():
         target = Distributions.of(rendered.hf_model(input_ids=windows[:2]).logits.flatten(0, 1))
@@ -213,14 +208,14 @@ def test_a_tensor_is_worth_its_share_of_the_gradient_of_the_kl(model, table, sto
         ScoredInputs(rendered, ModelInputs(windows[:1]))
 
 
-def test_prices_of_a_refined_plan_sum_to_its_kl(model, table, store, windows):
+def test_prices_of_a_refined_plan_sum_to_its_kl(moe_model, table, store, windows):
     budget = int(sum(table.row(name, "Q2_K").bytes for name in table.tensors()))
 
     def choose(priced):
         chosen = plan_types(priced, budget, Rules(floors=False))
         return {name: type_name for name, (type_name, _) in chosen.items()}
 
-    text = ScoredInputs(RenderedModel(load_hf(model), store), ModelInputs(windows[:2]))
+    text = ScoredInputs(RenderedModel(load_hf(moe_model), store), ModelInputs(windows[:2]))
     (priced,) = refine(text, table, choose, rounds=1)
     assert text.rendered.types == choose(table)
     assert priced.price_of(choose(table)).kl == pytest.approx(float(text.score()[0].mean()), rel=1e-6)
@@ -281,7 +276,7 @@ def selected(small_moe, calibrated):
     return made, json.loads((directory / "selection.json").read_text())
 
 
-def test_the_chosen_plan_has_the_lowest_kl_and_keeps_the_budget(model, selected):
+def test_the_chosen_plan_has_the_lowest_kl_and_keeps_the_budget(moe_model, selected):
     made, selection = selected
     kls = [one["kl"]["value"] for one in selection["candidates"]]
     winner = selection["candidates"][selection["chosen"]]
@@ -327,10 +322,10 @@ def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrat
 
 
 def test_a_text_that_calibration_used_up_is_selected_on_where_it_was_held_back(
-    model, small_moe, calibrated, selected, monkeypatch
+    moe_model, small_moe, calibrated, selected, monkeypatch
 ):
     _, directory = calibrated
-    tokenizer, whole = load_tokenizer(model), read_text(None)
+    tokenizer, whole = load_tokenizer(moe_model), read_text(None)
     used_up = tokenizer.decode(tokenizer("\n".join(whole.documents))["input_ids"][:TOKENS])
     monkeypatch.setattr("dynquant.planning.search.read_text", lambda *_, **__: replace(whole, documents=(used_up,)))
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")

@@ -120,6 +120,7 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     record = json.loads((again / "release.json").read_text())
     whole = record["files"]
     record["files"] = [row for row in whole if row["name"] != second]  # as if it had been killed before it was entered
+    del record["settings"]["--effort"]  # as if it had no such option yet
     (again / "release.json").unlink()
     (again / "release.json").write_text(json.dumps(record))
     encoded = []
@@ -127,11 +128,15 @@ def test_only_what_is_missing_is_made_and_blocks_are_encoded_once(again, tiny_mo
     monkeypatch.setattr(
         TensorEncoder, "tensor", lambda self, name, stored: encoded.append(stored) or plain(self, name, stored)
     )
-    succeed("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again)
+    call = ("release", tiny_moe, "--bpw", "3.4,5", *OPTIONS, "--text", text, "-o", again)
+    succeed(*call)
     assert (again / first).stat().st_mtime_ns == kept
     assert (again / second).read_bytes() == content
     assert json.loads((again / "release.json").read_text())["files"] == whole
     assert all(stored.is_float for stored in encoded)
+    succeed(*call, "--prompts", 2, "--new-tokens", 4)
+    assert "divergence@4" in (again / "README.md").read_text()
+    assert "--effort" in refused(*call, "--effort", "high")
 
 
 @pytest.mark.nightly

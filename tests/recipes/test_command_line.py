@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dynquant.checkpoints.inspect import TensorRecord
-from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.errors import PlanError
 from dynquant.families.open import open_model
@@ -34,7 +33,6 @@ from tests.helpers.llama_quantize import (
     read_command,
 )
 from tests.helpers.representatives import represented_by
-from tests.helpers.tiny_models import write_f32
 
 PATHS = {"model": "in.gguf", "imatrix": "imatrix.gguf", "output": "out.gguf"}
 MODELS = {
@@ -46,16 +44,6 @@ MODELS = {
 }
 ODD_SHAPES = dict.fromkeys(("blk.1.nextn.eh_proj.weight", "per_layer_token_embd.weight"), (256, 512))
 ODD_SHAPES |= dict.fromkeys(("blk.1.attn_rel_b.weight", "blk.0.altup_router.weight"), (256, 256))
-
-
-@pytest.fixture(scope="module")
-def moe(small_moe) -> Model:
-    return open_model(small_moe)
-
-
-@pytest.fixture(scope="module")
-def moe_f32(moe, tmp_path_factory) -> Path:
-    return write_f32(moe, tmp_path_factory.mktemp("f32") / "model-f32.gguf")
 
 
 def type_list(model: TinyModel, types: dict[str, str]) -> TypeList:
@@ -115,23 +103,23 @@ def test_every_tensor_has_exactly_one_pattern():
     assert all(pattern == pattern.lower() and pattern[0] + pattern[-1] == "^$" for pattern, _ in recipe.patterns)
 
 
-def test_llama_cpp_writes_the_plan_of_the_bundled_model(moe, moe_f32, tmp_path: Path):
+def test_llama_cpp_writes_the_plan_of_the_bundled_model(moe_model, f32_moe, tmp_path: Path):
     """A real file of fast types, with patterns that split layers, and back to a plan from the file."""
-    types = dict.fromkeys(preset_types("f16", moe), ("TQ2_0", "test"))
+    types = dict.fromkeys(preset_types("f16", moe_model), ("TQ2_0", "test"))
     types |= {name: ("Q8_0", "test") for name in types if "attn" in name} | {"output.weight": ("Q4_0", "test")}
     for layer in (1, 4, 5):
         types[f"blk.{layer}.ffn_down_exps.weight"] = ("Q3_K", "test")
-    plan = plan_from_types(moe, types, recipe="test")
+    plan = plan_from_types(moe_model, types, recipe="test")
     plan.save(tmp_path / "plan.json")
     command = command_line(recipe_of(read_types(tmp_path / "plan.json")), **PATHS)
     assert r"^blk\.[145]\.ffn_down_exps\.weight$=q3_k" in command
     ftype, overrides = read_command(command)
-    shapes = {name: moe.source.info(name).shape for name in moe.source.names()}
-    importance = TinyModel(moe.hyper, shapes).importance()
-    written = llama_quantize(moe_f32, tmp_path / "out.gguf", ftype, importance, overrides)
+    shapes = {name: moe_model.source.info(name).shape for name in moe_model.source.names()}
+    importance = TinyModel(moe_model.hyper, shapes).importance()
+    written = llama_quantize(f32_moe, tmp_path / "out.gguf", ftype, importance, overrides)
     assert {name: kind for name, (kind, _) in written.items()} == {entry.name: entry.type for entry in plan.entries}
-    again = recipe_types(command_line(recipe_of(read_types(tmp_path / "out.gguf")), **PATHS), moe)
-    back = plan_from_types(moe, again, recipe="recipe", exact=True)
+    again = recipe_types(command_line(recipe_of(read_types(tmp_path / "out.gguf")), **PATHS), moe_model)
+    back = plan_from_types(moe_model, again, recipe="recipe", exact=True)
     assert [(entry.name, entry.type) for entry in back.entries] == [(entry.name, entry.type) for entry in plan.entries]
 
 
@@ -159,15 +147,15 @@ def test_commands_mean_what_llama_cpp_makes_of_them(command: str, tmp_path: Path
         source.unlink()
 
 
-def test_a_uniform_float_needs_no_pattern(moe):
-    names = moe.source.names()
+def test_a_uniform_float_needs_no_pattern(moe_model):
+    names = moe_model.source.names()
     tensors = [
-        TensorRecord(name, moe.source.info(name).shape, "BF16" if name.endswith("_exps.weight") else "F32", 0,
+        TensorRecord(name, moe_model.source.info(name).shape, "BF16" if name.endswith("_exps.weight") else "F32", 0,
                      role_of(name)) for name in names
     ]  # fmt: skip
-    mixed = recipe_of(TypeList("x", moe.arch, 0, tuple(tensors)))
+    mixed = recipe_of(TypeList("x", moe_model.arch, 0, tuple(tensors)))
     assert mixed.base == "q8_0" and mixed.output == "F32" and not uses_imatrix(mixed)
-    only = recipe_of(TypeList("x", moe.arch, 0, tuple(t for t in tensors if t.type == "BF16")))
+    only = recipe_of(TypeList("x", moe_model.arch, 0, tuple(t for t in tensors if t.type == "BF16")))
     assert only == Recipe(base="bf16")
 
 
@@ -192,20 +180,20 @@ def test_numbers_become_a_short_regex(numbers, pattern):
     assert [n for n in range(200) if re.fullmatch(numbers_pattern(numbers), str(n))] == list(numbers)
 
 
-def test_published_lists_are_read(moe, tmp_path: Path):
+def test_published_lists_are_read(moe_model, tmp_path: Path):
     path = tmp_path / "ubergarm.txt"
     path.write_text(
         "# attention\nblk\\..*\\.attn_.*=q8_0\n\n## experts\nblk\\.[1-3]\\.ffn_(gate|up)_exps\\.weight=iq2_xxs\n"
         "ffn_.*_exps=iq1_s,token_embd\\.weight=q4_k\nblk\\.\\d{1,2}\\.ffn=q5_k\noutput\\.weight=Q6_K\n"
     )
-    types = {name: kind for name, (kind, _) in recipe_types(str(path), moe).items()}
+    types = {name: kind for name, (kind, _) in recipe_types(str(path), moe_model).items()}
     assert types["blk.2.ffn_up_exps.weight"] == "IQ2_XXS" and types["blk.4.ffn_up_exps.weight"] == "IQ1_S"
     assert types["blk.2.ffn_down_exps.weight"] == "IQ1_S" and types["blk.0.ffn_down.weight"] == "Q5_K"
     assert types["token_embd.weight"] == "Q4_K" and types["output.weight"] == "Q6_K"
-    assert recipe_types(str(path), moe)["output.weight"][1] == r"recipe: output\.weight"
+    assert recipe_types(str(path), moe_model)["output.weight"][1] == r"recipe: output\.weight"
 
 
-def test_a_shell_script_with_comments_is_read(moe, tmp_path: Path):
+def test_a_shell_script_with_comments_is_read(moe_model, tmp_path: Path):
     path = tmp_path / "make.sh"
     path.write_text(
         "#!/bin/sh\n# make it\nnice ./build/bin/llama-quantize --imatrix i.dat \\\n"
@@ -240,20 +228,20 @@ def test_a_shell_script_with_comments_is_read(moe, tmp_path: Path):
         ("llama-quantize --tensor-type-file no.txt in out Q8_0", "file `no.txt`"),
     ],
 )
-def test_what_is_wrong_is_named(moe, recipe, words):
+def test_what_is_wrong_is_named(moe_model, recipe, words):
     with pytest.raises(PlanError, match=words):
-        recipe_types(recipe, moe)
+        recipe_types(recipe, moe_model)
 
 
 @pytest.mark.parametrize("pattern", [".?" * 30 + "z", "(a|b|.)*(b+)+(l.*)*z", "(.{0,30}){1,9}z"])
-def test_patterns_that_keep_a_backtracking_matcher_busy_for_years_are_followed_at_once(moe, pattern):
+def test_patterns_that_keep_a_backtracking_matcher_busy_for_years_are_followed_at_once(moe_model, pattern):
     with pytest.raises(PlanError, match="no tensor of textbook-moe-16m"):
-        recipe_types(f"{pattern}=q4_k .*=q8_0", moe)
+        recipe_types(f"{pattern}=q4_k .*=q8_0", moe_model)
 
 
-def test_a_recipe_that_is_not_text_is_refused(moe, tmp_path: Path):
+def test_a_recipe_that_is_not_text_is_refused(moe_model, tmp_path: Path):
     path = tmp_path / "model.bin"
     for content, words in (b"\xff\x00=", "cannot be read as text"), ("a=q4_k".encode("utf-16"), "is text in UTF-16"):
         path.write_bytes(content)
         with pytest.raises(PlanError, match=rf"model\.bin {words}"):
-            recipe_types(str(path), moe)
+            recipe_types(str(path), moe_model)

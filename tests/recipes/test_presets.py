@@ -69,11 +69,6 @@ LLAMA3_8B = {
 
 
 @pytest.fixture(scope="module")
-def model(small_moe):
-    return open_model(small_moe)
-
-
-@pytest.fixture(scope="module")
 def deepseek_r1(tmp_path_factory):
     directory = tmp_path_factory.mktemp("r1")
     (directory / "config.json").write_text(json.dumps(DEEPSEEK_R1))
@@ -98,8 +93,8 @@ def types_by_role(plan) -> dict[Role, set[str]]:
         ("r1-iq2_xxs", "IQ2_XXS", "Q3_K"), ("r1-q2_k_xl", "Q2_K", "Q3_K"),
     ],
 )  # fmt: skip
-def test_r1_recipes_by_role(model, preset, gate_up, down):
-    roles = types_by_role(planned(model, preset))
+def test_r1_recipes_by_role(moe_model, preset, gate_up, down):
+    roles = types_by_role(planned(moe_model, preset))
     assert roles[Role.EXPERT_GATE] == roles[Role.EXPERT_UP] == {gate_up}
     assert roles[Role.EXPERT_DOWN] == {down}  # five MoE layers: all are among the first six
     assert roles[Role.NORM] == roles[Role.ROUTER] == {"F32"}
@@ -238,36 +233,36 @@ def test_r1_recipes_need_routed_experts(tmp_path):
 @pytest.mark.parametrize(
     "preset, ends", [("uniform-iq1_s", "Q2_K"), ("uniform-q2_k", "Q2_K"), ("UNIFORM-Q4_K", "Q4_K")]
 )
-def test_uniform_presets(model, preset, ends):
+def test_uniform_presets(moe_model, preset, ends):
     wanted = preset.split("-")[1].upper()
-    for name, (chosen, reason) in preset_types(preset, model).items():
+    for name, (chosen, reason) in preset_types(preset, moe_model).items():
         assert chosen == (ends if name in ("token_embd.weight", "output.weight") else wanted)
         assert wanted in reason
 
 
 @pytest.mark.parametrize("preset", ["f32", "f16", "bf16"])
-def test_float_presets_leave_vectors_and_routers_in_f32(model, preset):
-    for entry in planned(model, preset).entries:
+def test_float_presets_leave_vectors_and_routers_in_f32(moe_model, preset):
+    for entry in planned(moe_model, preset).entries:
         keeps = len(entry.shape) == 1 or entry.role in (Role.NORM, Role.ROUTER)
         assert entry.type == ("F32" if keeps else preset.upper())
 
 
-def test_every_preset_makes_a_plan_of_the_small_model(model):
+def test_every_preset_makes_a_plan_of_the_small_model(moe_model):
     floats = ["f32", "f16", "bf16"]
     types = [name.lower() for name in QUANT_TYPES if name.lower() not in floats]
     of_type = [f"{kind}-{name}" for kind in ("uniform", "experts") for name in types]
     for preset in [*floats, *R1_RECIPES, *of_type, *(f"llama-{name}" for name in LLAMA_FTYPES)]:
-        assert planned(model, preset).predicted_bytes > 0
+        assert planned(moe_model, preset).predicted_bytes > 0
 
 
 @pytest.mark.parametrize("preset", ["r1-iq9", "", "q4_k_m"])
-def test_an_unknown_preset_lists_the_names(model, preset):
+def test_an_unknown_preset_lists_the_names(moe_model, preset):
     with pytest.raises(PlanError, match=rf"`{preset}`.*f32.*r1-iq1_s.*r1-q2_k_xl.*uniform-TYPE.*llama-FTYPE"):
-        preset_types(preset, model)
+        preset_types(preset, moe_model)
 
 
-def test_unknown_types_of_uniform_and_llama_are_refused(model):
+def test_unknown_types_of_uniform_and_llama_are_refused(moe_model):
     with pytest.raises(PlanError, match="IQ1_S"):
-        preset_types("uniform-iq1", model)
+        preset_types("uniform-iq1", moe_model)
     with pytest.raises(PlanError, match="q4_k_m"):
-        preset_types("llama-q4km", model)
+        preset_types("llama-q4km", moe_model)

@@ -15,7 +15,6 @@ from dynquant.encoding.parts import PartLimits, WeightChecks
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
 from dynquant.errors import CheckpointError, ClusterError, ExportError
-from dynquant.families.open import open_model
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
@@ -53,18 +52,13 @@ def pool(cluster):
 
 
 @pytest.fixture(scope="module")
-def moe(small_moe):
-    return open_model(small_moe)
+def plan(moe_model):
+    return plan_of(moe_model, "Q4_0", recipe="preset uniform-q4_0")
 
 
 @pytest.fixture(scope="module")
-def plan(moe):
-    return plan_of(moe, "Q4_0", recipe="preset uniform-q4_0")
-
-
-@pytest.fixture(scope="module")
-def local(moe, plan, tmp_path_factory):
-    return export_gguf(moe, plan, None, tmp_path_factory.mktemp("local") / "a.gguf", encoder=GGML)[0].read_bytes()
+def local(moe_model, plan, tmp_path_factory):
+    return export_gguf(moe_model, plan, None, tmp_path_factory.mktemp("local") / "a.gguf", encoder=GGML)[0].read_bytes()
 
 
 def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> RemoteEncoding:
@@ -75,7 +69,7 @@ def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> Remo
 
 
 @pytest.mark.nightly
-def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, local, tmp_path):
+def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe_model, plan, local, tmp_path):
     doomed = list(cluster.worker_nodes)
     assert len(doomed) == 1
 
@@ -85,8 +79,8 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
 
     try:
         (path,) = export_gguf(
-            moe, plan, None, tmp_path / "a.gguf",
-            encoder=GGML, limits=LIMITS, elsewhere=encoding(pool, moe), progress=kill_half_way,
+            moe_model, plan, None, tmp_path / "a.gguf",
+            encoder=GGML, limits=LIMITS, elsewhere=encoding(pool, moe_model), progress=kill_half_way,
         )  # fmt: skip
     finally:
         cluster.add_node(num_cpus=1)
@@ -94,15 +88,15 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
 
 
 @pytest.mark.nightly
-def test_workers_sum_the_weights_that_they_encode_and_the_command_compares_them(pool, moe):
-    name = next(name for name in moe.source.names() if name.endswith("ffn_down_exps.weight"))
-    shape = tuple(moe.source.info(name).shape)
+def test_workers_sum_the_weights_that_they_encode_and_the_command_compares_them(pool, moe_model):
+    name = next(name for name in moe_model.source.names() if name.endswith("ffn_down_exps.weight"))
+    shape = tuple(moe_model.source.info(name).shape)
     parts = LIMITS.parts(name, shape, quant_type("Q4_0"))
     assert len(parts) > 1
-    same = {name: f"{checksum(moe.source.load(name)):016x}"}
+    same = {name: f"{checksum(moe_model.source.load(name)):016x}"}
 
     def encoded(expected):
-        remote = replace(encoding(pool, moe), checks=WeightChecks(expected, moe.name))
+        remote = replace(encoding(pool, moe_model), checks=WeightChecks(expected, moe_model.name))
         return sum(blocks.numel() for _, blocks in remote(parts))
 
     assert encoded(same) == encoded({}) == quant_type("Q4_0").tensor_bytes(shape)
@@ -113,36 +107,36 @@ def test_workers_sum_the_weights_that_they_encode_and_the_command_compares_them(
 
 
 @pytest.mark.nightly
-def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):
-    remote = encoding(pool, moe, shipped=True, path=tmp_path / "not there")
-    (path,) = export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
+def test_shipped_weights_give_the_same_bytes_without_files(pool, moe_model, plan, local, tmp_path):
+    remote = encoding(pool, moe_model, shipped=True, path=tmp_path / "not there")
+    (path,) = export_gguf(moe_model, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
     assert path.read_bytes() == local
 
 
 @pytest.mark.nightly
-def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kept(pool, moe, plan, tmp_path):
+def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kept(pool, moe_model, plan, tmp_path):
     for changes, words in [({"path": tmp_path / "none"}, "--ship-weights"), ({"fingerprint": "0"}, "checkpoint")]:
         with pytest.raises(ClusterError, match=words):
-            remote = encoding(pool, moe, **changes)
-            export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
+            remote = encoding(pool, moe_model, **changes)
+            export_gguf(moe_model, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
         assert (tmp_path / "a.gguf.journal").is_file()
     other = EncoderChoice("ggml", "cpu", 1, version="0.0")
     with pytest.raises(ClusterError, match=r"Install the same versions"):
-        remote = RemoteEncoding(pool, other, TaskNeeds(), encoding(pool, moe).files)
+        remote = RemoteEncoding(pool, other, TaskNeeds(), encoding(pool, moe_model).files)
         next(iter(remote(LIMITS.parts("output_norm.weight", (256,), plan.entries[0].quant_type))))
 
 
 @pytest.mark.nightly
-def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool, moe, text, one_thread, tmp_path):
-    stats = measured(moe, text, "none").stats
+def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool, moe_model, text, one_thread, tmp_path):
+    stats = measured(moe_model, text, "none").stats
     stats.save(tmp_path / "stats.safetensors")
-    files = StoredFiles(StoredModel.of(moe), tmp_path / "stats.safetensors")
+    files = StoredFiles(StoredModel.of(moe_model), tmp_path / "stats.safetensors")
     remote = measure_on(pool, EncoderChoice.of(GGML, "cpu", 1), files)
     doomed = list(cluster.worker_nodes)
 
     def table(progress=ignore_progress, **options):
         return build_error_table(
-            ErrorMeter(moe, stats, GGML), ("Q4_0", "Q8_0"), stats_hash="s", progress=progress, **options
+            ErrorMeter(moe_model, stats, GGML), ("Q4_0", "Q8_0"), stats_hash="s", progress=progress, **options
         )
 
     def stop(_stage, done, total, **_):
@@ -205,10 +199,10 @@ def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_p
 
 
 @pytest.fixture(scope="module")
-def text(moe):
+def text(moe_model):
     """32 windows of 32 tokens: two shards of sums, and one of three windows that are held back."""
-    inputs = text_inputs(moe, None, tokens=1024, window=32)
-    return inputs, provenance_of(moe, inputs, tokens=1024, seed=0)
+    inputs = text_inputs(moe_model, None, tokens=1024, window=32)
+    return inputs, provenance_of(moe_model, inputs, tokens=1024, seed=0)
 
 
 def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=ignore_progress):
@@ -225,16 +219,16 @@ def one_thread():
 
 
 @pytest.mark.nightly
-def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, one_thread, tmp_path):
+def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe_model, text, one_thread, tmp_path):
     doomed = list(cluster.worker_nodes)
 
     def kill(_stage, _done, _total, **_):
         if doomed:
             cluster.remove_node(doomed.pop(), allow_graceful=False)
 
-    here = measured(moe, text, "gradients")
+    here = measured(moe_model, text, "gradients")
     try:
-        there = measured(moe, text, "gradients", pool, kill)
+        there = measured(moe_model, text, "gradients", pool, kill)
     finally:
         cluster.add_node(num_cpus=1)
     assert not doomed
@@ -245,12 +239,12 @@ def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, 
         assert (tmp_path / f"here.{kind}").read_bytes() == (tmp_path / f"there.{kind}").read_bytes()
 
 
-def test_shards_add_up_to_the_one_sum(moe, text):
+def test_shards_add_up_to_the_one_sum(moe_model, text):
     inputs, provenance = text
-    sharded = measured(moe, text, "activations")
-    hf_model = load_hf(moe)
+    sharded = measured(moe_model, text, "activations")
+    hf_model = load_hf(moe_model)
     whole = collect_statistics(
-        hf_model, inputs, names=weight_inputs(moe, hf_model), provenance=provenance,
+        hf_model, inputs, names=weight_inputs(moe_model, hf_model), provenance=provenance,
         options=StatisticsOptions("activations"),
     )  # fmt: skip
     assert sharded.stats.provenance == whole.stats.provenance == sharded.moments.provenance

@@ -15,7 +15,7 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.errors import EncodeError, ExportError
 from dynquant.storage import resumable_output as artifacts
 from tests.helpers.exports import export_gguf
-from tests.helpers.tiny_gguf import GGML, SlowEncoder, left_in, tiny_model, tiny_plan
+from tests.helpers.tiny_gguf import GGML, WatchedEncoder, left_in, pause, tiny_model, tiny_plan
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_kills_at_random_moments_leave_a_file_with_the_same_bytes(tmp_path, spli
     child = None
     while child is None or child.exitcode != 0:
         child = context.Process(
-            target=export_gguf, args=(model, plan, None, output), kwargs={"encoder": SlowEncoder(), **options}
+            target=export_gguf, args=(model, plan, None, output), kwargs={"encoder": WatchedEncoder(pause), **options}
         )
         child.start()
         # Pauses grow, so that a busy machine ends this loop too.
@@ -82,16 +82,11 @@ def test_a_resumed_export_encodes_only_what_is_missing_or_damaged(monkeypatch, t
         file.seek(partial.stat().st_size - sum(-(-entry.bytes // 32) * 32 for entry in plan.entries) + 5)
         file.write(b"damage")
     encoded = []
-
-    class Recorder(SlowEncoder):
-        def encode(self, *args, name, **options):
-            encoded.append(name)
-            return GGML.encode(*args, name=name, **options)
-
+    recorder = WatchedEncoder(lambda name, _: encoded.append(name))
     with (tmp_path / "a.gguf.journal").open("ab") as journal:
         journal.write(b'{"file": 0, "offset": 1%020d, "num_bytes": 1%020d, "sha256": ""}\n' % (0, 0))
         journal.write(b'{"region": "blk.7.ffn_up_e')
-    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder())
+    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=recorder)
     assert first.name in encoded and len(encoded) == len(plan.entries) - 8
     (straight,) = export_gguf(model, plan, None, tmp_path / "b.gguf", encoder=GGML)
     assert path.read_bytes() == straight.read_bytes()
@@ -116,16 +111,8 @@ def test_a_kill_between_two_renames_is_finished_by_the_next_run(monkeypatch, tmp
             export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=GGML, split_max_bytes=60_000)
     assert len(moved) == 1
 
-    class Unused:
-        name = "ggml"
-        uses_hessians = False
-        device = GGML.device
-        prepare = GGML.prepare
-
-        def encode(self, *args, **options):
-            raise AssertionError("everything was already encoded")
-
-    paths = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Unused(), split_max_bytes=60_000)
+    unused = WatchedEncoder(None)  # everything was already encoded
+    paths = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=unused, split_max_bytes=60_000)
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in expected]
     assert left_in(tmp_path) == sorted(path.name for path in (*paths, *expected))
 
@@ -222,21 +209,16 @@ def test_a_resumed_export_may_have_other_parts(monkeypatch, tmp_path):
     model = tiny_model()
     plan, parts = tiny_plan(model), PartLimits(20 * 256 * 12)
     encoded = []
-
-    class Recorder(SlowEncoder):
-        def encode(self, quant_type, weights, *, name, **options):
-            encoded.append((name, len(weights)))
-            return GGML.encode(quant_type, weights, name=name, **options)
-
+    recorder = WatchedEncoder(lambda name, weights: encoded.append((name, len(weights))))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 12)
         with pytest.raises(KeyboardInterrupt):
-            export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder(), limits=parts, threads=1)
+            export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=recorder, limits=parts, threads=1)
     assert {name: [n for other, n in encoded if other == name] for name, _ in encoded}["blk.0.ffn_up_exps.weight"] == [
         1, 1, 1,
     ]  # fmt: skip
     done, encoded[:] = {name for name, _ in encoded[:-1]}, []
-    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder(), threads=1)
+    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=recorder, threads=1)
     begun = encoded[0][0]
     assert {name for name, _ in encoded}.isdisjoint(done - {begun}) and (begun, 3) in encoded[:1]
     (straight,) = export_gguf(model, plan, None, tmp_path / "b.gguf", encoder=GGML)

@@ -15,7 +15,6 @@ from dynquant.analysis.errors.table import ErrorTable
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.stage import StatsFile, calibrate
 from dynquant.encoding.stream import TensorEncoder, guidance_of, load_encoder
-from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -27,11 +26,6 @@ STACK, MATRIX = "blk.2.ffn_down_exps.weight", "blk.1.attn_output.weight"
 
 
 @pytest.fixture(scope="module")
-def model(small_moe):
-    return open_model(small_moe)
-
-
-@pytest.fixture(scope="module")
 def stats(small_moe, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "stats.safetensors"
     options = CalibrationOptions(tokens=1024, window=128)
@@ -40,9 +34,9 @@ def stats(small_moe, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def table_of(model, stats):
+def table_of(moe_model, stats):
     def measured(sampling, *, threads=None, **options):
-        meter = ErrorMeter(model, stats.stats, load_encoder("ggml"), threads=threads, sampling=sampling)
+        meter = ErrorMeter(moe_model, stats.stats, load_encoder("ggml"), threads=threads, sampling=sampling)
         return build_error_table(meter, TYPES, stats_hash="s", **options)
 
     return measured
@@ -115,22 +109,24 @@ def test_an_interrupted_sample_goes_on_to_the_same_table(table_of, sampled, tmp_
         assert table_of(Sampling(seed=3), journal=journal) == sampled
 
 
-def test_a_limit_of_weights_is_kept(model, stats, exact):
-    stack = model.source.load(STACK)
+def test_a_limit_of_weights_is_kept(moe_model, stats, exact):
+    stack = moe_model.source.load(STACK)
     limits = Sampling(most_weights=4 * 8 * stack.shape[2], target=1e-6)
-    meter = ErrorMeter(model, stats.stats, load_encoder("ggml"), sampling=limits)
+    meter = ErrorMeter(moe_model, stats.stats, load_encoder("ggml"), sampling=limits)
     row = build_error_table(meter, TYPES, stats_hash="s").row(STACK, "Q4_0")
     assert row.weighted_error == pytest.approx(exact.row(STACK, "Q4_0").weighted_error, abs=4 * row.weighted_error_se)
 
 
-def test_drawn_rows_have_the_bytes_of_an_export(model, stats):
+def test_drawn_rows_have_the_bytes_of_an_export(moe_model, stats):
     """Under second moments, `weighted_error` is what their blocks lose of the output's energy."""
     encoder, experts = load_encoder("dynquant", "cpu"), range(8)
-    meter = ErrorMeter(model, stats.stats, encoder, stats.moments)
-    (part,) = meter.parts(STACK, tuple(model.source.info(STACK).shape), ("Q2_K",))
+    meter = ErrorMeter(moe_model, stats.stats, encoder, stats.moments)
+    (part,) = meter.parts(STACK, tuple(moe_model.source.info(STACK).shape), ("Q2_K",))
     sums = meter.sums(part)["Q2_K"]
-    packed = TensorEncoder(model, guidance_of(stats.stats, stats.moments), encoder).tensor(STACK, QUANT_TYPES["Q2_K"])
-    weights = model.source.load(STACK)
+    packed = TensorEncoder(moe_model, guidance_of(stats.stats, stats.moments), encoder).tensor(
+        STACK, QUANT_TYPES["Q2_K"]
+    )
+    weights = moe_model.source.load(STACK)
     lost = (weights - decode("Q2_K", packed, tuple(weights.shape))).double()
     moments = guidance_of(stats.stats, stats.moments).hessian(STACK, weights.shape, slice(None)).double()
     for expert in experts:
