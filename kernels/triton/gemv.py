@@ -53,6 +53,7 @@ _CHUNKS = {
 class GemvConfig:
     """A tiling of `gemv`: weight rows and warps (each 32 chunks wide) of a program, programs that share a row, rows of
     activations of a program, and dependent launch, which overlaps the start of a kernel with the end of the last one.
+    Codebook types take `bn` rows a warp; fewer than eight warps would need more shared memory than there is.
     """
 
     bn: int
@@ -60,14 +61,13 @@ class GemvConfig:
     split: int = 1
     rows: int = 1
     pdl: bool = False
-    maxnreg: int | None = None
 
 
 def gemv_config(type_name: str, num_x_rows: int) -> GemvConfig:
     """Return the tiling for `num_x_rows` rows of activations: measured choices, no search at run time."""
     rows = min(num_x_rows, MAX_ROWS)
     if _CHUNKS[type_name][0] is codebook_rows:
-        return GemvConfig(bn=4 if rows == 1 else 2, warps=8, rows=rows, pdl=True, maxnreg=80 if rows == 1 else None)
+        return GemvConfig(bn=4 if rows <= 2 else 2, warps=8, rows=rows, pdl=True)
     is_wide = num_x_rows == 1 and type_name in ("Q4_K", "Q5_K")
     return GemvConfig(bn=2 if is_wide else 4, warps=1, rows=rows, pdl=True)
 
@@ -291,5 +291,5 @@ def kernel_constants(
         "BLOCK": QUANT_TYPES[type_name].block_size, "STARTS": tuple(starts[field.name] for field in in_block_order),
         "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
         "PDL": config.pdl, "ROUTED": routed, "CODEBOOK": multiply_chunk is codebook_rows, "num_warps": config.warps,
-        "launch_pdl": config.pdl, "maxnreg": config.maxnreg,
+        "launch_pdl": config.pdl,
     }  # fmt: skip

@@ -93,14 +93,13 @@ def compile_for_hopper(case: dict) -> dict:
     config = gemv.gemv_config(case["type"], 1)
     planes = 1 + (case["act"] == "bf16")
     options = gemv.kernel_constants(case["type"], planes, 8192, config, routed=case.get("routed", False))
-    constants = {key: value for key, value in options.items() if key not in ("num_warps", "launch_pdl", "maxnreg")}
+    constants = {key: value for key, value in options.items() if key not in ("num_warps", "launch_pdl")}
     names = ("w_ptr", "xq_ptr", "xd_ptr", "grid_ptr", "y_ptr", "ids_ptr", "N", "num_x_rows", "num_experts", "slots")
     types = ("*u8", "*i32", "*fp32", "*i32", "*bf16", "*i64", "i32", "i32", "i32", "i32")
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
     source = ASTSource(gemv.gemv_kernel, signature, constants, aligned)
-    launch = {"num_warps": config.warps, "maxnreg": config.maxnreg}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps})
     lines = _disassembled(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm")
     loop = _longest_loop(lines)
     kinds = collections.Counter(op for op, _ in loop)
