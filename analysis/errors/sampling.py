@@ -156,7 +156,8 @@ def draw(
     """
     num_experts, num_rows, columns = shape
     most = most_rows(shape, limits)
-    generator = torch.Generator().manual_seed(_seed_of(limits.seed, name))
+    digest = hashlib.sha256(f"{limits.seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     uniform = torch.rand(num_experts, num_rows, dtype=torch.float64, generator=generator).clamp_min(1e-300)
     mean_scale = 1.0 if scale is None else float(scale.mean())
     sizes = torch.empty(num_experts, num_rows, dtype=torch.float64)
@@ -223,7 +224,3 @@ def stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def _freedom(count: int, lost: int = 1) -> float:
     return count / max(1, count - lost)
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")

@@ -55,9 +55,7 @@ def demo(
     console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
 
 
-def fetch_llama_cpp(
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
+def fetch_llama_cpp(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Fetch llama.cpp's converter once, for architectures that dynquant does not convert by itself.
 
     It comes from the source distribution of the installed llama-cpp-python, which pip downloads (some 70 MB), and is

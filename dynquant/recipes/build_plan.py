@@ -122,11 +122,6 @@ def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
     return _F32_TABLES.search(name) is not None
 
 
-def _stays_f16(name: str) -> bool:
-    """Return whether a tensor that has no wanted type is stored as F16 rather than F32."""
-    return role_of(name) == Role.VISION_PATCH
-
-
 def _entry(
     model: Model, name: str, wanted: Choice | None, errors: Mapping[tuple[str, str], float], exact: bool
 ) -> PlanEntry:
@@ -146,7 +141,7 @@ def _choose(
     model: Model, name: str, shape: tuple[int, ...], wanted: Choice | None, exact: bool
 ) -> tuple[str, str, str | None]:
     """Return the type, the reason, and the wanted type when the row length forced another one."""
-    if _stays_f16(name):
+    if role_of(name) == Role.VISION_PATCH:
         if wanted and wanted.type == "F32":
             return "F32", wanted.reason, None
         return "F16", "patch embedding: a convolution, which llama.cpp runs in F16 or F32", None

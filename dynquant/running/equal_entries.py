@@ -47,10 +47,7 @@ class EqualEntries:
     def entries(self, name: str, stored: Tensor) -> StridedMap | None:
         """Return the entries of a parameter that have the values of a GGUF tensor, or None where none do."""
         ends = {index: stored[index] for index in (0, len(stored) - 1)} if stored.dim() == 3 else {}
-        return next(
-            (each for each in self._alike(name, stored, ends) if self._are_equal(name, each, stored)),
-            None,
-        )
+        return next((each for each in self._alike(name, stored, ends) if self._are_equal(name, each, stored)), None)
 
     def entries_of_stack(self, name: str) -> StridedMap | None:
         """Return what `entries` does for a stack of experts, of which only the first and the last are decoded."""

@@ -143,10 +143,7 @@ def tensor(shape=(8,), *, name="output_norm.weight", kind=0, offset=0) -> bytes:
 
 def file_of(*, keys=(), tensors=(), num_keys=None, num_tensors=None, version=3, data=b"") -> bytes:
     """A GGUF file of hand-made parts; the counts may lie."""
-    counts = (
-        len(tensors) if num_tensors is None else num_tensors,
-        len(keys) if num_keys is None else num_keys,
-    )
+    counts = (len(tensors) if num_tensors is None else num_tensors, len(keys) if num_keys is None else num_keys)
     header = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(keys) + b"".join(tensors)
     return header + b"\0" * (-len(header) % 32) + data
 

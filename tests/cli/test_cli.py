@@ -259,11 +259,7 @@ def test_help_names_every_command():
     [
         ("uniform-q4_k", (), r"16 tensors: rows of 80 do not divide into Q4_K blocks of 256: F16"),
         ("llama-q4_k_m", (), r"13 tensors: rows of 80 do not divide into Q4_K blocks of 256: F16"),
-        (
-            "uniform-w4a16",
-            ("-f", "compressed-tensors"),
-            r"tensors?: rows of 80 do not divide into groups of \d+: \w+",
-        ),
+        ("uniform-w4a16", ("-f", "compressed-tensors"), r"tensors?: rows of 80 do not divide into groups of \d+: \w+"),
     ],
 )
 def test_a_preset_says_how_many_tensors_took_another_type_and_why(small_moe, tmp_path, preset, options, line):

@@ -159,6 +159,7 @@ def test_code_runs_only_where_that_is_allowed(lm_eval, small_moe, folder) -> Non
         ({"tasks": ["gsm8k"], "task_data": True, "chat": True}, "no chat template"),
         ({"tasks": ["gsm8k"], "task_data": True, "new_tokens": 100_000}, "Give --new-tokens with a smaller number"),
         ({"tasks": ["humaneval"]}, "runs the code that models write"),
+        ({"tasks": ["humaneval"], "allow_code_execution": True}, "put code_eval/ of huggingface/evaluate"),
     ],
 )
 def test_what_a_task_lacks_is_said(lm_eval, small_moe, folder, asked, said) -> None:

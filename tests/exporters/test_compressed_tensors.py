@@ -39,10 +39,7 @@ from tests.helpers.tiny_models import save_tiny
 from tests.running.test_any_architecture import gpt_oss_conversions
 
 PLANS = Path(__file__).parent.parent / "examples" / "plans"
-DENSE = (
-    *("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W3A16", "BF16", "W2A16", "W5A16"),
-    *("W8A16", "W7A16"),
-)
+DENSE = (*("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W3A16", "BF16", "W2A16", "W5A16"), *("W8A16", "W7A16"))
 
 
 def export(directory, output, choose, **options):

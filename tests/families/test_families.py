@@ -187,14 +187,8 @@ def test_nan_names_the_tensor(deepseek_v3: Path, tmp_path: Path) -> None:
         ({"vocab_size": "many"}, "vocab_size"),
         ({"hidden_act": "gelu"}, "hidden_act.*silu"),
         ({"rope_interleave": False}, "rope_interleave"),
-        (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "stored as floats.*take `quantization_config` out",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-            "rope scaling `dynamic`",
-        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "stored as floats.*take `quantization_config` out"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rope scaling `dynamic`"),
         (
             {
                 "rope_parameters": {

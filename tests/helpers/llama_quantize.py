@@ -190,11 +190,7 @@ def _ggml_type(name: str) -> int:
 
 
 def llama_quantize(
-    source: Path,
-    target: Path,
-    ftype_id: int,
-    importance: dict[str, torch.Tensor],
-    overrides: Overrides | None = None,
+    source: Path, target: Path, ftype_id: int, importance: dict[str, torch.Tensor], overrides: Overrides | None = None
 ) -> dict[str, tuple[str, np.ndarray]]:
     """What `llama_model_quantize` writes with an importance matrix: name -> (type name, bytes [..., row_bytes])."""
     _run_llama_quantize(source, target, ftype_id, importance, overrides, dry_run=False)

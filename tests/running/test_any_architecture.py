@@ -132,11 +132,7 @@ def gpt_oss_conversions() -> list[Conversion]:
     }
     return [
         Conversion(
-            f"blk.{i}.ffn_{part}_exps.weight",
-            (f"model.layers.{i}.mlp.experts.{name}",),
-            shape,
-            "F32",
-            transform,
+            f"blk.{i}.ffn_{part}_exps.weight", (f"model.layers.{i}.mlp.experts.{name}",), shape, "F32", transform
         )
         for i in range(2)
         for part, (name, shape, transform) in parts.items()

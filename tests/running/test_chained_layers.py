@@ -80,11 +80,7 @@ def test_the_head_sees_what_a_whole_model_gives_it(model_type: str, sizes: dict[
     [
         ("gemma4_text", PER_LAYER, "`per_layer_input`, which depends on the text"),
         ("gemma4_text", SHARED_KEYS, "keys and values of other"),
-        (
-            "gemma3n_text",
-            PER_LAYER | ALTUP | {"num_kv_shared_layers": 0},
-            "do not pass on hidden states of 64 ch",
-        ),
+        ("gemma3n_text", PER_LAYER | ALTUP | {"num_kv_shared_layers": 0}, "do not pass on hidden states of 64 ch"),
         ("rwkv", {}, "pass on more than hidden states"),
     ],
 )

@@ -67,13 +67,7 @@ _MULTIPLIERS: Settings = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.015625,
 }
-_MAMBA: Settings = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 64,
-    "mamba_d_state": 64,
-    "mamba_n_groups": 1,
-    "mamba_expand": 2,
-}
+_MAMBA: Settings = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1, "mamba_expand": 2}
 _GEMMA: Settings = {
     **_HEADS,
     **_FOUR,

@@ -205,9 +205,13 @@ def _explained(name: str) -> Iterator[None]:
             f"'dynquant-toolchain[tasks]', or {error.name} itself."
         ) from error
     except Exception as error:
-        raise EvaluationError(
-            f"lm-evaluation-harness cannot run {name}: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        if script := re.search(r"module script at .*?(\w+)/\1\.py", said):  # of the package `evaluate`, which has none
+            said += (
+                f" Such scorers come from the hub: go online, or put {script[1]}/ of huggingface/evaluate, where it is "
+                f"metrics/{script[1]}, into the folder that this is run in."
+            )
+        raise EvaluationError(f"lm-evaluation-harness cannot run {name}: {said}") from error
 
 
 @contextmanager

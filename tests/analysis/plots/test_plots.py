@@ -229,8 +229,7 @@ def test_labels_do_not_overlap_or_leave_the_axes():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [(31_051_424, "31.05 MB"), (140e9, "140.00 GB"), (1.5e12, "1.50 TB"), (2_500, "2.50 kB")],
+    ("value", "text"), [(31_051_424, "31.05 MB"), (140e9, "140.00 GB"), (1.5e12, "1.50 TB"), (2_500, "2.50 kB")]
 )
 def test_human_bytes(value, text):
     assert human_bytes(value) == text

@@ -33,11 +33,7 @@ def test_templates_of_known_families_have_no_faults_and_say_where_messages_stand
     ):
         assert faults(template, bos, end) == []
     parts = form(PHI, end="<|end|>").surroundings()
-    assert (parts.start, parts.answer, parts.next) == (
-        "<|user|>\n",
-        "<|end|>\n<|assistant|>\n",
-        "<|end|>\n<|user|>\n",
-    )
+    assert (parts.start, parts.answer, parts.next) == ("<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>\n<|user|>\n")
     refused = [finding for finding in lint(form(GEMMA, "<bos>", "<end_of_turn>")) if "refuses it" in finding.text]
     assert "no system role (a system message)" in refused[0].text and not refused[0].is_fault
 

@@ -1,6 +1,6 @@
 """Plans from drawn rows beside plans from the exact table: the KL of both on text that calibration did not see.
 
-    python -m dynquant.analysis.bench.sampled_plans MODEL -o DIR --bpw 2,2.5,3,3.5,4,5
+    python -m dynquant.analysis.bench.plans.sampled_plans MODEL -o DIR --bpw 2,2.5,3,3.5,4,5
 
 The error table is measured once exactly and once from drawn rows, by the same encoder under the same statistics.
 At every budget both plans are rendered, and scored on the same windows; the last column is the mean over tokens of the
