@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from dynquant.formats import tables
-from dynquant.kernels.triton.bit_words import USE_ASM, Inputs, dp4a, load2, plane, prmt, split4, sum_words
+from dynquant.kernels.triton.bit_words import USE_ASM, Inputs, dp4a, load2, load4, plane, prmt, split4, sum_words
 from dynquant.kernels.triton.unpack import table
 
 _LAYOUTS = {
@@ -82,8 +82,8 @@ def _copy(ptr, address, ENTRIES: tl.constexpr, WORDS: tl.constexpr, SHIFT: tl.co
     """Write every entry of WORDS words to all of its 1 << SHIFT bytes of shared memory, 16 bytes a time."""
     QUARTERS: tl.constexpr = max((1 << SHIFT) // 16, 1)
     if SHIFT == 2:
-        i = tl.arange(0, ENTRIES // 4)
-        a, b, c, d = _four(ptr, i)
+        i = tl.arange(0, ENTRIES // 4)[:, None]
+        a, b, c, d = load4(ptr, i)
     else:
         i = tl.arange(0, ENTRIES * QUARTERS)
         a = tl.load(ptr + i // QUARTERS * WORDS)
@@ -91,15 +91,6 @@ def _copy(ptr, address, ENTRIES: tl.constexpr, WORDS: tl.constexpr, SHIFT: tl.co
         c, d = a, b
     ASM: tl.constexpr = "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;"
     tl.inline_asm_elementwise(ASM, "=r,r,r,r,r,r", [address + i * 16, a, b, c, d], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _four(ptr, offs):
-    words = tl.reshape(tl.load(ptr + (offs[:, None] * 4 + tl.arange(0, 4)[None, :])), (offs.shape[0], 2, 2))
-    even, odd = tl.split(words)
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return a, b, c, d
 
 
 @triton.jit
@@ -187,7 +178,7 @@ def _load4(pointers):
 
 @triton.jit
 def _fields(w, at, ON: tl.constexpr, TYPE: tl.constexpr):
-    """What 64 weights are stored in, the scale of their block last: chunk `at` and ON chunks, whole blocks, more.
+    """Words of the 64 weights of chunk `at` + ON, of which ON is whole blocks; the scale of the block is last.
 
     ON is added to pointers, so that the rows of a lane share an address and differ by what the instruction adds to it.
     """
@@ -311,14 +302,10 @@ def _scale(f, UNIT: tl.constexpr, TYPE: tl.constexpr):
         scale = _counted(f[3], 3 * UNIT, 3, 2, 1)
     elif TYPE == "IQ3_S":
         scale = _counted(f[7], UNIT // 2 * 4, 4, 2, 1)
-    elif TYPE == "IQ2_XXS":
-        scale = _counted(f[2 + UNIT // 2], 28, 4, 1, 0.5)
-    elif TYPE == "IQ3_XXS":
-        scale = _counted(f[4 + UNIT // 2], 28, 4, 1, 0.5)
-    elif TYPE == "IQ2_XS":
-        scale = _counted(f[4], 4 * UNIT, 4, 1, 0.5)
+    elif TYPE == "IQ2_XXS" or TYPE == "IQ3_XXS":
+        scale = _counted(f[(2 if TYPE == "IQ2_XXS" else 4) + UNIT // 2], 28, 4, 1, 0.5)
     else:
-        scale = _counted(f[5], 4 * UNIT, 4, 1, 0.5)
+        scale = _counted(f[4 if TYPE == "IQ2_XS" else 5], 4 * UNIT, 4, 1, 0.5)
     return scale
 
 
