@@ -7,6 +7,8 @@ DEMO ?= demo-out
 SIDE_BY_SIDE := -n 2 --dist worksteal
 export HF_HUB_OFFLINE = 1
 export PYTHONSAFEPATH = 1
+# Images of containers often have it set: every process that a test starts would then compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test nightly test-gpu fuzz lint clean
 

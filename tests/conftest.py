@@ -20,13 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, cores[first : first + share])
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
-gc.disable()  # until all is imported
 
-
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
     """Leave what is imported out of collections of garbage, which would each go through two million objects."""
-    gc.freeze()
-    gc.enable()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
