@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_KERNELS = {"linear": (("gemv", 4), ("fused", 128)), "input_grad": (("fused", 256),)}  # `bench.products` times them
+_KERNELS = {"linear": (("gemv", 4), ("tiles", 128)), "input_grad": (("tiles", 256),)}  # `bench.products` times them
 """Product -> modules of `kernels.triton` with it, and most rows; they have `supports(type_name, x)`."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

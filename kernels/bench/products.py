@@ -18,7 +18,7 @@ from torch import Tensor
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.bench.harness import device_name, options
 from dynquant.kernels.planes import PLANES
-from dynquant.kernels.triton import fused, grouped, two_pass
+from dynquant.kernels.triton import grouped, tiles, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
 
 _ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -47,7 +47,7 @@ def bench_dequantize(name: str) -> Iterator[dict[str, object]]:
 
 
 def bench_linear(name: str) -> Iterator[dict[str, object]]:
-    """Yield times of `fused` and `two_pass` with slices of several sizes, forward and backward, beside bfloat16."""
+    """Yield times of `tiles` and `two_pass` with slices of several sizes, forward and backward, beside bfloat16."""
     for (rows, length), m in itertools.product(_MATRICES, _ROWS):
         weight = packed(name, rows, length)
         dense = torch.randn(rows, length, dtype=torch.bfloat16, device="cuda")
@@ -56,8 +56,8 @@ def bench_linear(name: str) -> Iterator[dict[str, object]]:
         line["bf16"] = microseconds(torch.matmul, x, dense.T)
         line["bf16 grad"] = microseconds(torch.matmul, dy, dense)
         if m <= 1024:
-            line["fused"] = microseconds(fused.linear, x, weight, name)
-            line["fused grad"] = microseconds(fused.input_grad, dy, weight, name)
+            line["tiles"] = microseconds(tiles.linear, x, weight, name)
+            line["tiles grad"] = microseconds(tiles.input_grad, dy, weight, name)
         for mega in (24, 48, 96):
             with mock.patch.object(two_pass, "_SLICE_BYTES", mega << 20):
                 line[f"two_pass {mega}"] = microseconds(two_pass.linear, x, weight, name)
@@ -91,19 +91,19 @@ def bench_experts(name: str) -> Iterator[dict[str, object]]:
 
 
 def bench_tiles(name: str) -> Iterator[dict[str, object]]:
-    """Yield times by constants of the tile kernels for a full prefill and for few rows."""
+    """Yield times by constants of the forward tile kernel for experts with many rows and with few."""
     weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
-    for tokens, rows_per_tile in ((4096, (64, 128, 256)), (1024, (32, 64)), (128, (16,))):
-        x, dy, ids = routed_inputs(tokens)
-        for bm, bn, g, warps, stages in itertools.product(rows_per_tile, (64, 128), (2, 4), (4, 8), (1, 3)):
-            config = {"BM": bm, "BN": bn, "G": g, "num_warps": warps, "num_stages": stages}
+    for tokens, rows_per_tile in ((4096, (64, 128)), (1024, (32, 64)), (128, (16,))):
+        x, _, ids = routed_inputs(tokens)
+        for bm, (bn, warps), slices, stages in itertools.product(rows_per_tile, ((64, 4), (128, 8)), (1, 2), (1, 2, 3)):
+            ahead = slices == stages == 1
+            config = {"BM": bm, "BN": bn, "WARPS": warps, "SLICES": slices, "STAGES": stages, "AHEAD": ahead}
             line = {"type": name, "tokens": tokens, **config}
-            with mock.patch.object(grouped, "tile_config", lambda *_, config=config: dict(config)):
-                for what, call, inputs in (("us", grouped.linear, x), ("grad us", grouped.input_grad, dy)):
-                    try:
-                        line[what] = microseconds(call, inputs, weight, ids, name)
-                    except triton.runtime.errors.OutOfResources:
-                        line[what] = None
+            with mock.patch.object(tiles, "linear_config", lambda *_, config=config: config):
+                try:
+                    line["us"] = microseconds(grouped.linear, x, weight, ids, name)
+                except triton.runtime.errors.OutOfResources:
+                    line["us"] = None
             yield line
 
 

@@ -1,4 +1,4 @@
-"""Activations as integers, for products with integer codes: one scale for every 32 of them.
+"""Activations as `gemv` and as `tiles` take them: integers with a scale for every 32, or floats in another order.
 
 `int8` keeps round(x / d) with d = max|x| / 127. `fixed16` keeps 16-bit fixed point as a signed high and low byte,
 x = d * (256 * high + low), d a power of two: a value within 2^-6 of the largest of its group keeps all bits of bf16,
@@ -6,11 +6,16 @@ and nothing is off by more than 2^-15 of the largest, so that sums of products a
 Layout of the bytes: `[M, P, 8, K / 128, 16]`, see `bit_words`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dynquant.kernels.triton.bit_words import USE_ASM
+from dynquant.kernels.triton.fragments import columns, step_of
 
 
 @triton.jit
@@ -66,3 +71,49 @@ def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool
     sizes = x.stride(0), row_length, padded_length
     _act_quant_kernel[grid](x, q, d, *sizes, is_fixed16, groups, pdl, num_warps=4, launch_pdl=pdl)
     return q, d
+
+
+@functools.cache
+def _order(type_name: str, device: torch.device, is_stream: bool) -> Tensor:
+    taken = columns(type_name)
+    if is_stream:  # sixteen bytes of a thread beside those of the next
+        taken = taken.view(4, -1, 4, 2)
+    return taken.transpose(0, 1).flatten().int().to(device)
+
+
+def arrange(
+    x: Tensor, type_name: str, num_rows: int, *, is_stream: bool = False, places: Tensor | None = None, slots: int = 1
+) -> Tensor:
+    """Activations [M, K] in the order of fragments, or of `two_pass` if `is_stream`: [num_rows, whole steps].
+
+    With `places` int [P] row i of the result is row places[i] // slots of x. Rows beyond these are zero.
+    """
+    length, step = x.shape[1], step_of.fn(type_name)
+    num_steps = triton.cdiv(length, step)
+    arranged = x.new_empty(num_rows, num_steps * step)
+    sources, together = len(x) if places is None else len(places), 1 if num_rows < 128 else 8
+    _arrange_kernel[(num_steps, triton.cdiv(num_rows, together))](
+        x, arranged, _order(type_name, x.device, is_stream), places, sources, num_rows, length, slots,
+        STEP=step, ROWS=together, PDL=USE_ASM.value, num_warps=2, launch_pdl=USE_ASM.value,
+    )  # fmt: skip
+    return arranged
+
+
+@triton.jit(do_not_specialize=["num_sources", "num_rows", "slots"])
+def _arrange_kernel(
+    x_ptr, out_ptr, order_ptr, places_ptr, num_sources, num_rows, length, slots,
+    STEP: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    i = tl.arange(0, STEP)[None, :]
+    # Two neighbours stay neighbours, all others may be anywhere.
+    k = tl.program_id(0) * STEP + tl.max_contiguous(tl.multiple_of(tl.load(order_ptr + i), [1, 2]), [1, 2])
+    place = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    source = place
+    if places_ptr is not None:
+        source = tl.load(places_ptr + tl.minimum(place, num_sources - 1)) // slots
+    x = tl.load(x_ptr + source * length + k, mask=(place < num_sources) & (k < length), other=0.0)
+    out = out_ptr + (place * tl.num_programs(0) + tl.program_id(0)) * STEP + i
+    tl.store(out, x, mask=place < num_rows)

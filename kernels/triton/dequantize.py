@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dynquant.formats.quant_types import quant_type
+from dynquant.kernels.triton.bit_words import USE_ASM
+from dynquant.kernels.triton.fragments import decode, fetch, kind_of, step_of
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
-_TILE_ROWS = 4
+_TILE_ROWS, _STREAM_ROWS = 4, 32
 
 
 def dequantize(
@@ -70,3 +72,45 @@ def dequantize_kernel(
     i = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     out = out_ptr + (row.to(tl.int64) * num_groups + group)[:, None, None] * 32 + i
     tl.store(out, w.to(out_ptr.dtype.element_ty), mask=is_inside[:, None, None])
+
+
+def dequantize_arranged(weight: Tensor, type_name: str, out: Tensor, first_row: int) -> Tensor:
+    """Fill `out` [rows, whole steps] with rows of weights as tiles decode them, columns as `activations.arrange` puts
+    those of activations with `is_stream`; return it. Columns beyond the row repeat others.
+    """
+    name = quant_type(type_name).name
+    grid = (out.shape[1] // step_of.fn(name), triton.cdiv(len(out), _STREAM_ROWS))
+    arranged_kernel[grid](
+        weight, table(name, weight.device), out, weight.numel() // quant_type(name).block_bytes, first_row, len(out),
+        weight.shape[-1] // quant_type(name).block_bytes, TYPE=name, ROWS=_STREAM_ROWS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["num_blocks", "first_row", "num_rows"])
+def arranged_kernel(
+    planes_ptr, table_ptr, out_ptr, num_blocks, first_row, num_rows, row_blocks, TYPE: tl.constexpr, ROWS: tl.constexpr
+):
+    """Four threads a row and step; each stores eight weights at a time, beside those of the next."""
+    STEP: tl.constexpr = step_of(TYPE)
+    KIND: tl.constexpr = kind_of(out_ptr.dtype.element_ty)
+    n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    t = tl.arange(0, 4)[None, :]
+    row = first_row + tl.minimum(n, num_rows - 1)
+    pairs = decode(
+        TYPE, fetch(TYPE, planes_ptr, num_blocks.to(tl.int64), row, row_blocks, tl.program_id(0), t), table_ptr, t, KIND
+    )
+    is_inside = (n < num_rows) & (t < 4)
+    out = out_ptr + (n.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * STEP + t * 8
+    for c in tl.static_range(STEP // 32):
+        if not USE_ASM or KIND == 0:
+            for e in tl.static_range(4):
+                tl.store(out + (c * 32 + 2 * e), pairs[4 * c + e][0], mask=is_inside)
+                tl.store(out + (c * 32 + 2 * e + 1), pairs[4 * c + e][1], mask=is_inside)
+        else:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred %p; setp.ne.b32 %p, $6, 0; @%p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
+                "=r,l,r,r,r,r,r",
+                [(out + c * 32).to(tl.int64), pairs[4 * c], pairs[4 * c + 1], pairs[4 * c + 2], pairs[4 * c + 3],
+                 is_inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip

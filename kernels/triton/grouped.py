@@ -15,8 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton import gemv
-from dynquant.kernels.triton.tiles import multiply_tiles, tile_config
+from dynquant.kernels.triton import gemv, tiles
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
 _MOST_SINGLE_PAIRS = 128  # up to this many pairs, and one for every expert, read the weights one by one
@@ -49,9 +48,11 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
     length, num_pairs = shapes.row_length(weight, stored), expert_ids.numel()
     product = inputs.new_empty(*expert_ids.shape, length if transposed else num_rows)
     if not _is_few(expert_ids, num_experts):
-        config = tile_config(num_pairs / num_experts, inputs.dtype)
-        pairs = _tiles_of(expert_ids, num_experts, config["BM"])
-        return multiply_tiles(product, inputs, weight, stored, transposed, config, pairs)
+        choose, run = (
+            (tiles.input_grad_config, tiles.multiply_back) if transposed else (tiles.linear_config, tiles.multiply)
+        )
+        config = choose(num_pairs / num_experts, inputs.dtype)
+        return run(product, inputs, weight, stored, config, _tiles_of(expert_ids, num_experts, config["BM"]))
     width, config = (128, {"BN": 32, "G": 4}) if transposed else (16, {"BN": 16, "G": 8})
     _pair_kernel[(triton.cdiv(product.shape[-1], width), num_pairs)](
         inputs, weight, table(stored.name, weight.device), expert_ids.contiguous(), product,
@@ -70,11 +71,11 @@ def _tiles_of(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tenso
     if not expert_ids.is_cuda or expert_ids.is_inference() or torch.cuda.is_current_stream_capturing():
         return sorted_tiles(expert_ids, num_experts, block_m)
     key = (expert_ids._version, num_experts, block_m, torch.cuda.current_stream(expert_ids.device))
-    last, tiles = _found.get(expert_ids, (None, None))
+    last, pairs = _found.get(expert_ids, (None, None))
     if last != key:
-        tiles = sorted_tiles(expert_ids, num_experts, block_m)
-        _found[expert_ids] = key, tiles
-    return tiles
+        pairs = sorted_tiles(expert_ids, num_experts, block_m)
+        _found[expert_ids] = key, pairs
+    return pairs
 
 
 def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:

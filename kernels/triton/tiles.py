@@ -1,8 +1,9 @@
 """Triton: tiles of products, rows of activations by rows (or columns) of packed weights, on the tensor cores.
 
 A program decodes each piece of the matrix once for its BM rows, rounds it to the dtype of the activations and adds
-products in float32. `grouped` and `fused` launch these kernels: the one with a table of tiles that each belong to an
-expert (-1: nobody's, the result is zero; -2: nothing to do), the other without, for a single matrix.
+products in float32. `grouped` launches these kernels with a table of tiles that each belong to an expert (-1: nobody's,
+the result is zero; -2: nothing to do); `linear` and `input_grad` are for a single matrix, where `two_pass` would decode
+more than it multiplies.
 
 Arguments in common: `num_blocks` of the whole tensor, N rows of a matrix, `K_groups` groups of 32 weights in a row,
 `slots` results that share a row of activations, `num_pairs` results. The third axis of the forward grid shares out the
@@ -13,17 +14,36 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dynquant.formats.quant_types import QuantType
+from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels import shapes
+from dynquant.kernels.triton.activations import arrange
+from dynquant.kernels.triton.bit_words import USE_ASM
+from dynquant.kernels.triton.fragments import decode, fetch, kind_of, matrix, rows, step_of
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
-_RESIDENT = {16: 896, 32: 640, 64: 512, 128: 384}  # rows of a program -> programs that an H100 runs at once
+_LINEAR = {
+    16: {"BM": 16, "BN": 64, "WARPS": 4, "SLICES": 1, "STAGES": 3, "AHEAD": False},
+    32: {"BM": 32, "BN": 128, "WARPS": 8, "SLICES": 1, "STAGES": 3, "AHEAD": False},
+    64: {"BM": 64, "BN": 64, "WARPS": 4, "SLICES": 1, "STAGES": 3, "AHEAD": False},
+    128: {"BM": 128, "BN": 128, "WARPS": 8, "SLICES": 1, "STAGES": 2, "AHEAD": False},
+}
+"""Rows of activations that share a matrix, at most -> constants of `tile_linear_kernel`, as measured on an H200."""
+
+_FLOAT32 = {"BM": 16, "BN": 64, "WARPS": 4, "SLICES": 8, "STAGES": 1, "AHEAD": False}  # no tensor cores: short products
 
 
-def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
-    """Return constants and launch options of the kernels for about so many rows of activations that share a matrix."""
+def linear_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
+    """Return constants of the forward kernel for about so many rows of activations that share a matrix."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    return next((config for most, config in _LINEAR.items() if num_rows <= most), _LINEAR[128])
+
+
+def input_grad_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
+    """Return constants and launch options of the gradient's kernel for about so many rows that share a matrix."""
     if dtype == torch.float32:  # no tensor cores: larger tiles were seen to spill registers
         return {"BM": 16, "BN": 64, "G": 1, "num_warps": 4, "num_stages": 2}
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
@@ -33,12 +53,15 @@ def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
     return {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 1, **limit}
 
 
-def column_shares(num_programs: int, config: dict[str, int], num_groups: int) -> int:
+def column_shares(num_programs: int, config: dict[str, int], num_steps: int) -> int:
     """Return how many programs should share the columns of a matrix so that the device is busy: a power of two."""
-    shares, steps = 1, num_groups // config["G"]
-    while 2 * shares * num_programs <= _RESIDENT[config["BM"]] and steps >= 8 * shares:
+    shares = 1
+    while 2 * shares * num_programs <= _RESIDENT[config["BM"]] and num_steps >= 4 * shares:
         shares *= 2
     return shares
+
+
+_RESIDENT = {16: 528, 32: 264, 64: 264, 128: 132}  # rows of a program -> programs that an H200 runs at once
 
 
 @triton.jit
@@ -58,32 +81,60 @@ def _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM: tl.constexpr
 @triton.jit(do_not_specialize=["num_blocks", "num_tiles", "num_pairs"])
 def tile_linear_kernel(
     x_ptr, planes_ptr, table_ptr, order_ptr, tiles_ptr, y_ptr,
-    num_blocks, N, K_groups, slots, num_tiles, num_pairs,
-    TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
+    num_blocks, N, row_blocks, num_steps, num_tiles, num_pairs,
+    TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y^T = W x^T: as the left operand the decoded weights go to the tensor cores straight from registers."""
+    """y^T = W x^T for activations of `arrange`, a row for every place of a tile."""
+    STEP: tl.constexpr = step_of(TYPE)
+    KIND: tl.constexpr = kind_of(x_ptr.dtype.element_ty)
     tile = tl.program_id(1)
-    expert = 0
-    if order_ptr is not None:
+    share = tl.cdiv(num_steps, tl.num_programs(2))
+    start = tl.program_id(2) * share
+    stop = tl.minimum(start + share, num_steps)
+    expert, first, last = 0, tile * BM, num_pairs
+    if tiles_ptr is not None:
         expert = tl.load(tiles_ptr + tile)
         if expert == -2:
             return
-    pair, is_pair = _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+        first, last = tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile)
+        stop = tl.where(expert < 0, start, stop)
+        expert = tl.maximum(expert, 0)
+    nb = num_blocks.to(tl.int64)
+    row = (expert * N + tl.minimum(tl.program_id(0) * BN + rows(BN, WARPS), N - 1))[:, None]
+    t = tl.arange(0, 4)[None, :]
+    place = first + tl.arange(0, BM)
+    x_ptrs = x_ptr + place.to(tl.int64)[None, :] * (num_steps * STEP) + tl.arange(0, STEP // SLICES)[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
-    if expert >= 0:
-        r = tl.arange(0, BN * G)
-        row = expert * N + tl.minimum(tl.program_id(0) * BN + r // G, N - 1)
-        k = tl.arange(0, G * 32)
-        x_ptrs = x_ptr + (pair // slots)[None, :] * (K_groups * 32) + k[:, None]
-        share = tl.cdiv(tl.cdiv(K_groups, G), tl.num_programs(2)) * G
-        for start in range(tl.program_id(2) * share, tl.minimum((tl.program_id(2) + 1) * share, K_groups), G):
-            groups = row * K_groups + tl.minimum(start + r % G, K_groups - 1)
-            w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), groups)
-            x = tl.load(
-                x_ptrs + start * 32, mask=is_pair[None, :] & (start * 32 + k < K_groups * 32)[:, None], other=0.0
-            )
-            acc = tl.dot(tl.reshape(w, [BN, G * 32]).to(x.dtype), x, acc, input_precision="ieee")
+    raw = fetch(TYPE, planes_ptr, nb, row, row_blocks, tl.minimum(start, num_steps - 1), t)
+    if PDL:
+        gdc_wait()
+    if AHEAD:
+        x = tl.load(x_ptrs + tl.minimum(start, num_steps - 1) * STEP)
+    for step in tl.range(start, stop, num_stages=STAGES):
+        # The next step's bytes are on their way while this one's are multiplied.
+        beyond = tl.minimum(step + 1, num_steps - 1)
+        following = fetch(TYPE, planes_ptr, nb, row, row_blocks, beyond, t)
+        if AHEAD:
+            next_x = tl.load(x_ptrs + beyond * STEP)
+        pairs = decode(TYPE, raw, table_ptr, t, KIND)
+        for s in tl.static_range(SLICES):
+            part = ()
+            for e in tl.static_range(STEP // 8 // SLICES):
+                part += (pairs[s * (STEP // 8 // SLICES) + e],)
+            if not AHEAD:
+                x = tl.load(x_ptrs + (step * STEP + s * (STEP // SLICES)))
+            acc = tl.dot(matrix(part, BN, WARPS, x.dtype, KIND), x, acc, input_precision="ieee")
+        raw = following
+        if AHEAD:
+            x = next_x
+    if PDL:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    is_pair = place < last
+    pair = place.to(tl.int64)
+    if order_ptr is not None:
+        pair = tl.load(order_ptr + place, mask=is_pair, other=0)
     y_ptrs = y_ptr + (tl.program_id(2) * num_pairs.to(tl.int64) + pair)[None, :] * N + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=is_pair[None, :] & (n < N)[:, None])
 
@@ -117,27 +168,62 @@ def tile_input_grad_kernel(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=is_pair[:, None] & (k < K_groups * 32)[None, :])
 
 
-def multiply_tiles(
-    product: Tensor, x: Tensor, weight: Tensor, stored: QuantType, transposed: bool, config: dict, pairs=(None, None)
+def supports(type_name: str, x: Tensor) -> bool:
+    """Return whether tensor cores take these activations; float32 has none that are exact enough."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
+    """x [M, K] times planar rows uint8 [N, row_bytes] transposed: [M, N]. Both are contiguous."""
+    product, config = x.new_empty(len(x), len(weight)), linear_config(len(x), x.dtype)
+    return multiply(product, x, weight, quant_type(type_name), config)
+
+
+def input_grad(dy: Tensor, weight: Tensor, type_name: str) -> Tensor:
+    """dy [M, N] times planar rows uint8 [N, row_bytes]: [M, K]. Both are contiguous."""
+    stored = quant_type(type_name)
+    product = dy.new_empty(len(dy), shapes.row_length(weight, stored))
+    return multiply_back(product, dy, weight, stored, input_grad_config(len(dy), dy.dtype))
+
+
+def multiply(
+    product: Tensor, x: Tensor, weight: Tensor, stored: QuantType, config: dict[str, int], pairs=(None, None)
 ) -> Tensor:
-    """Write x W^T, or x W if `transposed`, into `product` [pairs, extent] and return it; `config` of `tile_config`.
+    """Write x W^T into `product` [pairs, N] and return it; `config` of `linear_config`.
 
     `pairs` is what `grouped.sorted_tiles` returns; without it the weight is a single matrix.
     """
     order, tiles = pairs
-    extent, num_groups = product.shape[-1], shapes.row_length(weight, stored) // 32
-    num_pairs = product.numel() // extent
+    num_rows, name = product.shape[-1], stored.name
+    num_pairs, x = product.numel() // num_rows, x.reshape(-1, x.shape[-1])
     num_tiles = triton.cdiv(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
-    grid = (triton.cdiv(extent, 32 * config["G"] if transposed else config["BN"]), num_tiles)
-    is_shared = tiles is None and not transposed
-    shares = column_shares(grid[0] * num_tiles, config, num_groups) if is_shared else 1
+    # A tile of an expert reads beyond its last place.
+    places = num_tiles * config["BM"] if tiles is None else num_pairs + config["BM"]
+    arranged = arrange(x, name, places, places=order, slots=num_pairs // len(x))
+    programs, num_steps = triton.cdiv(num_rows, config["BN"]) * num_tiles, arranged.shape[1] // step_of.fn(name)
+    shares = column_shares(programs, config, num_steps) if tiles is None else 1
     target = product if shares == 1 else product.new_empty(shares, *product.shape, dtype=torch.float32)
-    kernel = tile_input_grad_kernel if transposed else tile_linear_kernel
-    kernel[(*grid, shares)](
-        x, weight, table(stored.name, weight.device), order, tiles, target,
-        weight.numel() // stored.block_bytes, weight.shape[-2], num_groups,
-        num_pairs * x.shape[-1] // x.numel(), num_tiles, num_pairs, TYPE=stored.name, **config,
+    tile_linear_kernel[(programs // num_tiles, num_tiles, shares)](
+        arranged, weight, table(name, weight.device), order, tiles, target,
+        weight.numel() // stored.block_bytes, num_rows, weight.shape[-1] // stored.block_bytes, num_steps,
+        num_tiles, num_pairs, TYPE=name, **config, PDL=USE_ASM.value, num_warps=config["WARPS"],
+        launch_pdl=USE_ASM.value,
     )  # fmt: skip
     if shares > 1:
-        add_splits(target, product, pdl=False)
+        add_splits(target, product, pdl=USE_ASM.value)
+    return product
+
+
+def multiply_back(
+    product: Tensor, dy: Tensor, weight: Tensor, stored: QuantType, config: dict[str, int], pairs=(None, None)
+) -> Tensor:
+    """Write dy W into `product` [pairs, K] and return it, like `multiply`; `config` of `input_grad_config`."""
+    order, tiles = pairs
+    num_pairs = product.numel() // product.shape[-1]
+    num_tiles = triton.cdiv(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
+    tile_input_grad_kernel[(triton.cdiv(product.shape[-1], 32 * config["G"]), num_tiles)](
+        dy, weight, table(stored.name, weight.device), order, tiles, product,
+        weight.numel() // stored.block_bytes, weight.shape[-2], shapes.row_length(weight, stored) // 32,
+        num_pairs * dy.shape[-1] // dy.numel(), num_tiles, num_pairs, TYPE=stored.name, **config,
+    )  # fmt: skip
     return product

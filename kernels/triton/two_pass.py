@@ -1,8 +1,9 @@
 """Products of many rows with planar weights on CUDA: decode a slice of the matrix, multiply it with cuBLAS, repeat.
 
-With up to a thousand rows the slice is small enough to stay in the L2 cache between the two passes; with more, products
-take so long that fewer launches are worth more. The forward pass takes slices of rows and the gradient slices of
-columns, so that in both every result is written once: no rounded partial sums are added up.
+Slices are large: ones that would stay in the L2 cache between the passes leave cuBLAS too few tiles for a GPU, which
+costs more than the cache saves, also where the next slice is decoded on a second stream meanwhile. The forward pass
+takes slices of rows and the gradient slices of columns, so that in both every result is written once: no rounded
+partial sums are added up.
 """
 
 import torch
@@ -10,23 +11,23 @@ from torch import Tensor
 
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton.dequantize import dequantize
+from dynquant.kernels.triton.activations import arrange
+from dynquant.kernels.triton.dequantize import dequantize, dequantize_arranged
 
-_SLICE_BYTES = 24 << 20  # half the L2 cache of an H100
-_LONG, _LONG_SLICE_BYTES = 1024, 128 << 20  # rows from which slices are larger, and their size
+_SLICE_BYTES = 128 << 20
 _COLUMN_STEP = 256
 _ROW_STEP = 128  # slices are whole tiles of the matrix product
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
     """x [M, K] times planar rows uint8 [N, row_bytes] transposed: [M, N]."""
-    num_rows, length = weight.shape[0], x.shape[1]
+    num_rows, arranged = weight.shape[0], arrange(x, quant_type(type_name).name, len(x), is_stream=True)
     product = x.new_empty(len(x), num_rows)
-    step = _step(num_rows, length, x, _ROW_STEP)
-    dense = x.new_empty(step, length)
+    step = _step(num_rows, arranged.shape[1], x, _ROW_STEP)
+    dense = x.new_empty(step, arranged.shape[1])
     for start in range(0, num_rows, step):
-        part = dequantize(weight, type_name, dense[: num_rows - start], first_row=start)
-        torch.mm(x, part.T, out=product[:, start : start + step])
+        part = dequantize_arranged(weight, type_name, dense[: num_rows - start], start)
+        torch.mm(arranged, part.T, out=product[:, start : start + step])
     return product
 
 
@@ -46,8 +47,7 @@ def input_grad(dy: Tensor, weight: Tensor, type_name: str) -> Tensor:
 
 def _step(extent: int, other: int, activations: Tensor, multiple: int) -> int:
     """Return how much of `extent` one slice spans: as near to equal slices as multiples allow."""
-    slice_bytes = _SLICE_BYTES if len(activations) <= _LONG else _LONG_SLICE_BYTES
-    limit = max(1, slice_bytes // max(1, other * activations.element_size()))
+    limit = max(1, _SLICE_BYTES // max(1, other * activations.element_size()))
     slices = -(-extent // max(multiple, limit // multiple * multiple))
     even = -(-extent // max(1, slices))
     return max(1, min(extent, -(-even // multiple) * multiple))

@@ -36,7 +36,7 @@ def groups_per_block(type_name):
 
 
 @triton.constexpr_function
-def _plane(type_name, field):
+def plane_start(type_name, field):
     """Bytes of one block that lie in planes before that of `field`."""
     names = [plane.name for plane in PLANES[type_name]]
     return sum(plane.num_bytes for plane in PLANES[type_name][: names.index(field)])
@@ -129,7 +129,7 @@ def _two_halves(p, index):
 @triton.jit
 def _scale_of(TYPE: tl.constexpr, p, nb, block):
     """The fp16 scale of a block, field `d`."""
-    return tl.load(p.to(tl.pointer_type(tl.float16)) + (nb * (_plane(TYPE, "d") // 2) + block)).to(tl.float32)
+    return tl.load(p.to(tl.pointer_type(tl.float16)) + (nb * (plane_start(TYPE, "d") // 2) + block)).to(tl.float32)
 
 
 @triton.jit
@@ -211,12 +211,12 @@ def _plain(TYPE: tl.constexpr, p, nb, block, i8, i):
         packed = _words(p, block, 4)
         codes = _low_then_high(packed & 0x0F0F0F0F, (packed >> 4) & 0x0F0F0F0F)
     if TYPE == "Q5_0" or TYPE == "Q5_1":
-        bits = _byte(p, nb * _plane(TYPE, "qh") + block * 4 + i8)
+        bits = _byte(p, nb * plane_start(TYPE, "qh") + block * 4 + i8)
         # Four bits go to bit 0 of four bytes, and from there to bit 4.
         fifth = ((bits & 15) * 0x00204081) & 0x01010101, ((bits >> 4) * 0x00204081) & 0x01010101
         codes = _with_high_bits(codes, fifth, 4)
     if TYPE == "Q4_1" or TYPE == "Q5_1":
-        d, m = _two_halves(p + nb * _plane(TYPE, "dm"), block)
+        d, m = _two_halves(p + nb * plane_start(TYPE, "dm"), block)
         return d * _floats(codes, 0, i) + m
     else:
         OFFSET: tl.constexpr = 128 if TYPE == "Q8_0" else 16 if TYPE == "Q5_0" else 8
@@ -244,19 +244,19 @@ def _tabled(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
         # A block of 16 has its first eight weights in low nibbles, the others in high ones.
         both = tl.permute(tl.reshape(tl.join(low, high), [low.shape[0], 2, 2, 2]), (0, 1, 3, 2))
         codes = _codes(tl.reshape(both, [low.shape[0], 8]))
-        e = _byte(p, nb * _plane("NVFP4", "d") + block * 4 + s * 2 + (i8 >> 1))
+        e = _byte(p, nb * plane_start("NVFP4", "d") + block * 4 + s * 2 + (i8 >> 1))
         scale = tl.load(table_ptr.to(tl.pointer_type(tl.float32)) + e)
     else:
         codes = _low_then_high(low, high)
         if TYPE == "MXFP4":
-            e = _byte(p, nb * _plane("MXFP4", "e") + block)
+            e = _byte(p, nb * plane_start("MXFP4", "e") + block)
             # Half of 2^(e - 127); the two smallest are subnormal.
             scale = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
         else:
             scale = _scale_of(TYPE, p, nb, block)
         if TYPE == "IQ4_XS":
-            sc_low = (_byte(p, nb * _plane("IQ4_XS", "scales_l") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
-            sc_high = (_word16(p, nb * (_plane("IQ4_XS", "scales_h") // 2) + block) >> (s * 2)) & 3
+            sc_low = (_byte(p, nb * plane_start("IQ4_XS", "scales_l") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
+            sc_high = (_word16(p, nb * (plane_start("IQ4_XS", "scales_h") // 2) + block) >> (s * 2)) & 3
             scale = scale * ((sc_low | (sc_high << 4)) - 32).to(tl.float32)
     return scale * _floats(codes, 128, i)
 
@@ -266,23 +266,23 @@ def _crumbs(TYPE: tl.constexpr, p, nb, block, s, i8, i):
     """Q2_K, Q3_K, Q6_K, TQ2_0."""
     sub = s * 2 + (i8 >> 1)  # sixteen weights that share a scale
     if TYPE == "Q2_K":
-        scales = _byte(p, nb * _plane("Q2_K", "scales") + block * 16 + sub)
-        d, dmin = _two_halves(p + nb * _plane("Q2_K", "dm"), block)
+        scales = _byte(p, nb * plane_start("Q2_K", "scales") + block * 16 + sub)
+        d, dmin = _two_halves(p + nb * plane_start("Q2_K", "dm"), block)
         scale, minimum = d * (scales & 15).to(tl.float32), dmin * (scales >> 4).to(tl.float32)
-        w = scale * _floats(_crumb_plane(p + nb * _plane("Q2_K", "qs"), block, s), 0, i) - minimum
+        w = scale * _floats(_crumb_plane(p + nb * plane_start("Q2_K", "qs"), block, s), 0, i) - minimum
     elif TYPE == "Q3_K":
-        scales = nb * _plane("Q3_K", "scales") + block * 12
+        scales = nb * plane_start("Q3_K", "scales") + block * 12
         low = (_byte(p, scales + (sub & 7)) >> ((sub >> 3) * 4)) & 15
         high = (_byte(p, scales + 8 + (sub & 3)) >> ((sub >> 2) * 2)) & 3
         scale = _scale_of(TYPE, p, nb, block) * ((low | (high << 4)) - 32).to(tl.float32)
-        third = _fields(p + nb * _plane("Q3_K", "hmask"), block, s, 1)
-        codes = _with_high_bits(_crumb_plane(p + nb * _plane("Q3_K", "qs"), block, s), third, 2)
+        third = _fields(p + nb * plane_start("Q3_K", "hmask"), block, s, 1)
+        codes = _with_high_bits(_crumb_plane(p + nb * plane_start("Q3_K", "qs"), block, s), third, 2)
         w = scale * _floats(codes, 4, i)
     elif TYPE == "Q6_K":
-        sc = _byte(p, nb * _plane("Q6_K", "scales") + block * 16 + sub)
+        sc = _byte(p, nb * plane_start("Q6_K", "scales") + block * 16 + sub)
         scale = _scale_of(TYPE, p, nb, block) * ((sc ^ 128) - 128).to(tl.float32)
-        low = _fields(p + nb * _plane("Q6_K", "ql"), block * 4 + (s >> 2) * 2 + (s & 1), (s & 2) * 2, 4)
-        high = _crumb_plane(p + nb * _plane("Q6_K", "qh"), block, s)
+        low = _fields(p + nb * plane_start("Q6_K", "ql"), block * 4 + (s >> 2) * 2 + (s & 1), (s & 2) * 2, 4)
+        high = _crumb_plane(p + nb * plane_start("Q6_K", "qh"), block, s)
         w = scale * _floats(_with_high_bits(low, high, 4), 32, i)
     else:
         w = _scale_of(TYPE, p, nb, block) * _floats(_crumb_plane(p, block, s), 1, i)
@@ -292,14 +292,14 @@ def _crumbs(TYPE: tl.constexpr, p, nb, block, s, i8, i):
 @triton.jit
 def _nibbles(TYPE: tl.constexpr, p, nb, block, s, i):
     """Q4_K, Q5_K."""
-    scales = nb * _plane(TYPE, "scales") + block * 12 + (s & 3)
+    scales = nb * plane_start(TYPE, "scales") + block * 12 + (s & 3)
     b0, b1, b2 = _byte(p, scales), _byte(p, scales + 4), _byte(p, scales + 8)
     sc = tl.where(s < 4, b0 & 63, (b2 & 15) | ((b0 >> 2) & 48))
     m = tl.where(s < 4, b1 & 63, (b2 >> 4) | ((b1 >> 2) & 48))
-    d, dmin = _two_halves(p + nb * _plane(TYPE, "dm"), block)
-    codes = _fields(p + nb * _plane(TYPE, "qs"), block * 4 + (s >> 1), (s & 1) * 4, 4)
+    d, dmin = _two_halves(p + nb * plane_start(TYPE, "dm"), block)
+    codes = _fields(p + nb * plane_start(TYPE, "qs"), block * 4 + (s >> 1), (s & 1) * 4, 4)
     if TYPE == "Q5_K":
-        codes = _with_high_bits(codes, _fields(p + nb * _plane(TYPE, "qh"), block, s, 1), 4)
+        codes = _with_high_bits(codes, _fields(p + nb * plane_start(TYPE, "qh"), block, s, 1), 4)
     return d * sc.to(tl.float32) * _floats(codes, 0, i) - dmin * m.to(tl.float32)
 
 
@@ -322,21 +322,21 @@ def _signed(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
         pair = _word16_of(p, unit, i8)
         first, signs = (pair & 511) * 2, _even_signs(pair >> 9)
     elif TYPE == "IQ2_S":
-        qh = (_byte(p, nb * _plane("IQ2_S", "qh") + unit) >> (i8 * 2)) & 3
+        qh = (_byte(p, nb * plane_start("IQ2_S", "qh") + unit) >> (i8 * 2)) & 3
         first = (_byte_of(p, unit, i8) | (qh << 8)) * 2
     elif TYPE == "IQ3_XXS":
-        word = _word32(p, nb * (_plane("IQ3_XXS", "scales") // 4) + unit)
+        word = _word32(p, nb * (plane_start("IQ3_XXS", "scales") // 4) + unit)
         pair = _word16_of(p, unit, i8)
         first, second = pair & 255, pair >> 8
     else:
-        sc = (_byte(p, nb * _plane("IQ3_S", "scales") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
+        sc = (_byte(p, nb * plane_start("IQ3_S", "scales") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
         pair = _word16_of(p, unit, i8)
-        qh = _byte(p, nb * _plane("IQ3_S", "qh") + unit) >> (i8 * 2)
+        qh = _byte(p, nb * plane_start("IQ3_S", "qh") + unit) >> (i8 * 2)
         first, second = (pair & 255) | ((qh & 1) << 8), (pair >> 8) | ((qh & 2) << 7)
     if TYPE == "IQ2_XXS" or TYPE == "IQ2_XS" or TYPE == "IQ2_S":
         second = first + 1
     if TYPE == "IQ2_S" or TYPE == "IQ3_S":
-        signs = _byte_of(p + nb * _plane(TYPE, "signs"), unit, i8)
+        signs = _byte_of(p + nb * plane_start(TYPE, "signs"), unit, i8)
     if TYPE == "IQ2_XXS" or TYPE == "IQ3_XXS":
         signs = _even_signs((word >> (i8 * 7)) & 127)
         d, sc = _scale_of(TYPE, p, nb, block), ((word >> 28) & 15).to(tl.float32) + 0.5
@@ -344,7 +344,7 @@ def _signed(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
     elif TYPE == "IQ3_S":
         scale = _scale_of(TYPE, p, nb, block) * (sc * 2 + 1).to(tl.float32)
     else:
-        sc = (_byte(p, nb * _plane(TYPE, "scales") + unit) >> ((i8 >> 1) * 4)) & 15
+        sc = (_byte(p, nb * plane_start(TYPE, "scales") + unit) >> ((i8 >> 1) * 4)) & 15
         scale = _scale_of(TYPE, p, nb, block) * (sc.to(tl.float32) + 0.5) * 0.25
     bits = (scale * _floats((tl.load(table_ptr + first), tl.load(table_ptr + second)), 0, i)).to(tl.int32, bitcast=True)
     return (bits ^ ((signs << (31 - i)) & -2147483648)).to(tl.float32, bitcast=True)  # the bit becomes the float's sign
@@ -354,17 +354,17 @@ def _signed(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
 def _ternary(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
     """IQ1_S, IQ1_M: scale * (ternary + delta) in eighths; digits are stored plus one, delta is +1 or -1."""
     if TYPE == "IQ1_S":
-        word = _word16(p, nb * (_plane("IQ1_S", "qh") // 2) + block * 8 + s)
+        word = _word16(p, nb * (plane_start("IQ1_S", "qh") // 2) + block * 8 + s)
         scale = _scale_of(TYPE, p, nb, block) * (((word >> 12) & 7) * 2 + 1).to(tl.float32)
         qh, delta = word >> (i8 * 3), 1 - ((word >> 15) & 1) * 2
     else:
-        words = nb * (_plane("IQ1_M", "scales") // 2) + block * 4
+        words = nb * (plane_start("IQ1_M", "scales") // 2) + block * 4
         quarters = (_word16(p, words) >> 12) | ((_word16(p, words + 1) >> 8) & 0xF0)
         bits = quarters | ((_word16(p, words + 2) >> 4) & 0xF00) | (_word16(p, words + 3) & 0xF000)
         d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         sc = (_word16(p, words + (s >> 1)) >> ((s & 1) * 6 + (i8 >> 1) * 3)) & 7
         scale = d * (sc * 2 + 1).to(tl.float32)
-        qh = _byte(p, nb * _plane("IQ1_M", "qh") + block * 16 + s * 2 + (i8 >> 1)) >> ((i8 & 1) * 4)
+        qh = _byte(p, nb * plane_start("IQ1_M", "qh") + block * 16 + s * 2 + (i8 >> 1)) >> ((i8 & 1) * 4)
         delta = 1 - ((qh >> 3) & 1) * 2
     digits = tl.load(table_ptr + (_byte_of(p, block * 8 + s, i8) | ((qh & 7) << 8)))
     eighths = (digits & 0x0F0F0F0F) << 3, ((digits >> 4) & 0x0F0F0F0F) << 3
@@ -378,7 +378,7 @@ def _digits(p, nb, block, s, i8, i):
     is_tail = t >= 80
     digit = tl.where(is_tail, (t - 80 + i) >> 2, tl.where(t < 0, s, t >> 4))
     body = _byte(p, block * 48 + tl.where(t < 0, i8 * 8, (i8 & 1) * 8 + 32) + i)
-    tail = _word32(p, nb * (_plane("TQ1_0", "qh") // 4) + block) >> ((i & 3) * 8)
+    tail = _word32(p, nb * (plane_start("TQ1_0", "qh") // 4) + block) >> ((i & 3) * 8)
     power = tl.where(digit == 4, 81, (0x1B090301 >> ((digit & 3) * 8)) & 255)  # of 3: bytes 1, 3, 9, 27
     shifted = (tl.where(is_tail, tail, body) * power) & 255
     return _scale_of("TQ1_0", p, nb, block) * (((shifted * 3) >> 8) - 1).to(tl.float32)

@@ -13,13 +13,13 @@ import tests.helpers.interpreter  # noqa: F401
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.planes import pack_planes
-from dynquant.kernels.triton import fused, grouped, two_pass
+from dynquant.kernels.triton import grouped, tiles, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 
 PARTS_TYPES = ("Q8_0", "Q4_K", "NVFP4")
 PRODUCT_TYPES = ("Q5_1", "IQ3_S")
-"""What differs between types is in `unpack`, and tested for all; these stand for the block sizes and the codebooks."""
+"""What differs between types is in `unpack` and `fragments`, and tested for all; these stand for the block sizes."""
 
 
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -56,8 +56,14 @@ def single_pairs(name: str) -> dict[str, float]:
     weight = packed_weights(name, 3, 9, 256)
     ids = torch.tensor([[2, 3, 0]])
     x = normal(1, 256)
-    y = grouped.linear(x, pack_planes(name, weight), ids, name)
-    return {"pairs": relative_error(y, experts_truth(x, weight, ids, name)), "sentinels": float(y[0, 1].abs().max())}
+    planar, matrix, dense = pack_planes(name, weight), pack_planes(name, weight[1]), decode(name, weight[1]).double()
+    y = grouped.linear(x, planar, ids, name)
+    return {
+        "pairs": relative_error(y, experts_truth(x, weight, ids, name)),
+        "sentinels": float(y[0, 1].abs().max()),
+        "fragments": relative_error(tiles.linear(x, matrix, name), x.double() @ dense.T),
+        "arranged": relative_error(two_pass.linear(x, matrix, name), x.double() @ dense.T),
+    }
 
 
 def products(name: str) -> dict[str, float]:
@@ -77,9 +83,9 @@ def products(name: str) -> dict[str, float]:
         "pairs transposed": relative_error(
             grouped.input_grad(dy[:2], planar, few, name), experts_truth(dy[:2], weight, few, name, transposed=True)
         ),
-        "fused": relative_error(fused.linear(x, matrix, name), x.double() @ dense.T),
-        "fused transposed": relative_error(
-            fused.input_grad(dy[:, 0].contiguous(), matrix, name), dy[:, 0].double() @ dense
+        "matrix": relative_error(tiles.linear(x, matrix, name), x.double() @ dense.T),
+        "matrix transposed": relative_error(
+            tiles.input_grad(dy[:, 0].contiguous(), matrix, name), dy[:, 0].double() @ dense
         ),
         "two passes": relative_error(two_pass.linear(x, matrix, name), x.double() @ dense.T),
         "two passes transposed": relative_error(two_pass.input_grad(dy[:, 0], matrix, name), dy[:, 0].double() @ dense),

@@ -169,7 +169,7 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "chosen"), [(1, "gemv"), (4, "gemv"), (5, "fused"), (128, "fused"), (129, "two_pass")]
+    ("rows", "chosen"), [(1, "gemv"), (4, "gemv"), (5, "tiles"), (128, "tiles"), (129, "two_pass")]
 )
 def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
     class Kernel:
@@ -179,7 +179,7 @@ def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
         def supports(self, type_name, x):
             return type_name == NAME and x.shape[0] <= self.most
 
-    modules = {name: Kernel(name, most) for name, most in (("gemv", 4), ("fused", 999), ("two_pass", 1 << 30))}
+    modules = {name: Kernel(name, most) for name, most in (("gemv", 4), ("tiles", 999), ("two_pass", 1 << 30))}
     monkeypatch.setattr(dispatch, "_module", modules.get)
     assert dispatch._first_kernel("linear", NAME, torch.zeros(rows, 256)).name == chosen
 
