@@ -241,8 +241,9 @@ def _configs(type_name: str, act: str, m: int, asked: Namespace) -> list[_Config
         return [None] if act == "bf16" else []
     configs = [gemv_config(type_name, m)]
     if asked.tune:
-        sizes = ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
-        configs = [GemvConfig(bn, warps, rows=m, pdl=True) for bn, warps in sizes] + [GemvConfig(4, 1, rows=m)]
+        is_codebook = configs[0].warps > 1
+        sizes = ((2, 8), (4, 8), (2, 16), (4, 16)) if is_codebook else ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
+        configs = [GemvConfig(bn, warps, rows=m, pdl=True) for bn, warps in sizes] + [replace(configs[0], pdl=False)]
     return configs if asked.pdl is None else [replace(config, pdl=bool(asked.pdl)) for config in configs]
 
 

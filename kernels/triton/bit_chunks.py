@@ -268,3 +268,43 @@ def _ue4m3(byte):
     normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
     value = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
     return tl.where(byte == 127, 0.0, value)
+
+
+@triton.jit
+def _digits(even, odd):
+    """The leading base-3 digits of four byte fractions held in 16-bit lanes, and the fractions that remain."""
+    even, odd = even * 3, odd * 3  # the digit moves above the eight bits of the fraction
+    return ((even >> 8) & 0x00030003) | (odd & 0x03000300), even & 0x00FF00FF, odd & 0x00FF00FF
+
+
+@triton.jit
+def _add_digits(parts, even, odd, x, unit):
+    """One digit of sixteen bytes: a unit."""
+    w0, e0, o0 = _digits(even[0], odd[0])
+    w1, e1, o1 = _digits(even[1], odd[1])
+    w2, e2, o2 = _digits(even[2], odd[2])
+    w3, e3, o3 = _digits(even[3], odd[3])
+    dots, _ = unit_dots(x, unit, (w0, w1, w2, w3), 1, False)
+    parts = add_scaled(parts, dots, 1.0, x, unit // 2, 1.0)
+    return parts, (e0, e1, e2, e3), (o0, o1, o2, o3)
+
+
+@triton.jit
+def digit_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
+    """TQ1_0: a chunk is a block, three times 16 bytes of five digits and 4 bytes of four."""
+    parts = zeros(block, x.M)
+    qs_ptr = plane(w, 0, 48, tl.int32)
+    for third in tl.static_range(3):
+        words = load4(qs_ptr, block * 3 + third)
+        even, odd = [word & 0x00FF00FF for word in words], [(word >> 8) & 0x00FF00FF for word in words]
+        for n in tl.static_range(5):
+            unit = chunk * 16 + (2 * n + third if third < 2 else 10 + n)
+            parts, even, odd = _add_digits(parts, even, odd, x, unit)
+    word = tl.load(plane(w, 1, 4, tl.int32) + block)
+    w0, e, o = _digits(word & 0x00FF00FF, (word >> 8) & 0x00FF00FF)
+    w1, e, o = _digits(e, o)
+    w2, e, o = _digits(e, o)
+    w3, e, o = _digits(e, o)
+    dots, _ = unit_dots(x, chunk * 16 + 15, (w0, w1, w2, w3), 1, False)
+    parts = add_scaled(parts, dots, 1.0, x, chunk * 8 + 7, 1.0)
+    return times(parts, half(w, 2, 2, block))

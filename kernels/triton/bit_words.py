@@ -90,7 +90,12 @@ def load2(ptr, offs):
 def load4(ptr, offs):
     """Four consecutive words at `offs` * 4: one 16-byte load, four tiles."""
     four = tl.arange(0, 4)[None, None, :]
-    words = tl.load(ptr + (offs[:, :, None] * 4 + four))
+    return split4(tl.load(ptr + (offs[:, :, None] * 4 + four)))
+
+
+@triton.jit
+def split4(words):
+    """The four tiles of words [T, BN, 4]."""
     even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1], 2, 2)))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
@@ -217,13 +222,6 @@ def transposed(words):
 
 
 @triton.jit
-def with_signs(magnitudes, bits):
-    """Four bytes, negated where the four low `bits` are set; no byte may be zero."""
-    ones = (bits * 0x00204081) & 0x01010101  # bit i to bit 0 of byte i
-    return (magnitudes ^ (ones * 255)) + ones  # two's complement, byte by byte
-
-
-@triton.jit
 def and4(words, MASK: tl.constexpr):
     """Four words, masked."""
     return [word & MASK for word in words]
@@ -245,12 +243,3 @@ def move4(words, BITS: tl.constexpr):
 def in_place(words, S: tl.constexpr):
     """Crumb S of every byte, left where it is: 4^S times the code."""
     return and4(words, -0x3F3F3F40 if S == 3 else 0x03030303 << (2 * S))
-
-
-@triton.jit
-def sum_pair(words):
-    """Sums of the first eight and of the last eight signed bytes of four words."""
-    zero = words[0] & 0
-    ones = zero + 0x01010101
-    first, last = dp4a(words[0], ones, zero, True), dp4a(words[2], ones, zero, True)
-    return dp4a(words[1], ones, first, True), dp4a(words[3], ones, last, True)

@@ -1,6 +1,6 @@
 """y = x W^T for few rows of activations and packed weights: a memory-bound product, 4 bytes a time.
 
-Every thread multiplies whole chunks of weights (`bit_chunks`, `codebook_chunks`) with integer activations
+Every thread multiplies whole chunks of weights (`bit_chunks`, `codebook_rows`) with integer activations
 (`activations`) by dp4a. A program owns BN rows of W and M of x, takes T chunks at a time, and walks along K; with
 SPLIT > 1 several programs share the rows and their float32 results are added in a fixed order, so that results never
 depend on timing. `supports` and `linear` are for 1 to 4 rows, `routed` for rows of which each has its own expert's
@@ -9,7 +9,7 @@ matrix.
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,9 +21,16 @@ from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import quantize_activations
-from dynquant.kernels.triton.bit_chunks import crumb_chunk, neighbour_chunk, nibble_chunk, plain_chunk, table_chunk
+from dynquant.kernels.triton.bit_chunks import (
+    crumb_chunk,
+    digit_chunk,
+    neighbour_chunk,
+    nibble_chunk,
+    plain_chunk,
+    table_chunk,
+)
 from dynquant.kernels.triton.bit_words import Inputs, Weights
-from dynquant.kernels.triton.codebook_chunks import digit_chunk, signed_chunk, ternary_chunk
+from dynquant.kernels.triton.codebook_rows import codebook_rows, codebook_words, shared_codebook
 from dynquant.kernels.triton.unpack import table
 
 MAX_ROWS = 4
@@ -34,8 +41,7 @@ _CHUNKS = {
     **dict.fromkeys(("Q4_K", "Q5_K"), (nibble_chunk, 64)),
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), (plain_chunk, 32)),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), (table_chunk, 32)),
-    **dict.fromkeys(("IQ1_S", "IQ1_M"), (ternary_chunk, 32)),
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (signed_chunk, 32)),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (codebook_rows, 64)),
     "Q2_0": (neighbour_chunk, 64),
     "Q1_0": (neighbour_chunk, 128),
     "TQ1_0": (digit_chunk, 256),
@@ -47,6 +53,7 @@ _CHUNKS = {
 class GemvConfig:
     """A tiling of `gemv`: weight rows and warps (each 32 chunks wide) of a program, programs that share a row, rows of
     activations of a program, and dependent launch, which overlaps the start of a kernel with the end of the last one.
+    Codebook types take `bn` rows a warp; fewer than eight warps would need more shared memory than there is.
     """
 
     bn: int
@@ -58,8 +65,24 @@ class GemvConfig:
 
 def gemv_config(type_name: str, num_x_rows: int) -> GemvConfig:
     """Return the tiling for `num_x_rows` rows of activations: measured choices, no search at run time."""
+    rows = min(num_x_rows, MAX_ROWS)
+    if _CHUNKS[type_name][0] is codebook_rows:
+        return GemvConfig(bn=4 if rows <= 2 else 2, warps=8, rows=rows, pdl=True)
     is_wide = num_x_rows == 1 and type_name in ("Q4_K", "Q5_K")
-    return GemvConfig(bn=2 if is_wide else 4, warps=1, rows=min(num_x_rows, MAX_ROWS), pdl=True)
+    return GemvConfig(bn=2 if is_wide else 4, warps=1, rows=rows, pdl=True)
+
+
+@triton.jit
+def _store_codebook_rows(totals, y_ptr, N, num_x_rows, BN: tl.constexpr, WARPS: tl.constexpr):
+    """Add up lanes; lane r stores row r of its warp."""
+    M: tl.constexpr = len(totals) // BN
+    lane, warp = tl.arange(0, 32)[:, None], tl.arange(0, WARPS)[None, :]
+    for m in tl.static_range(M):
+        y = tl.zeros([32, WARPS], tl.float32)
+        for r in tl.static_range(BN):
+            y = tl.where(lane == r, tl.sum(totals[r * M + m], axis=0)[None, :], y)
+        mask = (lane < BN) & (m < num_x_rows)
+        tl.store(y_ptr + m * N + (warp * BN + lane), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "num_x_rows", "num_experts", "slots"])
@@ -67,9 +90,11 @@ def gemv_kernel(
     w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, ids_ptr, N, num_x_rows, num_experts, slots,
     K: tl.constexpr, TYPE: tl.constexpr, MULTIPLY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     STARTS: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr,
-    PDL: tl.constexpr, ROUTED: tl.constexpr,
+    PDL: tl.constexpr, ROUTED: tl.constexpr, CODEBOOK: tl.constexpr,
 ):  # fmt: skip
     """With ROUTED, W is a stack of experts, M is 1, row m of y is that of x row m // slots and expert ids[m]."""
+    if CODEBOOK:
+        codebook = shared_codebook(grid_ptr, TYPE)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -83,46 +108,72 @@ def gemv_kernel(
     xd_ptr += x_row * (padded_K // 32)
     row_blocks: tl.constexpr = K // BLOCK
     blocks = N.to(tl.int64) * row_blocks
-    first = pid_n.to(tl.int64) * BN * row_blocks
+    ROWS: tl.constexpr = BN * (T // 32) if CODEBOOK else BN
+    # Programs of codebook types never go beyond the end: the last one does some rows again.
+    first_row = tl.minimum(pid_n * ROWS, N - ROWS) if CODEBOOK else pid_n * ROWS
+    first = first_row.to(tl.int64) * row_blocks
     if ROUTED:
         expert = tl.load(ids_ptr + first_m).to(tl.int64)
         if (expert < 0) | (expert >= num_experts):
-            nothing = pid_n * BN + tl.arange(0, BN)
+            nothing = first_row + tl.arange(0, ROWS)
             offset = (pid_k * num_x_rows + first_m).to(tl.int64) * N
-            tl.store(y_ptr + offset + nothing, tl.zeros([BN], y_ptr.dtype.element_ty), mask=nothing < N)
+            tl.store(y_ptr + offset + nothing, tl.zeros([ROWS], y_ptr.dtype.element_ty), mask=nothing < N)
             return
         first += expert * blocks
         blocks *= num_experts
-    # Rows and chunks beyond the end repeat the last ones; `valid` and the mask of the store cancel them.
-    rows = tl.minimum(tl.arange(0, BN), N - 1 - pid_n * BN)[None, :]
-    last: tl.constexpr = K // CHUNK - 1
-    acc = ()
-    for _ in tl.static_range(M):
-        acc = acc + (tl.zeros([T, BN], tl.float32),)
-    for step in range((last + T * SPLIT) // (T * SPLIT)):
-        chunk = (step * SPLIT + pid_k) * T + tl.arange(0, T)[:, None]
-        valid = chunk <= last
-        chunk = tl.minimum(chunk, last)
-        block = rows * row_blocks + chunk * CHUNK // BLOCK
-        # Not by way of variables, in which Triton makes tensors of constants.
-        parts = MULTIPLY(
-            Weights(w_ptr, blocks, first, STARTS),
-            block,
-            chunk,
-            Inputs(xq_ptr, xd_ptr, valid, padded_K, M, P),
-            grid_ptr,
-            TYPE,
+    if CODEBOOK:
+        _store_codebook_rows(
+            codebook_rows(
+                Weights(w_ptr, blocks, first, STARTS),
+                codebook,
+                xq_ptr,
+                xd_ptr,
+                pid_k,
+                K,
+                TYPE,
+                M,
+                P,
+                BN,
+                T // 32,
+                SPLIT,
+            ),
+            y_ptr + ((pid_k * num_x_rows + first_m).to(tl.int64) * N + first_row),
+            N,
+            num_x_rows - first_m,
+            BN,
+            T // 32,
         )
-        new = ()
+    else:
+        # Rows and chunks beyond the end repeat the last ones; `valid` and the mask of the store cancel them.
+        rows = tl.minimum(tl.arange(0, BN), N - 1 - pid_n * BN)[None, :]
+        last: tl.constexpr = K // CHUNK - 1
+        acc = ()
+        for _ in tl.static_range(M):
+            acc = acc + (tl.zeros([T, BN], tl.float32),)
+        for step in range((last + T * SPLIT) // (T * SPLIT)):
+            chunk = (step * SPLIT + pid_k) * T + tl.arange(0, T)[:, None]
+            valid = chunk <= last
+            chunk = tl.minimum(chunk, last)
+            block = rows * row_blocks + chunk * CHUNK // BLOCK
+            # Not by way of variables, in which Triton makes tensors of constants.
+            parts = MULTIPLY(
+                Weights(w_ptr, blocks, first, STARTS),
+                block,
+                chunk,
+                Inputs(xq_ptr, xd_ptr, valid, padded_K, M, P),
+                grid_ptr,
+                TYPE,
+            )
+            new = ()
+            for m in tl.static_range(M):
+                new = new + (acc[m] + parts[m],)
+            acc = new
+        n = pid_n * BN + tl.arange(0, BN)
         for m in tl.static_range(M):
-            new = new + (acc[m] + parts[m],)
-        acc = new
-    n = pid_n * BN + tl.arange(0, BN)
-    for m in tl.static_range(M):
-        y = tl.sum(acc[m], axis=0)
-        offset = (pid_k * num_x_rows + first_m + m).to(tl.int64) * N
-        limit = tl.where(first_m + m < num_x_rows, N, 0)
-        tl.store(y_ptr + offset + n, y.to(y_ptr.dtype.element_ty), mask=n < limit)
+            y = tl.sum(acc[m], axis=0)
+            offset = (pid_k * num_x_rows + first_m + m).to(tl.int64) * N
+            limit = tl.where(first_m + m < num_x_rows, N, 0)
+            tl.store(y_ptr + offset + n, y.to(y_ptr.dtype.element_ty), mask=n < limit)
 
 
 @triton.jit
@@ -202,13 +253,18 @@ def multiply(
     With `ids` y is that of `routed`: rows of y for every row of activations are its slots.
     """
     (xq, xd), split, device = integers, config.split, weight.device
+    is_codebook = _CHUNKS[type_name][0] is codebook_rows
+    if is_codebook and y.shape[1] < config.bn * config.warps:
+        config = replace(config, bn=1, warps=1)
     target = y if split == 1 else y.new_empty(split, *y.shape, dtype=torch.float32)
     num_experts, slots = (1, 1) if ids is None else (len(weight), len(y) // len(xq))
     row_length = shapes.row_length(weight, QUANT_TYPES[type_name])
     constants = kernel_constants(type_name, xq.shape[1], row_length, config, routed=ids is not None)
-    grid = (triton.cdiv(y.shape[1], config.bn) * triton.cdiv(len(y), config.rows), split)
+    num_rows = config.bn * config.warps if is_codebook else config.bn
+    words = (codebook_words if is_codebook else table)(type_name, device)
+    grid = (triton.cdiv(y.shape[1], num_rows) * triton.cdiv(len(y), config.rows), split)
     gemv_kernel[grid](
-        weight, xq.view(torch.int32), xd, table(type_name, device), target, xd if ids is None else ids,
+        weight, xq.view(torch.int32), xd, words, target, xd if ids is None else ids,
         y.shape[1], len(y), num_experts, slots, **constants,
     )  # fmt: skip
     if split > 1:
@@ -234,5 +290,6 @@ def kernel_constants(
         "K": row_length, "TYPE": type_name, "MULTIPLY": multiply_chunk, "CHUNK": chunk,
         "BLOCK": QUANT_TYPES[type_name].block_size, "STARTS": tuple(starts[field.name] for field in in_block_order),
         "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
-        "PDL": config.pdl, "ROUTED": routed, "num_warps": config.warps, "launch_pdl": config.pdl,
+        "PDL": config.pdl, "ROUTED": routed, "CODEBOOK": multiply_chunk is codebook_rows, "num_warps": config.warps,
+        "launch_pdl": config.pdl,
     }  # fmt: skip
