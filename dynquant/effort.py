@@ -21,7 +21,6 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
         "search.rounds": 4,
         "search.selection_tokens": 16_384,
         "closing.most_tokens": 524_288,
-        "closing.tune_sampled": 524_288,
         "closing.patience": 5,
         "closing.tune_minutes": 60.0,
     },
@@ -30,8 +29,8 @@ Effort = Annotated[
     EffortName,
     Flag(
         "normal, or high for less damage in a multiple of the time, which is estimated first: --hessians two-sided, "
-        "524288 tokens, --select with finer prices, a closing pass of up to an hour on that text and on some of the "
-        "model's own. What you set yourself stays."
+        "524288 tokens, --select with finer prices, a closing pass of up to an hour on that text. What you set "
+        "yourself stays."
     ),
 ]
 

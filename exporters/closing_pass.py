@@ -105,11 +105,16 @@ def check_original(model: Model, file: GGUFSource, path: Path) -> None:
         )
 
 
+def sampled_tokens(options: ClosingPassOptions, given: int, device: str) -> int:
+    """Return the tokens that the original writes beside `given` ones."""
+    if options.tune_sampled is not None:
+        return options.tune_sampled
+    return 0 if device == "cpu" else _SAMPLED_ON_GPU * min(given, options.most_tokens)
+
+
 def tune_options(options: ClosingPassOptions, windows: Tensor, device: str, **others: int | None) -> TuneOptions:
     """Return the settings that options stand for, with windows of given text [n, window] and on a device."""
-    sampled = options.tune_sampled
-    if sampled is None:
-        sampled = 0 if device == "cpu" else _SAMPLED_ON_GPU * min(windows.numel(), options.most_tokens)
+    sampled = sampled_tokens(options, windows.numel(), device)
     asked = {"minutes": options.tune_minutes, "sampled_tokens": sampled, "parts": options.tune_parts}
     return TuneOptions(**asked, patience=options.patience, **others)  # type: ignore[arg-type]
 

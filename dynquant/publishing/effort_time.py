@@ -19,7 +19,7 @@ from dynquant.analysis.costs.model import calibration_work
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import load_encoder
-from dynquant.exporters.closing_pass import too_large_to_tune
+from dynquant.exporters.closing_pass import sampled_tokens, too_large_to_tune
 from dynquant.exporters.options import ExportOptions
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -38,7 +38,7 @@ _PASSES = {"none": 1, "activations": 2, "gradients": 4, "two-sided": 6}  # forwa
 _BACK = 3  # forward and backward pass, in forward passes
 _TUNED = 1 + _BACK + 1  # what the original says, a step, and the looks at text that is held out
 _NEXT_SIZE = 0.5  # the search of another size of a release
-_WRITTEN = 3  # a token that the model writes
+_WRITTEN, _WRITTEN_ON_CPU = 3, 15  # a token that the model writes
 _ENCODED = 3 + 1  # times that the search encodes all weights: types of the Fisher probe, plans; and half a time a round
 
 
@@ -90,11 +90,13 @@ def _closing_seconds(model: Model, options: ExportOptions, there: int, session: 
     """Return the time of the closing pass at most, for a text of `there` tokens; `token` is that of a token's forward
     pass."""
     tokens = min(there, options.closing.most_tokens if options.tune is None else options.tune)
-    written = options.closing.tune_sampled
-    too_large = options.tune is None and too_large_to_tune(model, chosen_device(session.device))
+    device = chosen_device(session.device)
+    written = sampled_tokens(options.closing, tokens, device)
+    too_large = options.tune is None and too_large_to_tune(model, device)
     if options.encoder != "dynquant" or too_large or not tokens:
         return 0.0
-    return _WRITTEN * written * token + min(_TUNED * (tokens + written) * token, 60 * options.closing.tune_minutes)
+    tuned = min(_TUNED * (tokens + written) * token, 60 * options.closing.tune_minutes)
+    return _written(device) * written * token + tuned
 
 
 def _tokens(model: Model, options: PlanOptions | ExportOptions, session: Session) -> tuple[int, int]:
@@ -109,7 +111,12 @@ def _tokens(model: Model, options: PlanOptions | ExportOptions, session: Session
         documents = read_text(calibration.text, seed=session.seed, max_tokens=tokens)
         limits = {"window": calibration.window, "max_tokens": tokens}
         tokens = pack_windows(documents, load_tokenizer(model), **limits).numel()
-    return tokens + written, _PASSES[calibration.hessians] * (tokens + written) + _WRITTEN * written
+    passes = _PASSES[calibration.hessians] * (tokens + written)
+    return tokens + written, passes + _written(chosen_device(session.device)) * written
+
+
+def _written(device: str) -> int:
+    return _WRITTEN_ON_CPU if device == "cpu" else _WRITTEN
 
 
 def _speeds(model: Model, session: Session) -> tuple[float, float]:
