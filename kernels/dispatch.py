@@ -101,11 +101,18 @@ def _refusal(weight: Tensor, layout: str, dtype: torch.dtype) -> str | None:
         return "the weight is in blocks: convert it once with `kernels.planes.pack_planes` and pass layout='planes'"
     if not has_triton():
         return "Triton is not installed: install the `gpu` extra"
+    if weight.is_cuda and _capability(weight.device) < (9, 0):
+        return "the GPU is older than the kernels' instructions: they need compute capability 9.0, an H100's, or more"
     if not weight.is_contiguous() or weight.data_ptr() % 16:
         return "the planar weight is not contiguous or does not start at a multiple of 16 bytes"
     if dtype not in _DTYPES:
         return f"there are kernels for bfloat16, float16 and float32, not for {dtype}"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -151,6 +151,17 @@ def fresh_warnings():
     dispatch._warn_once.cache_clear()
 
 
+def test_gpus_without_the_instructions_are_refused(monkeypatch):
+    class OnGPU:
+        is_cuda, device = True, "cuda:0"
+        is_contiguous, data_ptr = (lambda self: True), (lambda self: 0)
+
+    for capability, reason in (((8, 9), "capability 9.0"), ((9, 0), None), ((12, 0), None)):
+        monkeypatch.setattr(dispatch, "_capability", lambda device, found=capability: found)
+        found = dispatch._refusal(OnGPU(), "planes", torch.bfloat16)
+        assert found is None if reason is None else reason in found
+
+
 def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
     planar = packed_weights(NAME, 4, 256)
     assert dispatch._refusal(planar, "planes", torch.float32) is None
