@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dynquant.kernels.triton.bit_words import USE_ASM
 from dynquant.kernels.triton.fragments import columns, step_of
 
 
@@ -52,6 +51,13 @@ def _act_quant_kernel(
         tl.store(q_ptr + m * padded_K + place, v.to(tl.int8), mask=k < K)
     d += poison
     tl.store(d_ptr + m * (padded_K // 32) + group, d, mask=group < K // 32)
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Tell whether a kernel may start before the one ahead of it on the device ends (programmatic dependent launch):
+    from sm_90 on; older ones do not have the instructions."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool = False) -> tuple[Tensor, Tensor]:
@@ -92,9 +98,10 @@ def arrange(
     num_steps = triton.cdiv(length, step)
     arranged = x.new_empty(num_rows, num_steps * step)
     sources, together = len(x) if places is None else len(places), 1 if num_rows < 128 else 8
+    is_early = overlaps(x.device)
     _arrange_kernel[(num_steps, triton.cdiv(num_rows, together))](
         x, arranged, _order(type_name, x.device, is_stream), places, sources, num_rows, length, slots,
-        STEP=step, ROWS=together, PDL=USE_ASM.value, num_warps=2, launch_pdl=USE_ASM.value,
+        STEP=step, ROWS=together, PDL=is_early, num_warps=2, launch_pdl=is_early,
     )  # fmt: skip
     return arranged
 

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.planes import PLANES, plane_starts
-from dynquant.kernels.triton.activations import quantize_activations
+from dynquant.kernels.triton.activations import overlaps, quantize_activations
 from dynquant.kernels.triton.bit_chunks import (
     crumb_chunk,
     digit_chunk,
@@ -224,7 +224,7 @@ def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config:
 
 def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, config: GemvConfig | None = None) -> Tensor:
     """`linear` for any number of rows, without its checks."""
-    config = config or gemv_config(type_name, len(x))
+    config = _launched(config or gemv_config(type_name, len(x)), x.device)
     padded = triton.cdiv(len(x), config.rows) * config.rows
     x = x if x.stride(1) == 1 else x.contiguous()
     integers = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
@@ -239,10 +239,15 @@ def routed(
     `expert_ids` int [T, k]; ids outside 0 to E - 1 give zeros. `takes` must be true. Worth it for few slots only: every
     slot reads its expert's weights for itself.
     """
-    config = config or gemv_config(type_name, 1)
+    config = _launched(config or gemv_config(type_name, 1), x.device)
     integers = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
     y = x.new_empty(expert_ids.numel(), weight.shape[1])
     return multiply(integers, weight, type_name, y, config, expert_ids.contiguous())
+
+
+def _launched(config: GemvConfig, device: torch.device) -> GemvConfig:
+    """Return the tiling as the device launches it."""
+    return config if overlaps(device) else replace(config, pdl=False)
 
 
 def multiply(

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for an H100 on a machine without a GPU, with the tools inside the Triton package."""
+"""Compiles Triton kernels for a GPU, an H100 unless told, on a machine without one, with the tools of Triton."""
 
 import re
 import subprocess
@@ -13,14 +13,20 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def compiled(
-    kernel, types: dict[str, str], constants: dict[str, object], multiples_of_16: set[str], **options
+    kernel,
+    types: dict[str, str],
+    constants: dict[str, object],
+    multiples_of_16: set[str],
+    *,
+    capability: int = 90,
+    **options,
 ) -> CompiledKernel:
     """Return a compiled kernel: `types` as Triton spells them, for arguments that are not constants."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = [(i,) for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in multiples_of_16]
     attributes = {index: [["tt.divisibility", 16]] for index in aligned if kernel.arg_names[index[0]] in types}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def opcodes(*arguments, **options) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -97,6 +98,34 @@ def test_tiles_compile_for_an_h100_without_spills(kernel, name):
     assert name != "Q4_K" or count(codes, "LDG.E.128") >= 2
     # Decoded weights stay where they are: shared memory is for activations.
     assert not is_linear or count(codes, "STS") <= 16
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", [75, 80, 89, 100, 120])
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "IQ1_S"])
+def test_products_of_one_row_compile_for_other_gpus(name, capability):
+    from dynquant.kernels.triton import gemv
+    from tests.helpers.sm90 import compiled
+
+    config = replace(gemv.gemv_config(name, 1), pdl=capability >= 90)
+    constants = gemv.kernel_constants(name, 2, 8192, config)
+    options = {"num_warps": constants["num_warps"], "capability": capability}
+    constants = {key: value for key, value in constants.items() if key not in ("num_warps", "launch_pdl")}
+    pointers = {"w_ptr": "*u8", "xq_ptr": "*i32", "xd_ptr": "*fp32", "grid_ptr": "*i32", "y_ptr": "*bf16"}
+    sizes = dict.fromkeys(("N", "num_x_rows", "num_experts", "slots"), "i32")
+    types = pointers | {"ids_ptr": "*i64"} | sizes
+    assert (
+        "griddepcontrol" in compiled(gemv.gemv_kernel, types, constants, set(), **options).asm["ptx"] or not config.pdl
+    )
+
+
+def test_only_new_gpus_start_a_kernel_before_the_one_ahead_ends(monkeypatch):
+    from dynquant.kernels.triton import activations
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index or 0))
+    assert not activations.overlaps(torch.device("cuda", 6)) and not activations.overlaps(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert activations.overlaps(torch.device("cuda", 7))
 
 
 def planar(name: str, *shape: int) -> torch.Tensor:
