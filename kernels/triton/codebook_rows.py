@@ -486,7 +486,8 @@ def codebook_words(type_name: str, device: torch.device) -> torch.Tensor:
     num_signs = _LAYOUTS[type_name][2]
     rows, bits = tables.grid_rows(type_name).astype(np.int64), _sign_bits(num_signs)
     if type_name in ("IQ1_S", "IQ1_M"):
-        return torch.cat((table(type_name, device), torch.zeros(1, dtype=torch.int32, device=device)))
+        # Joined on the CPU: programs read these words before they wait for the kernels launched ahead of them.
+        return torch.cat((table(type_name, torch.device("cpu")), torch.zeros(1, dtype=torch.int32))).to(device)
     if type_name.startswith("IQ2"):
         words = (np.searchsorted((8, 25, 43), rows) << 4 * np.arange(8)).sum(1)
         signs = (bits << 4 * np.arange(8) + 2).sum(1)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from dynquant.formats import decode
 from dynquant.kernels.planes import PLANES, pack_planes
-from dynquant.kernels.triton import gemv
+from dynquant.kernels.triton import codebook_rows, gemv
 from tests.helpers.gemv_checks import activations, finite_blocks
 from tests.helpers.representatives import represented_by
 
@@ -124,6 +125,21 @@ def test_what_kernels_cannot_multiply_is_refused():
         gemv.linear(x, weight, "Q4_K", act="fp8")
     with pytest.raises(ValueError, match="uint8"):
         gemv.linear(x, weight[:, :144], "Q4_K")
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XS"])
+def test_a_copy_is_all_that_makes_codebook_words_on_a_device(name):
+    made = []  # programs read the words before they wait for kernels that run ahead of them; a copy is waited for
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            result = operation(*arguments, **(options or {}))
+            made.extend([operation] if result.is_meta else [])
+            return result
+
+    with Operations():
+        codebook_rows.codebook_words.__wrapped__(name, torch.device("meta"))
+    assert made == [torch.ops.aten._to_copy.default]
 
 
 @pytest.mark.gpu
