@@ -99,6 +99,17 @@ def test_tiles_compile_for_an_h100_without_spills(kernel, name):
     assert not is_linear or count(codes, "STS") <= 16
 
 
+def test_a_grid_has_room_for_the_rows_of_many_tokens(monkeypatch):
+    from dynquant.kernels.triton import activations
+
+    grids = []
+    kernel = {"__getitem__": lambda self, grid: grids.append(grid) or (lambda *arguments, **constants: None)}
+    monkeypatch.setattr(activations, "_arrange_kernel", type("Kernel", (), kernel)())
+    activations.arrange(torch.empty(600_000, 64, device="meta"), "Q8_0", 600_000)
+    (grid,) = grids
+    assert len(grid) == 1 or max(grid[1:]) <= 65535
+
+
 def planar(name: str, *shape: int) -> torch.Tensor:
     return pack_planes(name, packed_weights(name, *shape)).cuda()
 
