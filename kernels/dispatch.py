@@ -16,6 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dynquant.kernels import reference
+
 _KERNELS = {"linear": (("gemv", 4), ("tiles", 128)), "input_grad": (("tiles", 256),)}  # `bench.products` times them
 """Product -> modules of `kernels.triton` with it, and most rows; they have `supports(type_name, x)`."""
 
@@ -65,7 +67,10 @@ def launch_product(shape, x, weight, type_name, layout, *, transposed=False):
 
 
 def launch_experts(shape, x, weight, expert_ids, type_name, layout, *, transposed=False):
-    """Run `grouped`, which takes any number of rows."""
+    """Run `grouped`, which takes any number of rows, or on GPUs before an H100 the reference forward."""
+    if not transposed and _is_old(weight.device):
+        _warn_once("experts need compute capability 9.0, an H100's, or more")
+        return reference.experts_linear(x, weight, expert_ids, type_name, layout)
     grouped = _module("grouped")
     return (grouped.input_grad if transposed else grouped.linear)(x.contiguous(), weight, expert_ids, type_name)
 
@@ -84,6 +89,8 @@ def launch_embedding(shape, ids, weight, type_name, dtype, layout):
 
 def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
     for name, most in _KERNELS[product]:
+        if name == "tiles" and product == "linear" and _is_old(x.device):
+            continue
         if len(x) <= most and _module(name).supports(type_name, x):
             return _module(name)
     return _module("two_pass")  # takes every type and number of rows
@@ -101,8 +108,6 @@ def _refusal(weight: Tensor, layout: str, dtype: torch.dtype) -> str | None:
         return "the weight is in blocks: convert it once with `kernels.planes.pack_planes` and pass layout='planes'"
     if not has_triton():
         return "Triton is not installed: install the `gpu` extra"
-    if weight.is_cuda and _capability(weight.device) < (9, 0):
-        return "the GPU is older than the kernels' instructions: they need compute capability 9.0, an H100's, or more"
     if not weight.is_contiguous() or weight.data_ptr() % 16:
         return "the planar weight is not contiguous or does not start at a multiple of 16 bytes"
     if dtype not in _DTYPES:
@@ -110,9 +115,9 @@ def _refusal(weight: Tensor, layout: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _is_old(device: torch.device) -> bool:
+    """Tell whether a GPU lacks the instructions of fragments."""
+    return device.type == "cuda" and not _module("activations").has_hopper_instructions(device)
 
 
 @functools.cache

@@ -423,7 +423,7 @@ def _with_written(
     """Return inputs with windows that the model writes, evenly among those of given text, and their part of the
     provenance."""
     given, count = inputs.windows, -(-options.sampled_tokens // inputs.longest)
-    with session.stage("Text that was written is kept.") as progress:
+    with session.stage("Windows of text are kept once all that are written side by side are finished.") as progress:
         written = Writer(model.fingerprint, load, load_tokenizer(model), file=file).windows(
             given, count, session.seed, progress
         )

@@ -54,9 +54,9 @@ def _act_quant_kernel(
 
 
 @functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Tell whether a kernel may start before the one ahead of it on the device ends (programmatic dependent launch):
-    from sm_90 on; older ones do not have the instructions."""
+def has_hopper_instructions(device: torch.device) -> bool:
+    """Tell whether the device has what sm_90 brought: a kernel may start before the one ahead of it ends (programmatic
+    dependent launch), and bfloat16 is subtracted in pairs, as `fragments` do it."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -98,8 +98,9 @@ def arrange(
     num_steps = triton.cdiv(length, step)
     arranged = x.new_empty(num_rows, num_steps * step)
     sources, together = len(x) if places is None else len(places), 1 if num_rows < 128 else 8
-    is_early = overlaps(x.device)
-    _arrange_kernel[(num_steps, triton.cdiv(num_rows, together))](
+    is_early = has_hopper_instructions(x.device)
+    # One grid axis: the others end at 65535 programs, fewer than 64k tokens of eight experts each take.
+    _arrange_kernel[(num_steps * triton.cdiv(num_rows, together),)](
         x, arranged, _order(type_name, x.device, is_stream), places, sources, num_rows, length, slots,
         STEP=step, ROWS=together, PDL=is_early, num_warps=2, launch_pdl=is_early,
     )  # fmt: skip
@@ -116,11 +117,13 @@ def _arrange_kernel(
         gdc_launch_dependents()
     i = tl.arange(0, STEP)[None, :]
     # Two neighbours stay neighbours, all others may be anywhere.
-    k = tl.program_id(0) * STEP + tl.max_contiguous(tl.multiple_of(tl.load(order_ptr + i), [1, 2]), [1, 2])
-    place = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    num_steps = tl.cdiv(length, STEP)
+    step = tl.program_id(0) % num_steps
+    k = step * STEP + tl.max_contiguous(tl.multiple_of(tl.load(order_ptr + i), [1, 2]), [1, 2])
+    place = (tl.program_id(0) // num_steps * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     source = place
     if places_ptr is not None:
         source = tl.load(places_ptr + tl.minimum(place, num_sources - 1)) // slots
     x = tl.load(x_ptr + source * length + k, mask=(place < num_sources) & (k < length), other=0.0)
-    out = out_ptr + (place * tl.num_programs(0) + tl.program_id(0)) * STEP + i
+    out = out_ptr + (place * num_steps + step) * STEP + i
     tl.store(out, x, mask=place < num_rows)

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.planes import PLANES, plane_starts
-from dynquant.kernels.triton.activations import overlaps, quantize_activations
+from dynquant.kernels.triton.activations import has_hopper_instructions, quantize_activations
 from dynquant.kernels.triton.bit_chunks import (
     crumb_chunk,
     digit_chunk,
@@ -247,7 +247,7 @@ def routed(
 
 def _launched(config: GemvConfig, device: torch.device) -> GemvConfig:
     """Return the tiling as the device launches it."""
-    return config if overlaps(device) else replace(config, pdl=False)
+    return config if has_hopper_instructions(device) else replace(config, pdl=False)
 
 
 def multiply(

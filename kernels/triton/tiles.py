@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton.activations import arrange, overlaps
+from dynquant.kernels.triton.activations import arrange, has_hopper_instructions
 from dynquant.kernels.triton.fragments import decode, fetch, kind_of, matrix, rows, step_of
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table, unpack_groups
@@ -202,7 +202,7 @@ def multiply(
     programs, num_steps = triton.cdiv(num_rows, config["BN"]) * num_tiles, arranged.shape[1] // step_of.fn(name)
     shares = column_shares(programs, config, num_steps) if tiles is None else 1
     target = product if shares == 1 else product.new_empty(shares, *product.shape, dtype=torch.float32)
-    is_early = overlaps(x.device)
+    is_early = has_hopper_instructions(x.device)
     tile_linear_kernel[(programs // num_tiles, num_tiles, shares)](
         arranged, weight, table(name, weight.device), order, tiles, target,
         weight.numel() // stored.block_bytes, num_rows, weight.shape[-1] // stored.block_bytes, num_steps,

@@ -151,15 +151,17 @@ def fresh_warnings():
     dispatch._warn_once.cache_clear()
 
 
-def test_gpus_without_the_instructions_are_refused(monkeypatch):
-    class OnGPU:
-        is_cuda, device = True, "cuda:0"
-        is_contiguous, data_ptr = (lambda self: True), (lambda self: 0)
-
-    for capability, reason in (((8, 9), "capability 9.0"), ((9, 0), None), ((12, 0), None)):
-        monkeypatch.setattr(dispatch, "_capability", lambda device, found=capability: found)
-        found = dispatch._refusal(OnGPU(), "planes", torch.bfloat16)
-        assert found is None if reason is None else reason in found
+def test_gpus_before_an_h100_take_no_fragments(fresh_warnings, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    rows = torch.zeros(8, 512, dtype=torch.bfloat16)
+    assert dispatch._first_kernel("linear", NAME, rows).__name__.endswith("tiles")
+    monkeypatch.setattr(dispatch, "_is_old", lambda device: True)
+    assert dispatch._first_kernel("linear", NAME, rows).__name__.endswith("two_pass")
+    assert dispatch._first_kernel("linear", NAME, rows[:1]).__name__.endswith("gemv")
+    weight, ids = packed_weights(NAME, 2, 4, 512), torch.tensor([[1]])
+    with pytest.warns(UserWarning, match="capability 9.0"):
+        product = dispatch.launch_experts(None, rows[:1], weight, ids, NAME, "blocks")
+    assert torch.equal(product, ops.experts_linear(rows[:1], weight, ids, NAME, layout="blocks"))
 
 
 def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):

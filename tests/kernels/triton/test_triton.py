@@ -119,13 +119,26 @@ def test_products_of_one_row_compile_for_other_gpus(name, capability):
     )
 
 
-def test_only_new_gpus_start_a_kernel_before_the_one_ahead_ends(monkeypatch):
+def test_only_new_gpus_have_hopper_instructions(monkeypatch):
     from dynquant.kernels.triton import activations
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index or 0))
-    assert not activations.overlaps(torch.device("cuda", 6)) and not activations.overlaps(torch.device("cpu"))
+    assert not activations.has_hopper_instructions(torch.device("cuda", 6)) and not activations.has_hopper_instructions(
+        torch.device("cpu")
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert activations.overlaps(torch.device("cuda", 7))
+    assert activations.has_hopper_instructions(torch.device("cuda", 7))
+
+
+def test_a_grid_has_room_for_the_rows_of_many_tokens(monkeypatch):
+    from dynquant.kernels.triton import activations
+
+    grids = []
+    kernel = {"__getitem__": lambda self, grid: grids.append(grid) or (lambda *arguments, **constants: None)}
+    monkeypatch.setattr(activations, "_arrange_kernel", type("Kernel", (), kernel)())
+    activations.arrange(torch.empty(600_000, 64, device="meta"), "Q8_0", 600_000)
+    (grid,) = grids
+    assert len(grid) == 1 or max(grid[1:]) <= 65535
 
 
 def planar(name: str, *shape: int) -> torch.Tensor:
