@@ -17,7 +17,7 @@ OF_OTHERS = {
     "llama-gguf-split": {"merge"},
     "convert_hf_to_gguf.py": {"outtype"},
     "llama-imatrix": {"in-file"},
-    "llama-server": {"n-cpu-moe"},
+    "llama-server": {"n-cpu-moe", "rope-scaling"},
     "vllm serve": {"tensor-parallel-size"},
     "ray start": {"head", "address"},
     "pip": {"no-deps", "no-binary", "dest"},
