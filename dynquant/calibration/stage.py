@@ -36,7 +36,7 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples
 from dynquant.inputs.text import read_text
 from dynquant.inputs.written import Writer
-from dynquant.resources import chosen_device, human_bytes, parse_size
+from dynquant.resources import chosen_device, human_bytes, parse_size, total_memory
 from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf, load_tokenizer
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
@@ -53,6 +53,10 @@ TEXT_ONLY = (
     "from those of image tokens. Give pictures with --data FILE."
 )
 FEW_TOKENS = 8192  # below so many tokens a calibration is warned about; the default is 16 times that
+_LOGIT_BYTES, _LAYER_BYTES = 28, 200
+"""Memory of a backward pass, for every token: of each logit, and of each channel of each layer's hidden state. They
+make 4.9 MB for SmolLM2-135M, which takes 4.5 on a CPU."""
+_BACKWARD_SHARE = 0.15  # of all memory, for what a backward pass keeps
 _LIMIT_SHARE = 0.85  # share of the free memory within which a model is streamed that does not fit into it
 
 
@@ -245,7 +249,7 @@ def run_calibration(
         raise StatsError(_needs_memory(model, options, limit))
     load = cache(lambda: load_hf(model, device=device))
     inputs, sampled = _all_inputs(model, options, output, load, session)
-    inputs = replace(inputs, batch_size=_batch_size(device))
+    inputs = replace(inputs, batch_size=_batch_size(model, inputs.longest, options.hessians, device))
     provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed).model_copy(update=sampled)
     statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))
     if limit is not None:
@@ -261,8 +265,8 @@ def run_calibration(
                 with open_ray(options.ray) as pool:
                     device = pool.device(session.device)
                     result = calibrate_in_shards(
-                        model, replace(inputs, batch_size=_batch_size(device)), provenance, statistics,
-                        device=device, pool=pool, progress=progress,
+                        model, replace(inputs, batch_size=_batch_size(model, inputs.longest, options.hessians, device)),
+                        provenance, statistics, device=device, pool=pool, progress=progress,
                     )  # fmt: skip
             else:
                 hf_model = load()
@@ -465,5 +469,14 @@ def _check(model: Model, options: CalibrationOptions, output: Path) -> None:
         raise StatsError(f"--hessians {options.hessians} runs on text; with --data give activations or none.")
 
 
-def _batch_size(device: str) -> int:
-    return 16 if device.startswith("cuda") else 4
+def _batch_size(model: Model, window: int, hessians: str, device: str) -> int:
+    """Return how many windows run side by side. A backward pass keeps what all layers made of them, and logits, within
+    a share of the memory that the device has in all: what is free just then must not change a sum."""
+    is_cpu = device == "cpu"
+    most = 4 if is_cpu else 16
+    if hessians not in ("gradients", "two-sided"):
+        return most
+    sizes = model.hyper
+    needed = window * (_LOGIT_BYTES * sizes.n_vocab + _LAYER_BYTES * sizes.n_layer * sizes.n_embd)
+    total = total_memory() if is_cpu else torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(most, int(_BACKWARD_SHARE * total / max(needed, 1))))

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from concurrent.futures import wait
 from importlib import resources
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ from tests.helpers.tiny_models import write_f32
 
 N_LAYER, N_EXPERT = 6, 8
 HYPER = HyperParams("deepseek2", N_LAYER, 256, 4, 4, 8192, n_expert=N_EXPERT, n_expert_used=2, leading_dense=1)
+
+
+def test_windows_that_run_backward_together_fit_in_a_share_of_the_memory(small_moe, monkeypatch):
+    monkeypatch.setattr(calibration_stage, "total_memory", lambda: 16_000_000_000)
+    hyper = HyperParams(arch="llama", n_layer=30, n_embd=576, n_head=9, n_head_kv=3, n_vocab=49_152)
+    model = Mock(hyper=hyper)
+    batches = {each: calibration_stage._batch_size(model, 512, each, "cpu") for each in ("activations", "two-sided")}
+    assert batches == {"activations": 4, "two-sided": 1}
+    assert calibration_stage._batch_size(open_model(str(small_moe)), 512, "two-sided", "cpu") == 4
 
 
 def test_a_model_is_gone_when_it_is_calibrated(small_moe, tmp_path, monkeypatch):
