@@ -375,6 +375,11 @@ def calibration_inputs(model: Model, options: CalibrationOptions, session: Sessi
     if options.data is None:
         length = {"tokens": _given_tokens(options), "window": options.window}
         inputs = text_inputs(model, options.text, **length, seed=session.seed)
+        if inputs.num_tokens + inputs.longest <= options.tokens != CalibrationOptions.tokens:
+            session.note(
+                f"{inputs.name} has {inputs.num_tokens:,} tokens, fewer than the {options.tokens:,} of --tokens: all "
+                "are taken. A longer --calibration, or --sampled-tokens N, gives more"
+            )
         if plain := Counter(inputs.skipped):
             reasons = "\n  ".join(f"{reason} ({number})" for reason, number in plain.items())
             session.note(
