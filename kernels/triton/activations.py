@@ -60,6 +60,11 @@ def has_hopper_instructions(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def takes_fragments(device: torch.device) -> bool:
+    """Tell whether `fragments` run on the device: not on a GPU before an H100. Those of a CPU are interpreted."""
+    return device.type != "cuda" or has_hopper_instructions(device)
+
+
 def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """x [M, K] -> bytes int8 [M, P, K'], in the order of `bit_words`, and scales float32 [M, K' / 32].
 

@@ -189,9 +189,9 @@ def add_splits_kernel(parts_ptr, y_ptr, num_values, SPLIT: tl.constexpr, BLOCK: 
     tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=i < num_values)
 
 
-def supports(type_name: str, x: Tensor) -> bool:
+def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
     """Return whether `linear` takes these activations for weights of this type."""
-    return takes(type_name, x) and 1 <= x.shape[0] <= MAX_ROWS
+    return product == "linear" and takes(type_name, x) and 1 <= x.shape[0] <= MAX_ROWS
 
 
 def takes(type_name: str, x: Tensor) -> bool:

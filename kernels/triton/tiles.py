@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton.activations import arrange, has_hopper_instructions
+from dynquant.kernels.triton.activations import arrange, has_hopper_instructions, takes_fragments
 from dynquant.kernels.triton.fragments import decode, fetch, kind_of, matrix, rows, step_of
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table, unpack_groups
@@ -167,9 +167,9 @@ def tile_input_grad_kernel(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=is_pair[:, None] & (k < K_groups * 32)[None, :])
 
 
-def supports(type_name: str, x: Tensor) -> bool:
+def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
     """Return whether tensor cores take these activations; float32 has none that are exact enough."""
-    return x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype in (torch.bfloat16, torch.float16) and (product != "linear" or takes_fragments(x.device))
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:

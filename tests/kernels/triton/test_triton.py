@@ -122,12 +122,10 @@ def test_products_of_one_row_compile_for_other_gpus(name, capability):
 def test_only_new_gpus_have_hopper_instructions(monkeypatch):
     from dynquant.kernels.triton import activations
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index or 0))
-    assert not activations.has_hopper_instructions(torch.device("cuda", 6)) and not activations.has_hopper_instructions(
-        torch.device("cpu")
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert activations.has_hopper_instructions(torch.device("cuda", 7))
+    old, new, cpu = (torch.device(*place) for place in (("cuda", 6), ("cuda", 7), ("cpu",)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device == old else (9, 0))
+    assert [activations.has_hopper_instructions(device) for device in (old, new, cpu)] == [False, True, False]
+    assert [activations.takes_fragments(device) for device in (old, new, cpu)] == [False, True, True]
 
 
 def test_a_grid_has_room_for_the_rows_of_many_tokens(monkeypatch):
