@@ -188,7 +188,8 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     assert not (tmp_path / "first").exists() and not (tmp_path / "n").exists()
     short = tmp_path / "short.txt"
     short.write_text("A few words only. " * 20)
-    assert "too few to calibrate" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
+    first = ("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
+    assert "too few to calibrate" in refused(*first)
 
 
 @pytest.mark.nightly
