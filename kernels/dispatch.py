@@ -87,6 +87,16 @@ def launch_embedding(shape, ids, weight, type_name, dtype, layout):
     return launch_dequantize(shape, weight, type_name, dtype, layout, ids.reshape(-1).contiguous())
 
 
+def prepare(type_name: str, device: torch.device) -> None:
+    """Bring what the kernels of a type look up to a GPU, where `torch.compile` may record its first product in a CUDA
+    graph: made there, it would lie in the memory of that graph, which PyTorch refuses.
+    """
+    _module("unpack").table(type_name, device)
+    _module("gemv").words_of(type_name, device)
+    for is_stream in (False, True):
+        _module("activations").order_of(type_name, device, is_stream)
+
+
 def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
     for name, most in _KERNELS[product]:
         if len(x) <= most and _module(name).supports(type_name, x, product):
