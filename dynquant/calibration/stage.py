@@ -214,7 +214,8 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
             "--window": provenance.window == _window_of(provenance, model, options, seed),
             "text": provenance.text_hash == text.sha256,
         }
-    return [name for name, is_same in same.items() if not is_same]
+    newer = [name for name, value in (provenance.model_extra or {}).items() if value]  # of options that are not here
+    return [name for name, is_same in same.items() if not is_same] + newer
 
 
 def _window_of(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:

@@ -104,8 +104,8 @@ def linears_without_experts(checkpoint: LinearCheckpoint, model: Model, count: i
     """Return the linear layers of a model, and what else its checkpoint has, in the sizes that they will have without
     `count` experts of every layer, whichever these are."""
     config, num_experts = read_json(checkpoint.directory / "config.json"), model.hyper.n_expert
-    made = filter(HAS_EXPERTS.search, model.source.names())
-    routing = {stored for name in made for stored in model.checkpoint_names(name)}
+    names = filter(HAS_EXPERTS.search, model.source.names())
+    routing = {stored for name in names for stored in model.checkpoint_names(name)}
 
     def smaller(other: StoredTensor) -> StoredTensor:
         if other.key not in routing:

@@ -76,7 +76,7 @@ _PACKAGES = ("torch", "transformers", "llama-cpp-python", "xllamacpp")
 
 
 class _Behind(NamedTuple):
-    """What calibration and selection leave of their own text."""
+    """The rest of a text, behind what calibration and selection take."""
 
     name: str
     text: str
