@@ -240,6 +240,11 @@ def test_cuda_ids_are_sorted_once_until_they_change(cuda, monkeypatch):
     ids.fill_(3)
     y = ops.experts_linear(x, packed, ids, "Q4_K", layout="planes")
     assert len(sorted_ids) == 2 and relative_error(y.cpu(), experts_truth(x.cpu(), weight, ids.cpu(), "Q4_K")) < 1e-5
+    buffer = ids.clone()
+    for expert in (4, 1):  # as compiled code does it
+        buffer.data.fill_(expert)
+        y = torch.ops.dynquant.experts_linear(x, packed, buffer, "Q4_K", "planes")
+        assert relative_error(y.cpu(), experts_truth(x.cpu(), weight, buffer.cpu(), "Q4_K")) < 1e-5
 
 
 @pytest.mark.gpu
