@@ -9,8 +9,9 @@ import torch
 from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.model import PrunedExperts
 from dynquant.errors import CheckpointError, PlanError
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model, open_pruned
-from dynquant.planning.pruning import least_used, remove_pruned, sized_without_experts
+from dynquant.planning.pruning import least_used, linears_without_experts, remove_pruned, sized_without_experts
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT
@@ -46,6 +47,10 @@ def test_without_experts_a_model_computes_what_it_does_when_they_are_never_chose
         layer.mlp.gate.e_score_correction_bias[list(gone)] = -1e4
     with torch.inference_mode():
         torch.testing.assert_close(load_hf(smaller)(tokens).logits, masked(tokens).logits, rtol=1e-5, atol=1e-5)
+    sized, real = linears_without_experts(linear_checkpoint(model), model, 4), linear_checkpoint(smaller)
+    assert {*sized.others} == {*real.others}
+    layers = zip(sized.linears, real.linears, strict=True)
+    assert all((mine.shape, len(mine.modules)) == (its.shape, len(its.modules)) for mine, its in layers)
     again = without(model, tmp_path, *gone)
     assert again.path == smaller.path and again.original is model
     assert open_pruned(smaller, smaller.pruned, tmp_path, SILENT) is smaller
@@ -106,6 +111,13 @@ def test_a_plan_its_files_and_their_evaluation_know_what_is_gone(small_moe, tmp_
 
 
 def test_what_cannot_be_pruned_is_refused_before_anything_is_measured(small_moe, tmp_path):
-    for words, reason in (((7,), "Give at most 6"), ((2, "--bpw", 0.9), "below the smallest possible size")):
+    vllm = (2, "--for", "vllm")
+    for words, reason in (
+        ((7,), "Give at most 6"),
+        ((2, "--bpw", 0.9), "below the smallest possible size"),
+        ((*vllm, "--bpw", 0.9), "below the smallest possible size"),
+        ((*vllm, "--tensor-parallel", 5), "divides them"),
+        ((*vllm, "--types", "fp8"), "None of FP8 can hold"),
+    ):
         assert reason in refused("plan", small_moe, "--prune-experts", *words, "-o", tmp_path / "refused")
         assert not (tmp_path / "refused").exists()

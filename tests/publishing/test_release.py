@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
 from dynquant.errors import HubError, LibraryError
@@ -187,7 +188,20 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     assert not (tmp_path / "first").exists() and not (tmp_path / "n").exists()
     short = tmp_path / "short.txt"
     short.write_text("A few words only. " * 20)
-    assert "leaves 0 tokens" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
+    first = ("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
+    assert "too few to calibrate" in refused(*first)
+
+
+@pytest.mark.nightly
+def test_a_text_shorter_than_tokens_is_calibrated_on_but_for_what_is_measured(tiny_moe, small_moe, tmp_path):
+    call = ("release", tiny_moe, "--bpw", 5, *OPTIONS, "--calibration", small_moe.parent / "demo_text.txt")
+    succeed(*call, "--tokens", 524_288, "--max-tokens", 2048, "-o", tmp_path)
+    given = CalibrationStats.load(tmp_path / "work" / "stats.safetensors").provenance
+    assert 2048 <= given.num_tokens < given.max_tokens < 524_288
+    (report,) = (tmp_path / "evaluation").glob("*.json")
+    assert json.loads(report.read_text())["texts"][0]["name"] == "behind-demo_text.txt"
+    assert f"--tokens {given.max_tokens} " in shown(tmp_path)
+    succeed(*call, "--tokens", 524_288, "--max-tokens", 1024, "-o", tmp_path)
 
 
 @pytest.mark.nightly
