@@ -66,9 +66,11 @@ def _tiles_of(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tenso
     """`sorted_tiles`, which gate, up and down, their gradients and a recomputed pass ask for with the same ids.
 
     Sorting is eight launches; in training, launches from Python decide the time of a step. Ids that may change unseen
-    are sorted every time: inference tensors count no versions, and a replayed CUDA graph runs no Python.
+    are sorted every time: inference tensors count no versions, a replayed CUDA graph runs no Python, and code that
+    `torch.compile` makes writes the ids of a layer over those of another (`ops` marks what Python gives it).
     """
-    if not expert_ids.is_cuda or expert_ids.is_inference() or torch.cuda.is_current_stream_capturing():
+    counts = getattr(expert_ids, "counts_changes", False) and not expert_ids.is_inference()
+    if not counts or not expert_ids.is_cuda or torch.cuda.is_current_stream_capturing():
         return sorted_tiles(expert_ids, num_experts, block_m)
     key = (expert_ids._version, num_experts, block_m, torch.cuda.current_stream(expert_ids.device))
     last, pairs = _found.get(expert_ids, (None, None))

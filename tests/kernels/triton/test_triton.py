@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynquant.formats import decode
-from dynquant.kernels import ops
+from dynquant.kernels import dispatch, ops
 from dynquant.kernels.planes import PLANES, pack_planes
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 from tests.helpers.representatives import represented_by
@@ -240,6 +240,11 @@ def test_cuda_ids_are_sorted_once_until_they_change(cuda, monkeypatch):
     ids.fill_(3)
     y = ops.experts_linear(x, packed, ids, "Q4_K", layout="planes")
     assert len(sorted_ids) == 2 and relative_error(y.cpu(), experts_truth(x.cpu(), weight, ids.cpu(), "Q4_K")) < 1e-5
+    buffer = ids.clone()
+    for expert in (4, 1):  # as compiled code does it
+        buffer.data.fill_(expert)
+        y = torch.ops.dynquant.experts_linear(x, packed, buffer, "Q4_K", "planes")
+        assert relative_error(y.cpu(), experts_truth(x.cpu(), weight, buffer.cpu(), "Q4_K")) < 1e-5
 
 
 @pytest.mark.gpu
@@ -275,8 +280,6 @@ def test_cuda_graphs_repeat_the_same_bits(name, tokens, cuda):
 
 @pytest.mark.gpu
 def test_cuda_blocks_run_by_the_reference_with_a_warning(cuda):
-    from dynquant.kernels import dispatch
-
     dispatch._warn_once.cache_clear()
     weight = packed_weights("Q4_K", 9, 256)
     x = normal(2, 256)
@@ -313,11 +316,15 @@ def test_cuda_sizes_of_one(name, cuda):
 
 
 @pytest.mark.gpu
-def test_cuda_traced_whole(cuda):
-    packed = planar("Q4_K", 96, 512)
-    x = normal(7, 512, dtype=torch.bfloat16).cuda()
+@pytest.mark.parametrize(("name", "rows"), [("Q4_K", 7), ("IQ3_S", 1)])
+def test_cuda_traced_whole_and_recorded(name, rows, cuda):
+    packed = planar(name, 96, 512)
+    dispatch.prepare(name, packed.device)
 
     def model(x):
-        return ops.linear(torch.nn.functional.silu(x), packed, "Q4_K", layout="planes") * 2
+        return ops.linear(torch.nn.functional.silu(x), packed, name, layout="planes") * 2
 
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=2e-2, atol=2e-2)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for seed in range(4):  # plain, recorded, replayed
+        x = normal(rows, 512, seed=seed, dtype=torch.bfloat16).cuda()
+        torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
