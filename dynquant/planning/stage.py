@@ -18,7 +18,7 @@ from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.evaluation.agreement.same_computation import check_computation
-from dynquant.families.linear_layers import linear_checkpoint
+from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
@@ -28,7 +28,7 @@ from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rule
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
 from dynquant.planning.pruning import remove_pruned, sized_without_experts, without_experts
-from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
+from dynquant.planning.search import Search, SearchResult, check_selection_text, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
@@ -68,12 +68,16 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     """
     target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
+    if target.vision != "auto" and not model.has_vision:
+        raise PlanError(f"--vision {target.vision} would do nothing: {model.name} has no vision tower. Leave it out.")
+    search = None if target.has_types else _search_of(options)  # before hours of measuring
+    if search is not None:
+        _check_runs(model, options, search, session)
     model, options = _pruned(model, options, session, [each for each in targets if not each.has_types])
     recipes = [_fixed_types(target, model) for target in targets]
     fixed = tuple(dict.fromkeys(choice.type for recipe in recipes for choice in (recipe or {}).values()))
     types = tuple(quant_type(name).name for name in target.types) or fixed or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*types, *fixed)))
-    search = _search_of(options) if recipes[0] is None else None  # before hours of measuring
     comparison = {"allow_difference": options.allow_difference, "max_memory": options.calibration.max_memory}
     compared = check_computation(model, session, folder=directory, **comparison)
     if compared is not None:
@@ -82,8 +86,6 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     budgets = [target for target, recipe in zip(targets, recipes, strict=True) if recipe is None]
     stats = _checked_statistics(model, options, types, session, budgets)
     with stats.finishing():
-        if search is not None:
-            _check_runs_whole(model, options, session)
         store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
         ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
         how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
@@ -149,13 +151,11 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     _check_vllm(options)
     target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
     schemes = tuple(vllm_scheme(name).name for name in target.types) or _readable_schemes(session)
-    model, options = _pruned(open_language_model(str(options.model), session), options, session)
-    checkpoint = linear_checkpoint(model, target.tensor_parallel, target.group_size)
-    chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts)
-    uniform = uniform_schemes(target.preset, checkpoint) if target.preset else None
-    budget = target.budget(model.num_weights)
-    if budget is not None:
-        chooser.check_budget(model, budget)
+    model = open_language_model(str(options.model), session)
+    if options.prune_experts:  # refuses what no model takes before experts are ranked
+        _of_schemes(model, target, schemes, options.prune_experts)
+    model, options = _pruned(model, options, session)
+    checkpoint, chooser, uniform, budget = _of_schemes(model, target, schemes)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     with stats.finishing():
         request = {"recipe": target.recipe, "stats_hash": stats.hash}
@@ -168,6 +168,22 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
     others, promise = (tensor.key for tensor in checkpoint.others), _promise(table, chosen, None)
     return _of_table(plan, table, path, checkpoint.source, others, types=schemes, **promise)
+
+
+def _of_schemes(
+    model: Model, target: Target, schemes: Sequence[str], left_out: int = 0
+) -> tuple[LinearCheckpoint, SchemeChooser, dict[str, Choice] | None, int | None]:
+    """Return linear layers, chooser, the preset's schemes and the budget of a model, or of one of its sizes without
+    `left_out` experts of every layer. Raises PlanError: no plan of the target can hold it."""
+    checkpoint, sized = linear_checkpoint(model, target.tensor_parallel, target.group_size), model
+    if left_out:
+        checkpoint, sized = checkpoint.without_experts(left_out), sized_without_experts(model, left_out)
+    chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts)
+    uniform = uniform_schemes(target.preset, checkpoint) if target.preset else None
+    budget = target.budget(sized.num_weights)
+    if budget is not None:
+        chooser.check_budget(model, budget)
+    return checkpoint, chooser, uniform, budget
 
 
 def _readable_schemes(session: Session) -> tuple[str, ...]:
@@ -205,6 +221,7 @@ def _check_vllm(options: PlanOptions) -> None:
         "--sensitivity": search.methods,
         "--base-gguf": options.base_gguf,
         "--no-mtp": not options.mtp,
+        "--vision": target.vision != "auto",
     }
     if refused := [flag for flag, value in flags.items() if value]:
         raise PlanError(
@@ -227,13 +244,16 @@ def _search_of(options: PlanOptions) -> SearchOptions | None:
     return search
 
 
-def _check_runs_whole(model: Model, options: PlanOptions, session: Session) -> None:
+def _check_runs(model: Model, options: PlanOptions, search: SearchOptions, session: Session) -> None:
+    """Refuse a model that a search cannot run as a whole, and a text of which calibration leaves it too little."""
     if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
             f"takes {human_bytes(4 * model.num_weights)} on a CPU and half of it on a GPU. Plan with --sensitivity "
             "closed-form, which is streamed, or on a machine with that much memory and without --max-memory."
         )
+    if search.select and options.calibration.data is None and (options.stats is None or options.prune_experts):
+        check_selection_text(model, search, options.calibration, session)
 
 
 def _checked_statistics(
