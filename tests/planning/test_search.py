@@ -111,8 +111,10 @@ def test_one_stage_gives_what_the_whole_pass_did(moe_model, windows):
 def test_blocks_are_encoded_once_and_lose_what_the_table_says(table, store, monkeypatch):
     name = "blk.2.ffn_down_exps.weight"
     first = store.packed(name, "TQ2_0")
+    store.fill([(name, "TQ2_0"), (name, "TQ1_0"), ("output_norm.weight", "F32")])
     monkeypatch.setattr("dynquant.encoding.stream.TensorEncoder.tensor", None)
     assert torch.equal(store.packed(name, "TQ2_0"), first)
+    assert store.packed(name, "TQ1_0").shape[-1] < first.shape[-1]
     weights = store.model.source.load(name)
     decoded = decode("TQ2_0", first, tuple(weights.shape))
     error = ((weights - decoded).square().sum() / weights.square().sum()).sqrt()
