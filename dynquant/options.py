@@ -110,11 +110,17 @@ class Options:
     def filled(self, values: Mapping[str, Any]) -> Self:
         """Return a copy with these values of fields that are at their defaults and were not typed; to `changed` they
         stay as they were."""
-        defaults, copied = {field.name: field.default for field in fields(self)}, copy(self)
+        defaults = {field.name: field.default for field in fields(self)}
         free = {name for name in values if name not in self._typed and getattr(self, name) == defaults[name]}
-        for name in free:
-            object.__setattr__(copied, name, values[name])
+        copied = self.changed_to({name: values[name] for name in free})
         object.__setattr__(copied, "_filled", self._filled | free)
+        return copied
+
+    def changed_to(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with other values of fields, in which those that were typed still count as typed."""
+        copied = copy(self)
+        for name, value in values.items():
+            object.__setattr__(copied, name, value)
         return copied
 
     def refuse_unused(self, why: str, *names: str) -> None:

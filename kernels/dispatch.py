@@ -19,7 +19,7 @@ from torch import Tensor
 from dynquant.kernels import reference
 
 _KERNELS = {"linear": (("gemv", 4), ("tiles", 128)), "input_grad": (("tiles", 256),)}  # `bench.products` times them
-"""Product -> modules of `kernels.triton` with it, and most rows; they have `supports(type_name, x)`."""
+"""Product -> modules of `kernels.triton` with it, and most rows; they have `supports(type_name, x, product)`."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,7 +68,7 @@ def launch_product(shape, x, weight, type_name, layout, *, transposed=False):
 
 def launch_experts(shape, x, weight, expert_ids, type_name, layout, *, transposed=False):
     """Run `grouped`, which takes any number of rows, or on GPUs before an H100 the reference forward."""
-    if not transposed and _is_old(weight.device):
+    if not transposed and not _module("activations").takes_fragments(weight.device):
         _warn_once("experts need compute capability 9.0, an H100's, or more")
         return reference.experts_linear(x, weight, expert_ids, type_name, layout)
     grouped = _module("grouped")
@@ -87,11 +87,19 @@ def launch_embedding(shape, ids, weight, type_name, dtype, layout):
     return launch_dequantize(shape, weight, type_name, dtype, layout, ids.reshape(-1).contiguous())
 
 
+def prepare(type_name: str, device: torch.device) -> None:
+    """Bring what the kernels of a type look up to a GPU, where `torch.compile` may record its first product in a CUDA
+    graph: made there, it would lie in the memory of that graph, which PyTorch refuses.
+    """
+    _module("unpack").table(type_name, device)
+    _module("gemv").words_of(type_name, device)
+    for is_stream in (False, True):
+        _module("activations").order_of(type_name, device, is_stream)
+
+
 def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
     for name, most in _KERNELS[product]:
-        if name == "tiles" and product == "linear" and _is_old(x.device):
-            continue
-        if len(x) <= most and _module(name).supports(type_name, x):
+        if len(x) <= most and _module(name).supports(type_name, x, product):
             return _module(name)
     return _module("two_pass")  # takes every type and number of rows
 
@@ -113,11 +121,6 @@ def _refusal(weight: Tensor, layout: str, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"there are kernels for bfloat16, float16 and float32, not for {dtype}"
     return None
-
-
-def _is_old(device: torch.device) -> bool:
-    """Tell whether a GPU lacks the instructions of fragments."""
-    return device.type == "cuda" and not _module("activations").has_hopper_instructions(device)
 
 
 @functools.cache

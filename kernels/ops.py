@@ -82,6 +82,8 @@ def experts_linear(
         PlanError: no quant type has this name.
         ValueError: a shape or dtype that does not fit, see `shapes.experts_shape`.
     """
+    if not torch.compiler.is_compiling():  # compiled code calls the operator with buffers that it writes unseen
+        expert_ids.counts_changes = True
     return _OPS.experts_linear(x, weight, expert_ids, type_name, layout)
 
 

@@ -57,7 +57,8 @@ def fisher_probe(
     generator = torch.Generator().manual_seed(seed)
     live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1), is_exact=True)
     names = table.tensors().keys() & set(live.names())
-    probed = {name: _probed_types(table.tensors()[name].values()) for name in names}
+    probed = {name: _probed_types(table.tensors()[name].values()) for name in sorted(names)}
+    store.fill(((name, type_name) for name, types in probed.items() for type_name in types), progress)
 
     def differences(name: str) -> Tensor:
         original = store.model.source.load(name).to(replay.device).flatten()

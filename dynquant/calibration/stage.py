@@ -214,7 +214,8 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
             "--window": provenance.window == _window_of(provenance, model, options, seed),
             "text": provenance.text_hash == text.sha256,
         }
-    return [name for name, is_same in same.items() if not is_same]
+    newer = [name for name, value in (provenance.model_extra or {}).items() if value]  # of options that are not here
+    return [name for name, is_same in same.items() if not is_same] + newer
 
 
 def _window_of(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
@@ -375,6 +376,11 @@ def calibration_inputs(model: Model, options: CalibrationOptions, session: Sessi
     if options.data is None:
         length = {"tokens": _given_tokens(options), "window": options.window}
         inputs = text_inputs(model, options.text, **length, seed=session.seed)
+        if inputs.num_tokens + inputs.longest <= options.tokens != CalibrationOptions.tokens:
+            session.note(
+                f"{inputs.name} has {inputs.num_tokens:,} tokens, fewer than the {options.tokens:,} of --tokens: all "
+                "are taken. A longer --calibration, or --sampled-tokens N, gives more"
+            )
         if plain := Counter(inputs.skipped):
             reasons = "\n  ".join(f"{reason} ({number})" for reason, number in plain.items())
             session.note(

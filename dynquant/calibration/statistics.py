@@ -73,9 +73,13 @@ class InputStats:
 
 
 class StatsProvenance(BaseModel):
-    """Origin of statistics; later stages refuse a fingerprint that is not the model's."""
+    """Origin of statistics; later stages refuse a fingerprint that is not the model's.
 
-    model_config = ConfigDict(extra="forbid")
+    Fields that a newer dynquant added are kept in copies, and mean nothing here: where they would, it raises the
+    version of the schema.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     schema_version: Literal[1] = SCHEMA_VERSION
     tool_version: str = __version__

@@ -118,12 +118,15 @@ class DynquantEncoder(Encoder):
                 return
 
             def encode_target(rows: slice, target: Tensor) -> Tensor:
-                blocks = packed[experts, rows] = self._encode(layout, target, loss, request.name)
+                blocks = self._encode(layout, target, loss, request.name)
+                encoded.append(blocks)
                 request.progress(target.numel())
-                return decode(layout.name, blocks.to(self.device), tuple(target.shape))
+                return decode(layout.name, blocks, tuple(target.shape))
 
             moments = outputs if len(outputs) == 1 else outputs[experts]
+            encoded: list[Tensor] = []
             encode_in_turn(*(_moved(t, self.device) for t in (weights[experts], moments)), encode_target)
+            packed[experts] = torch.cat(encoded, dim=1)  # at once: a GPU is not waited for after each group
 
         def encode_protected(scalar: ProtectedWeight) -> None:
             expert, row = scalar.expert or 0, scalar.row
@@ -147,12 +150,12 @@ class DynquantEncoder(Encoder):
         return factors
 
     def _encode(self, layout: BlockLayout, weights: Tensor, loss: "Loss", name: str) -> Tensor:
-        """Block bytes [E, R, row_bytes] on the CPU; rows that do not fit in the GPU's memory are halved."""
+        """Block bytes [E, R, row_bytes]; rows that do not fit in the GPU's memory are halved."""
         try:
             x = _moved(weights, self.device)
             _check_weights(layout, x, name)
             rows = Rows.of(layout, x, is_plain=self._is_plain)
-            return rows.packed(*loss.blocks(rows)).cpu()
+            return rows.packed(*loss.blocks(rows))
         except torch.OutOfMemoryError:
             half = weights.shape[1] // 2
             if not half:

@@ -10,7 +10,7 @@ protect super weights have a name of their own. Float types are not kept: they c
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -31,6 +31,7 @@ from dynquant.errors import WriteError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.resources import count_mapped, free_memory
+from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import write_atomically
 from dynquant.workers import side_by_side
 
@@ -80,21 +81,31 @@ class EncodedStore:
         """Yield parts of tensors with their blocks, in order: a `stream.PartStream`. Tensors are encoded whole, side by
         side."""
         tensors = {name: list(of_tensor) for name, of_tensor in groupby(parts, key=attrgetter("name"))}
-        types = {name: of_tensor[0].quant_type for name, of_tensor in tensors.items()}
-        self.encoder.prepare(dict.fromkeys(each for name, each in types.items() if not self.is_there(name, each)))
+        blocks = self._side_by_side([(name, of_tensor[0].quant_type) for name, of_tensor in tensors.items()])
+        for of_tensor, packed in zip(tensors.values(), blocks, strict=True):
+            for part in of_tensor:
+                yield part, packed.reshape(-1)[part.offset : part.offset + part.num_bytes]
 
-        def cost(name: str) -> int:
-            stored, packed = types[name], types[name].tensor_bytes(tuple(self.model.source.info(name).shape))
-            if self.is_there(name, stored):
+    def fill(self, names_and_types: Iterable[tuple[str, str]], progress: Progress = ignore_progress) -> None:
+        """Encode tensors, side by side, in types in which they are not on disk; raises as `packed`."""
+        pairs = [(name, QUANT_TYPES[type_name]) for name, type_name in names_and_types]
+        missing = [(name, stored) for name, stored in pairs if not (stored.is_float or self.is_there(name, stored))]
+        for done, _ in enumerate(self._side_by_side(missing), 1):
+            progress("encoding", done, len(missing), unit="tensors", tensor=missing[done - 1][0])
+
+    def _side_by_side(self, pairs: Sequence[tuple[str, QuantType]]) -> Iterator[torch.Tensor]:
+        """Yield the blocks of tensors in types, in order."""
+        self.encoder.prepare(dict.fromkeys(stored for name, stored in pairs if not self.is_there(name, stored)))
+
+        def cost(pair: tuple[str, QuantType]) -> int:
+            packed = pair[1].tensor_bytes(tuple(self.model.source.info(pair[0]).shape))
+            if self.is_there(*pair):
                 return packed
-            return packed + max(map(encoder.needed_bytes, encoder.parts_of(name, stored)))
+            return packed + max(map(encoder.needed_bytes, encoder.parts_of(*pair)))
 
         encoder, budget = self._tensors, free_memory() // 2 if self.limits.memory is None else self.limits.memory
         packing = {"cost": cost, "budget": budget}
-        blocks = side_by_side(lambda name: self.packed(name, types[name].name), types, encoder.workers, **packing)
-        for name, packed in zip(tensors, blocks, strict=True):
-            for part in tensors[name]:
-                yield part, packed.reshape(-1)[part.offset : part.offset + part.num_bytes]
+        return side_by_side(lambda pair: self.packed(pair[0], pair[1].name), pairs, encoder.workers, **packing)
 
     def _file(self, name: str, stored: QuantType) -> Path:
         protected = self.guidance.protected.get(name)

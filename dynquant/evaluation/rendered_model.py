@@ -48,9 +48,10 @@ class RenderedModel:
         """
         self.live.check(name for name, type_name in types.items() if not QUANT_TYPES[type_name].is_float)
         placed = {name: type_name for name, type_name in types.items() if name in self._names}
-        for name in sorted(self.types.keys() | placed.keys()):
-            if placed.get(name) != self.types.get(name):  # decoding is what a plan costs
-                self.write(name, placed.get(name))
+        changed = {name for name in self.types.keys() | placed.keys() if placed.get(name) != self.types.get(name)}
+        self._store.fill((name, placed[name]) for name in sorted(changed & placed.keys()))
+        for name in sorted(changed):  # decoding is what a plan costs
+            self.write(name, placed.get(name))
         self.types = placed
 
     def write(self, name: str, type_name: str | None) -> None:

@@ -101,24 +101,6 @@ class LinearCheckpoint:
     group_size: int = GROUP_SIZES[0]
     """The largest group of integers that is wanted."""
 
-    def without_experts(self, count: int) -> "LinearCheckpoint":
-        """Return a checkpoint of the sizes that there will be, at least, without `count` routed experts of every layer,
-        whichever these are."""
-        sizes = {linear.num_experts for linear in self.linears if linear.is_expert}
-        linears = tuple(
-            replace(linear, shape=(linear.shape[0] - count, *linear.shape[1:]), modules=linear.modules[count:])
-            if linear.is_expert
-            else linear
-            for linear in self.linears
-        )
-        others = tuple(
-            part._replace(shape=(part.shape[0] - count, *part.shape[1:]))
-            if part.shape[:1] in {(n,) for n in sizes}
-            else part
-            for part in self.others
-        )
-        return replace(self, linears=linears, others=others)
-
     def scheme(self, name: str) -> Scheme:
         """Return a scheme with the group sizes that are wanted."""
         scheme = SCHEMES[name]

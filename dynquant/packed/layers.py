@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import ops, reference
-from dynquant.kernels.dispatch import has_triton
+from dynquant.kernels.dispatch import has_triton, prepare
 from dynquant.kernels.planes import block_rows, is_packed, pack_planes, unpack_planes
 
 BLOCKS, PLANES = "blocks", "planes"
@@ -297,7 +297,11 @@ def choose_layout(model: nn.Module) -> None:
     modules = [module for module in model.modules() if isinstance(module, PackedModule)]
     weights = [getattr(module, name) for module in modules for name in module.packed_names]
     on_gpu = bool(weights) and all(weight.is_cuda for weight in weights)
-    set_layout(model, PLANES if on_gpu and has_triton() else BLOCKS)
+    is_planar = on_gpu and has_triton()
+    set_layout(model, PLANES if is_planar else BLOCKS)
+    for module in modules if is_planar else ():
+        for name in module.packed_names:
+            prepare(module.types[name], getattr(module, name).device)
 
 
 def _dense_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:

@@ -20,11 +20,14 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import StatsFile, statistics_at, streaming_limit
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model, PrunedExperts
-from dynquant.checkpoints.tensor_roles import Role, layer_of
+from dynquant.checkpoints.tensor_roles import Role, layer_of, stored_ahead
 from dynquant.checkpoints.tensor_source import ModelSource, TensorInfo
 from dynquant.errors import PlanError
+from dynquant.families.common.config import read_json
+from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.families.open import open_pruned
 from dynquant.families.pruned import HAS_EXPERTS, PRUNED_NAME, check_prunable
+from dynquant.formats.storage_format import StoredTensor
 from dynquant.resources import chosen_device
 from dynquant.session import Session
 from dynquant.storage.file_names import ORIGINAL_STATS_NAME
@@ -95,6 +98,30 @@ def sized_without_experts(model: Model, count: int) -> Model:
     _groups(model, count)
     model = model.without_mtp() if model.mtp_tensors else model
     return replace(model, source=_Shapes(model.source, model.hyper.n_expert, count))  # type: ignore[arg-type]
+
+
+def linears_without_experts(checkpoint: LinearCheckpoint, model: Model, count: int) -> LinearCheckpoint:
+    """Return the linear layers of a model, and what else its checkpoint has, in the sizes that they will have without
+    `count` experts of every layer, whichever these are."""
+    config, num_experts = read_json(checkpoint.directory / "config.json"), model.hyper.n_expert
+    names = filter(HAS_EXPERTS.search, model.source.names())
+    routing = {stored for name in names for stored in model.checkpoint_names(name)}
+
+    def smaller(other: StoredTensor) -> StoredTensor:
+        if other.key not in routing:
+            return other
+        axis, shape = int(other.shape[0] == 1), list(other.shape)  # Ernie's corrections are [1, experts]
+        shape[axis] -= count
+        return other._replace(shape=tuple(shape))
+
+    linears = (
+        replace(linear, shape=(num_experts - count, *linear.shape[1:]), modules=linear.modules[count:])
+        if linear.is_expert
+        else linear
+        for linear in checkpoint.linears
+    )
+    others = (smaller(other) for other in checkpoint.others if not stored_ahead(other.key, config))
+    return replace(checkpoint, linears=tuple(linears), others=tuple(others))
 
 
 def least_used(

@@ -27,7 +27,12 @@ from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_schem
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
-from dynquant.planning.pruning import remove_pruned, sized_without_experts, without_experts
+from dynquant.planning.pruning import (
+    linears_without_experts,
+    remove_pruned,
+    sized_without_experts,
+    without_experts,
+)
 from dynquant.planning.search import Search, SearchResult, check_selection_text, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
@@ -67,10 +72,10 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     the folder, the plans are not; selection.json is of the last one.
     """
     target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
+    search = None if target.has_types else _search_of(options)  # before hours of measuring
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
     if target.vision != "auto" and not model.has_vision:
         raise PlanError(f"--vision {target.vision} would do nothing: {model.name} has no vision tower. Leave it out.")
-    search = None if target.has_types else _search_of(options)  # before hours of measuring
     if search is not None:
         _check_runs(model, options, search, session)
     model, options = _pruned(model, options, session, [each for each in targets if not each.has_types])
@@ -78,13 +83,17 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     fixed = tuple(dict.fromkeys(choice.type for recipe in recipes for choice in (recipe or {}).values()))
     types = tuple(quant_type(name).name for name in target.types) or fixed or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*types, *fixed)))
+    budgets = [target for target, recipe in zip(targets, recipes, strict=True) if recipe is None]
+    given = StatsFile(options.stats).stats if options.stats is not None and budgets else None
+    _check_budgets(model, options, types, budgets, given)
     comparison = {"allow_difference": options.allow_difference, "max_memory": options.calibration.max_memory}
     compared = check_computation(model, session, folder=directory, **comparison)
     if compared is not None:
         directory.mkdir(parents=True, exist_ok=True)
         compared.save(directory / file_names.SAME_COMPUTATION_NAME)
-    budgets = [target for target, recipe in zip(targets, recipes, strict=True) if recipe is None]
-    stats = _checked_statistics(model, options, types, session, budgets)
+    stats = statistics_in(directory, model, options.calibration, session, stats_path=options.stats)
+    with stats.guarded():
+        _check_budgets(model, options, types, budgets, stats.stats)
     with stats.finishing():
         store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
         ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
@@ -151,11 +160,13 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     _check_vllm(options)
     target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
     schemes = tuple(vllm_scheme(name).name for name in target.types) or _readable_schemes(session)
-    model = open_language_model(str(options.model), session)
-    if options.prune_experts:  # refuses what no model takes before experts are ranked
-        _of_schemes(model, target, schemes, options.prune_experts)
-    model, options = _pruned(model, options, session)
-    checkpoint, chooser, uniform, budget = _of_schemes(model, target, schemes)
+    whole, places = open_language_model(str(options.model), session), (target.tensor_parallel, target.group_size)
+    if gone := options.prune_experts:
+        linears = linears_without_experts(linear_checkpoint(whole, *places), whole, gone)
+        _chooser(sized_without_experts(whole, gone), linears, target, schemes)
+    model, options = _pruned(whole, options, session)
+    checkpoint = linear_checkpoint(model, *places)
+    chooser, uniform = _chooser(model, checkpoint, target, schemes)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     with stats.finishing():
         request = {"recipe": target.recipe, "stats_hash": stats.hash}
@@ -163,27 +174,25 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
             return plan_for_vllm(model, checkpoint, uniform, **request)
         table = scheme_table(model, checkpoint, schemes, stats, path, session)
     _, table = _probe(model, table, options, session)
-    chosen = chooser.choose(table, budget)
+    chosen = chooser.choose(table, target.budget(model.num_weights))
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
     others, promise = (tensor.key for tensor in checkpoint.others), _promise(table, chosen, None)
     return _of_table(plan, table, path, checkpoint.source, others, types=schemes, **promise)
 
 
-def _of_schemes(
-    model: Model, target: Target, schemes: Sequence[str], left_out: int = 0
-) -> tuple[LinearCheckpoint, SchemeChooser, dict[str, Choice] | None, int | None]:
-    """Return linear layers, chooser, the preset's schemes and the budget of a model, or of one of its sizes without
-    `left_out` experts of every layer. Raises PlanError: no plan of the target can hold it."""
-    checkpoint, sized = linear_checkpoint(model, target.tensor_parallel, target.group_size), model
-    if left_out:
-        checkpoint, sized = checkpoint.without_experts(left_out), sized_without_experts(model, left_out)
-    chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts)
-    uniform = uniform_schemes(target.preset, checkpoint) if target.preset else None
-    budget = target.budget(sized.num_weights)
+def _chooser(
+    model: Model, checkpoint: LinearCheckpoint, target: Target, schemes: Sequence[str]
+) -> tuple[SchemeChooser, dict[str, Choice] | None]:
+    """Return what chooses schemes, and those of a preset, before anything is measured.
+
+    Raises:
+        PlanError: no choice meets the budget, or a layer has no scheme.
+    """
+    chooser, budget = SchemeChooser(checkpoint, schemes, target.mixed_experts), target.budget(model.num_weights)
     if budget is not None:
         chooser.check_budget(model, budget)
-    return checkpoint, chooser, uniform, budget
+    return chooser, uniform_schemes(target.preset, checkpoint) if target.preset else None
 
 
 def _readable_schemes(session: Session) -> tuple[str, ...]:
@@ -256,25 +265,17 @@ def _check_runs(model: Model, options: PlanOptions, search: SearchOptions, sessi
         check_selection_text(model, search, options.calibration, session)
 
 
-def _checked_statistics(
-    model: Model, options: PlanOptions, types: Sequence[str], session: Session, budgets: Sequence[Target]
-) -> StatsFile:
-    """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
+def _check_budgets(
+    model: Model, options: PlanOptions, types: Sequence[str], budgets: Sequence[Target], stats: CalibrationStats | None
+) -> None:
+    """Refuse budgets that cannot be met, as far as shapes tell, or statistics."""
     path = options.output / file_names.ERRORS_NAME  # a table that is there already may have more types
     measurable = tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
-
-    def check(stats: CalibrationStats | None) -> None:
-        for target in budgets:
-            try:
-                check_budget(model, target, measurable, stats)
-            except PlanError as error:
-                raise PlanError(f"{target.recipe}: {error}" if target is not options.target else str(error)) from error
-
-    check(StatsFile(options.stats).stats if options.stats is not None and budgets else None)
-    stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
-    with stats.guarded():
-        check(stats.stats)
-    return stats
+    for target in budgets:
+        try:
+            check_budget(model, target, measurable, stats)
+        except PlanError as error:
+            raise PlanError(f"{target.recipe}: {error}" if target is not options.target else str(error)) from error
 
 
 def _with_modules(chooser: Chooser, table: ErrorTable, level: str, session: Session) -> dict[str, Choice]:

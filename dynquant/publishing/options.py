@@ -1,7 +1,7 @@
 """Options of a release: the sizes of a family of files, how they are made and measured, and where they go."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,8 +144,8 @@ class ReleaseOptions(Options):
         if len(targets) == len(self.targets):
             return self
         if self.fits:
-            return replace(self, fits=tuple(str(target.fits) for target in targets))
-        return replace(self, sizes=None, bpw=tuple(str(target.bpw) for target in targets))
+            return self.changed_to({"fits": tuple(str(target.fits) for target in targets)})
+        return self.changed_to({"sizes": None, "bpw": tuple(str(target.bpw) for target in targets)})
 
     @property
     def of_plans(self) -> PlanOptions:

@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib import metadata
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynquant import __version__
 from dynquant.analysis.plots import style
@@ -71,7 +71,15 @@ _MEASURING = {option for _, option, *_ in shown_values(ReleaseQuestions())}
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
 _FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
+_LEAST_MEASURED = 2048  # tokens; and calibrated at least, where a text is short
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "xllamacpp")
+
+
+class _Behind(NamedTuple):
+    """The rest of a text, behind what calibration and selection take."""
+
+    name: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,11 @@ def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
         PlanError: a size below what is possible; before anything is measured where that can be known.
     """
     model = open_model(options.model)
+    options, behind = _divided(options, model, session)
     record = _begun(options, model, session)
     with _nothing_left_of_a_refusal(options.output):
         record.save(options.output / RECORD_NAME)  # before plans, which are of these settings
-        making = _Making(options, model, session, _texts(options, model, session))
+        making = _Making(options, model, session, _texts(options, behind))
         making.check(record)
         record = making.planned(record)
         plans = making.missing(record) | making.followed(record)
@@ -150,26 +159,43 @@ def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
     return Release(num_weights=model.num_weights, **about)
 
 
-def _texts(options: ReleaseOptions, model: Model, session: Session) -> tuple[Path, ...]:
-    """Return the texts to measure on: those asked for, or what calibration and selection leave of their own; nothing
-    for models with pictures."""
+def _divided(options: ReleaseOptions, model: Model, session: Session) -> tuple[ReleaseOptions, _Behind | None]:
+    """Return the options and, unless other texts are measured on, what calibration and selection leave of their own
+    text. Of a text that is shorter than --tokens asks for, calibration takes what leaves enough to measure on."""
     if options.questions.text or model.has_vision:
-        return options.questions.text
-    calibration, asked = options.calibration, options.questions.max_tokens
-    window, spare = calibration.window, options.of_plans.search.selection_tokens + 2 * calibration.window
-    num_tokens = calibration.tokens + spare + asked
+        return options, None
+    calibration = options.calibration
+    asked, measured, window = calibration.tokens, options.questions.max_tokens, calibration.window
+    spare, usual = options.of_plans.search.selection_tokens + 2 * window, ReleaseQuestions.max_tokens
+    num_tokens = asked + spare + max(measured, usual)
     documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
     tokenizer = load_tokenizer(model)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
-    left = windows[(calibration.tokens + spare) // window :]
-    if left.numel() < min(asked, 2048):
-        raise OptionError(
-            f"{documents.name} leaves {left.numel():,} tokens to measure the files on, behind those of calibration and "
-            "selection. Give another text as --text FILE, a longer --calibration, or fewer --tokens of it."
+    # Whatever --max-tokens says: a later run may say otherwise, and calibration is one for all.
+    most = windows.numel() - spare - max(_LEAST_MEASURED, min(usual, windows.numel() // 8))
+    if asked > most:
+        if most < _LEAST_MEASURED:
+            raise OptionError(
+                f"{documents.name} has {windows.numel():,} tokens, too few to calibrate, choose plans and measure the "
+                "files on different parts. Give a longer --calibration, or a text to measure on as --text FILE."
+            )
+        session.note(
+            f"{documents.name} has {windows.numel():,} tokens: calibration takes {most:,} of them instead of "
+            f"{asked:,}, for plans are chosen and files measured on the rest. A longer --calibration gives more"
         )
-    path = options.output / WORK_NAME / f"behind-{Path(documents.name).stem}.txt".replace(" ", "-")
+        asked = most
+        options = options.changed_to({"calibration": calibration.changed_to({"tokens": asked})})
+    left = windows[(asked + spare) // window : (asked + spare + measured) // window]
+    return options, _Behind(documents.name, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
+
+
+def _texts(options: ReleaseOptions, behind: _Behind | None) -> tuple[Path, ...]:
+    """Return the texts to measure on, of which what calibration left is written among the work."""
+    if behind is None:
+        return options.questions.text
+    path = options.output / WORK_NAME / f"behind-{Path(behind.name).stem}.txt".replace(" ", "-")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
+    write_atomically(path, behind.text)
     return (path,)
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from dynquant import __version__
 from dynquant.errors import PlanError
 from dynquant.options import Options, shown_values
 from dynquant.storage.atomic import file_hash, write_atomically
@@ -58,6 +59,8 @@ def first_fault(error: ValidationError) -> str:
     place, rule = ".".join(map(str, first["loc"]))[:200], first["msg"].removeprefix("Value error, ")
     if not place:
         return rule
+    if first["type"] == "extra_forbidden":
+        return f"`{place}` is not known to dynquant {__version__}: it may be of a newer one, or be misspelt"
     return f"`{place}` is missing" if first["type"] == "missing" else f"`{place}` is {first['input']!r:.80}: {rule}"
 
 

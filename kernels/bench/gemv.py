@@ -101,7 +101,7 @@ def product(x: Tensor, weight: Tensor, type_name: str, act: str, config: _Config
     """`gemv` with this tiling, or without one the kernel that `dispatch` chooses."""
     if config is None:
         return ops.linear(x, weight, type_name, layout="planes")
-    return gemv.linear_of_checked(x, weight, type_name, act, config)
+    return gemv.linear(x, weight, type_name, act, config)
 
 
 def error_of(type_name: str, m: int, row_length: int, act: str, config: _Config) -> float:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dynquant.kernels import shapes
 from dynquant.kernels.triton.fragments import columns, step_of
 
 
@@ -60,6 +61,11 @@ def has_hopper_instructions(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def takes_fragments(device: torch.device) -> bool:
+    """Tell whether `fragments` run on the device: not on a GPU before an H100. Those of a CPU are interpreted."""
+    return device.type != "cuda" or has_hopper_instructions(device)
+
+
 def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """x [M, K] -> bytes int8 [M, P, K'], in the order of `bit_words`, and scales float32 [M, K' / 32].
 
@@ -67,20 +73,21 @@ def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool
     the next multiple of 128. Both get `padded_rows` rows if that is more; what lies beyond M and K is not written.
     `pdl` lets the next kernel start early (programmatic dependent launch); that kernel must wait, as `gemv` does.
     """
-    row_length, is_fixed16 = x.shape[1], act == "bf16"
-    rows = max(len(x), padded_rows)
-    padded_length = triton.cdiv(row_length, 128) * 128
+    is_fixed16, (num_rows, row_length) = act == "bf16", x.shape
+    rows = max(num_rows, padded_rows)
+    padded_length = shapes.ceil_div(row_length, 128) * 128
     q = torch.empty(rows, 1 + is_fixed16, padded_length, dtype=torch.int8, device=x.device)
     d = torch.empty(rows, padded_length // 32, dtype=torch.float32, device=x.device)
     groups = 16  # of a program: 512 values, four a thread
-    grid = (triton.cdiv(row_length, 32 * groups), len(x))
+    grid = (shapes.ceil_div(row_length, 32 * groups), num_rows)
     sizes = x.stride(0), row_length, padded_length
     _act_quant_kernel[grid](x, q, d, *sizes, is_fixed16, groups, pdl, num_warps=4, launch_pdl=pdl)
     return q, d
 
 
 @functools.cache
-def _order(type_name: str, device: torch.device, is_stream: bool) -> Tensor:
+def order_of(type_name: str, device: torch.device, is_stream: bool) -> Tensor:
+    """Return the columns of a step in the order of `arrange`, int32, kept once per device."""
     taken = columns(type_name)
     if is_stream:  # sixteen bytes of a thread beside those of the next
         taken = taken.view(4, -1, 4, 2)
@@ -95,13 +102,13 @@ def arrange(
     With `places` int [P] row i of the result is row places[i] // slots of x. Rows beyond these are zero.
     """
     length, step = x.shape[1], step_of.fn(type_name)
-    num_steps = triton.cdiv(length, step)
+    num_steps = shapes.ceil_div(length, step)
     arranged = x.new_empty(num_rows, num_steps * step)
     sources, together = len(x) if places is None else len(places), 1 if num_rows < 128 else 8
     is_early = has_hopper_instructions(x.device)
     # One grid axis: the others end at 65535 programs, fewer than 64k tokens of eight experts each take.
-    _arrange_kernel[(num_steps * triton.cdiv(num_rows, together),)](
-        x, arranged, _order(type_name, x.device, is_stream), places, sources, num_rows, length, slots,
+    _arrange_kernel[(num_steps * shapes.ceil_div(num_rows, together),)](
+        x, arranged, order_of(type_name, x.device, is_stream), places, sources, num_rows, length, slots,
         STEP=step, ROWS=together, PDL=is_early, num_warps=2, launch_pdl=is_early,
     )  # fmt: skip
     return arranged

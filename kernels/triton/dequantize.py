@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynquant.formats.quant_types import quant_type
+from dynquant.kernels import shapes
 from dynquant.kernels.triton.bit_words import USE_ASM
 from dynquant.kernels.triton.fragments import decode, fetch, kind_of, step_of
 from dynquant.kernels.triton.unpack import table, unpack_groups
@@ -34,7 +35,7 @@ def dequantize(
     stored = quant_type(type_name)
     num_rows, num_columns = out.shape
     if out.numel():
-        grid = (triton.cdiv(num_columns, 256) * triton.cdiv(num_rows, _TILE_ROWS),)
+        grid = (shapes.ceil_div(num_columns, 256) * shapes.ceil_div(num_rows, _TILE_ROWS),)
         dequantize_kernel[grid](
             weight, table(stored.name, weight.device), out, row_ids,
             weight.numel() // stored.block_bytes, weight.numel() // weight.shape[-1],
@@ -79,7 +80,7 @@ def dequantize_arranged(weight: Tensor, type_name: str, out: Tensor, first_row: 
     those of activations with `is_stream`; return it. Columns beyond the row repeat others.
     """
     name = quant_type(type_name).name
-    grid = (out.shape[1] // step_of.fn(name), triton.cdiv(len(out), _STREAM_ROWS))
+    grid = (out.shape[1] // step_of.fn(name), shapes.ceil_div(len(out), _STREAM_ROWS))
     arranged_kernel[grid](
         weight, table(name, weight.device), out, weight.numel() // quant_type(name).block_bytes, first_row, len(out),
         weight.shape[-1] // quant_type(name).block_bytes, TYPE=name, ROWS=_STREAM_ROWS, num_warps=4,

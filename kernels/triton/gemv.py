@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dynquant.formats.quant_types import QUANT_TYPES, quant_type
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels import shapes
 from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import has_hopper_instructions, quantize_activations
@@ -34,7 +34,6 @@ from dynquant.kernels.triton.codebook_rows import codebook_rows, codebook_words,
 from dynquant.kernels.triton.unpack import table
 
 MAX_ROWS = 4
-ACTIVATIONS = ("bf16", "int8")
 
 _CHUNKS = {
     **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "TQ2_0"), (crumb_chunk, 64)),
@@ -63,6 +62,7 @@ class GemvConfig:
     pdl: bool = False
 
 
+@functools.cache
 def gemv_config(type_name: str, num_x_rows: int) -> GemvConfig:
     """Return the tiling for `num_x_rows` rows of activations: measured choices, no search at run time."""
     rows = min(num_x_rows, MAX_ROWS)
@@ -189,9 +189,9 @@ def add_splits_kernel(parts_ptr, y_ptr, num_values, SPLIT: tl.constexpr, BLOCK: 
     tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=i < num_values)
 
 
-def supports(type_name: str, x: Tensor) -> bool:
+def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
     """Return whether `linear` takes these activations for weights of this type."""
-    return takes(type_name, x) and 1 <= x.shape[0] <= MAX_ROWS
+    return product == "linear" and takes(type_name, x) and 1 <= x.shape[0] <= MAX_ROWS
 
 
 def takes(type_name: str, x: Tensor) -> bool:
@@ -201,34 +201,17 @@ def takes(type_name: str, x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config: GemvConfig | None = None) -> Tensor:
-    """x [M, K] times planar weights uint8 [N, row_bytes], transposed: [M, N] of the dtype of x.
+    """x [M, K] times planar weights uint8 [N, row_bytes], transposed: [M, N] of the dtype of x. `takes` must be true.
 
-    `act` "bf16" is as exact as bf16 products, "int8" rounds the activations to 8 bits in groups of 32.
-
-    Raises:
-        ValueError: `supports` is false, `act` is unknown, or the rows of `weight` are not K weights of the type.
+    `act` "bf16" is as exact as bf16 products, "int8" rounds the activations to 8 bits in groups of 32. `dispatch` gives
+    it as many rows as `supports` says; more are programs of their own.
     """
-    if not supports(type_name, x):
-        shape = f"[1-{MAX_ROWS}, whole blocks]"
-        raise ValueError(f"`x` must be bf16 or fp16 {shape} for {type_name}, got {x.dtype} {[*x.shape]}")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"`act` must be one of {', '.join(ACTIVATIONS)}, got `{act}`")
-    row_bytes = quant_type(type_name).row_bytes(x.shape[1])
-    if weight.dtype != torch.uint8 or weight.dim() != 2 or weight.shape[1] != row_bytes or not weight.is_contiguous():
-        raise ValueError(
-            f"`weight` must be contiguous uint8 [N, {row_bytes}], {x.shape[1]} weights of {type_name} a row, "
-            f"got {weight.dtype} {[*weight.shape]}"
-        )
-    return linear_of_checked(x, weight, type_name, act, config)
-
-
-def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, config: GemvConfig | None = None) -> Tensor:
-    """`linear` for any number of rows, without its checks."""
-    config = _launched(config or gemv_config(type_name, len(x)), x.device)
-    padded = triton.cdiv(len(x), config.rows) * config.rows
+    num_rows = x.shape[0]
+    config = _launched(config or gemv_config(type_name, num_rows), x.device)
+    padded = shapes.ceil_div(num_rows, config.rows) * config.rows
     x = x if x.stride(1) == 1 else x.contiguous()
     integers = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
-    return multiply(integers, weight, type_name, x.new_empty(len(x), len(weight)), config, None)
+    return multiply(integers, weight, type_name, x.new_empty(num_rows, weight.shape[0]), config, None)
 
 
 def routed(
@@ -240,9 +223,14 @@ def routed(
     slot reads its expert's weights for itself.
     """
     config = _launched(config or gemv_config(type_name, 1), x.device)
-    integers = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
+    integers = quantize_activations(x, act, padded_rows=x.shape[0], pdl=config.pdl)
     y = x.new_empty(expert_ids.numel(), weight.shape[1])
     return multiply(integers, weight, type_name, y, config, expert_ids.contiguous())
+
+
+def words_of(type_name: str, device: torch.device) -> Tensor:
+    """Return what the kernel looks up: a table of its own for codebook types, that of `unpack` for others."""
+    return (codebook_words if _CHUNKS[type_name][0] is codebook_rows else table)(type_name, device)
 
 
 def _launched(config: GemvConfig, device: torch.device) -> GemvConfig:
@@ -257,20 +245,20 @@ def multiply(
 
     With `ids` y is that of `routed`: rows of y for every row of activations are its slots.
     """
-    (xq, xd), split, device = integers, config.split, weight.device
+    (xq, xd), split = integers, config.split
     is_codebook = _CHUNKS[type_name][0] is codebook_rows
-    if is_codebook and y.shape[1] < config.bn * config.warps:
+    num_results, width = y.shape
+    if is_codebook and width < config.bn * config.warps:
         config = replace(config, bn=1, warps=1)
     target = y if split == 1 else y.new_empty(split, *y.shape, dtype=torch.float32)
-    num_experts, slots = (1, 1) if ids is None else (len(weight), len(y) // len(xq))
+    num_experts, slots = (1, 1) if ids is None else (weight.shape[0], num_results // xq.shape[0])
     row_length = shapes.row_length(weight, QUANT_TYPES[type_name])
     constants = kernel_constants(type_name, xq.shape[1], row_length, config, routed=ids is not None)
     num_rows = config.bn * config.warps if is_codebook else config.bn
-    words = (codebook_words if is_codebook else table)(type_name, device)
-    grid = (triton.cdiv(y.shape[1], num_rows) * triton.cdiv(len(y), config.rows), split)
+    grid = (shapes.ceil_div(width, num_rows) * shapes.ceil_div(num_results, config.rows), split)
     gemv_kernel[grid](
-        weight, xq.view(torch.int32), xd, words, target, xd if ids is None else ids,
-        y.shape[1], len(y), num_experts, slots, **constants,
+        weight, xq.view(torch.int32), xd, words_of(type_name, weight.device), target, xd if ids is None else ids,
+        width, num_results, num_experts, slots, **constants,
     )  # fmt: skip
     if split > 1:
         add_splits(target, y, config.pdl)
@@ -279,7 +267,7 @@ def multiply(
 
 def add_splits(parts: Tensor, y: Tensor, pdl: bool) -> None:
     """y = parts [SPLIT, M, N] summed over the first dimension, first to last."""
-    grid = (triton.cdiv(y.numel(), 256),)
+    grid = (shapes.ceil_div(y.numel(), 256),)
     add_splits_kernel[grid](parts, y, y.numel(), parts.shape[0], 256, pdl, num_warps=4, launch_pdl=pdl)
 
 

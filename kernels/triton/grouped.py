@@ -54,7 +54,7 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
         config = choose(num_pairs / num_experts, inputs.dtype)
         return run(product, inputs, weight, stored, config, _tiles_of(expert_ids, num_experts, config["BM"]))
     width, config = (128, {"BN": 32, "G": 4}) if transposed else (16, {"BN": 16, "G": 8})
-    _pair_kernel[(triton.cdiv(product.shape[-1], width), num_pairs)](
+    _pair_kernel[(shapes.ceil_div(product.shape[-1], width), num_pairs)](
         inputs, weight, table(stored.name, weight.device), expert_ids.contiguous(), product,
         weight.numel() // stored.block_bytes, num_experts, num_rows, length // 32,
         expert_ids.shape[1] if inputs.dim() == 2 else 1, TYPE=stored.name, TRANSPOSED=transposed, num_warps=4, **config,
@@ -66,9 +66,11 @@ def _tiles_of(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tenso
     """`sorted_tiles`, which gate, up and down, their gradients and a recomputed pass ask for with the same ids.
 
     Sorting is eight launches; in training, launches from Python decide the time of a step. Ids that may change unseen
-    are sorted every time: inference tensors count no versions, and a replayed CUDA graph runs no Python.
+    are sorted every time: inference tensors count no versions, a replayed CUDA graph runs no Python, and code that
+    `torch.compile` makes writes the ids of a layer over those of another (`ops` marks what Python gives it).
     """
-    if not expert_ids.is_cuda or expert_ids.is_inference() or torch.cuda.is_current_stream_capturing():
+    counts = getattr(expert_ids, "counts_changes", False) and not expert_ids.is_inference()
+    if not counts or not expert_ids.is_cuda or torch.cuda.is_current_stream_capturing():
         return sorted_tiles(expert_ids, num_experts, block_m)
     key = (expert_ids._version, num_experts, block_m, torch.cuda.current_stream(expert_ids.device))
     last, pairs = _found.get(expert_ids, (None, None))
@@ -87,9 +89,9 @@ def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Te
     """
     ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
     starts = torch.searchsorted(ids, torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype))
-    num_tiles = triton.cdiv(len(ids), block_m) + num_experts + 2
+    num_tiles = shapes.ceil_div(len(ids), block_m) + num_experts + 2
     tiles = torch.empty(3, num_tiles, dtype=torch.int32, device=ids.device)
-    _tile_table_kernel[(triton.cdiv(num_tiles, 32),)](
+    _tile_table_kernel[(shapes.ceil_div(num_tiles, 32),)](
         starts, tiles, len(ids), num_experts, num_tiles,
         BM=block_m, SEGMENTS=triton.next_power_of_2(num_experts + 2), num_warps=4,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton.activations import arrange, has_hopper_instructions
+from dynquant.kernels.triton.activations import arrange, has_hopper_instructions, takes_fragments
 from dynquant.kernels.triton.fragments import decode, fetch, kind_of, matrix, rows, step_of
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table, unpack_groups
@@ -167,9 +167,9 @@ def tile_input_grad_kernel(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=is_pair[:, None] & (k < K_groups * 32)[None, :])
 
 
-def supports(type_name: str, x: Tensor) -> bool:
+def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
     """Return whether tensor cores take these activations; float32 has none that are exact enough."""
-    return x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype in (torch.bfloat16, torch.float16) and (product != "linear" or takes_fragments(x.device))
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
@@ -195,11 +195,11 @@ def multiply(
     order, tiles = pairs
     num_rows, name = product.shape[-1], stored.name
     num_pairs, x = product.numel() // num_rows, x.reshape(-1, x.shape[-1])
-    num_tiles = triton.cdiv(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
+    num_tiles = shapes.ceil_div(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
     # A tile of an expert reads beyond its last place.
     places = num_tiles * config["BM"] if tiles is None else num_pairs + config["BM"]
     arranged = arrange(x, name, places, places=order, slots=num_pairs // len(x))
-    programs, num_steps = triton.cdiv(num_rows, config["BN"]) * num_tiles, arranged.shape[1] // step_of.fn(name)
+    programs, num_steps = shapes.ceil_div(num_rows, config["BN"]) * num_tiles, arranged.shape[1] // step_of.fn(name)
     shares = column_shares(programs, config, num_steps) if tiles is None else 1
     target = product if shares == 1 else product.new_empty(shares, *product.shape, dtype=torch.float32)
     is_early = has_hopper_instructions(x.device)
@@ -219,8 +219,8 @@ def multiply_back(
     """Write dy W into `product` [pairs, K] and return it, like `multiply`; `config` of `input_grad_config`."""
     order, tiles = pairs
     num_pairs = product.numel() // product.shape[-1]
-    num_tiles = triton.cdiv(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
-    tile_input_grad_kernel[(triton.cdiv(product.shape[-1], 32 * config["G"]), num_tiles)](
+    num_tiles = shapes.ceil_div(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
+    tile_input_grad_kernel[(shapes.ceil_div(product.shape[-1], 32 * config["G"]), num_tiles)](
         dy, weight, table(stored.name, weight.device), order, tiles, product,
         weight.numel() // stored.block_bytes, weight.shape[-2], shapes.row_length(weight, stored) // 32,
         num_pairs * dy.shape[-1] // dy.numel(), num_tiles, num_pairs, TYPE=stored.name, **config,

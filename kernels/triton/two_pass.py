@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton.activations import arrange, has_hopper_instructions
+from dynquant.kernels.triton.activations import arrange, takes_fragments
 from dynquant.kernels.triton.dequantize import dequantize, dequantize_arranged
 
 _SLICE_BYTES = 128 << 20
@@ -22,7 +22,7 @@ _ROW_STEP = 128  # slices are whole tiles of the matrix product
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
     """x [M, K] times planar rows uint8 [N, row_bytes] transposed: [M, N]."""
     num_rows, stored = weight.shape[0], quant_type(type_name)
-    if x.is_cuda and not has_hopper_instructions(x.device):
+    if not takes_fragments(x.device):
         dense = x.new_empty(num_rows, shapes.row_length(weight, stored))
         dequantize(weight, type_name, dense)
         return x @ dense.T

@@ -130,6 +130,15 @@ def test_round_trip(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["stats.safetensors"]
 
 
+def test_provenance_of_a_newer_dynquant_is_read_and_kept(tmp_path):
+    stats, path = run(1), tmp_path / "stats.safetensors"
+    stats.provenance = StatsProvenance(**stats.provenance.model_dump(), of_newer={"a": 1})
+    stats.save(path)
+    again = CalibrationStats.load(path)
+    assert_same(again, stats)
+    assert again.provenance.joined(stats.provenance).model_extra == {"of_newer": {"a": 1}}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_the_file_follows_the_umask(tmp_path, umask, mode):

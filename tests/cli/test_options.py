@@ -12,6 +12,7 @@ import typer
 from dynquant.analysis.bench.judge import parsed
 from dynquant.calibration import stage
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.cli.app import app
 from dynquant.cli.compare import CompareEncodersOptions, CompareOptions, EncoderQuestions, RecipeQuestions, _Results
 from dynquant.errors import OptionError
@@ -179,6 +180,21 @@ def test_statistics_of_a_folder_are_used_for_the_same_options_alone(
     notes = []
     stage.statistics_at(path, open_model(small_moe), options, Session(seed=seed, note=notes.append))
     assert words in notes[0] and ("calibrating anew" in notes[0]) == (words != "reusing")
+
+
+@pytest.mark.parametrize("value, words", [(0, "reusing"), (9, "other of_newer:")])
+def test_statistics_that_a_newer_dynquant_made_otherwise_are_not_reused(
+    calibrated_16m, small_moe, tmp_path, monkeypatch, value, words
+):
+    path = linked_copy(calibrated_16m, tmp_path) / "stats.safetensors"
+    stats = CalibrationStats.load(path)
+    stats.provenance = StatsProvenance(**stats.provenance.model_dump(), of_newer=value)
+    stats.save(path)
+    as_before = dict(zip(("text", "tokens", "window"), CALIBRATION_16M[1::2], strict=True))
+    monkeypatch.setattr(stage, "run_calibration", lambda *_, **__: stage.StatsFile(path))
+    notes = []
+    stage.statistics_at(path, open_model(small_moe), CalibrationOptions(**as_before), Session(note=notes.append))
+    assert words in notes[0]
 
 
 @pytest.mark.nightly

@@ -153,11 +153,15 @@ def fresh_warnings():
 
 def test_gpus_before_an_h100_take_no_fragments(fresh_warnings, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
+    from dynquant.kernels.triton import activations, tiles
+
     rows = torch.zeros(8, 512, dtype=torch.bfloat16)
     assert dispatch._first_kernel("linear", NAME, rows).__name__.endswith("tiles")
-    monkeypatch.setattr(dispatch, "_is_old", lambda device: True)
+    for module in (activations, tiles):
+        monkeypatch.setattr(module, "takes_fragments", lambda device: False)
     assert dispatch._first_kernel("linear", NAME, rows).__name__.endswith("two_pass")
     assert dispatch._first_kernel("linear", NAME, rows[:1]).__name__.endswith("gemv")
+    assert dispatch._first_kernel("input_grad", NAME, rows).__name__.endswith("tiles")
     weight, ids = packed_weights(NAME, 2, 4, 512), torch.tensor([[1]])
     with pytest.warns(UserWarning, match="capability 9.0"):
         product = dispatch.launch_experts(None, rows[:1], weight, ids, NAME, "blocks")
@@ -189,7 +193,7 @@ def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
         def __init__(self, name, most):
             self.name, self.most = name, most
 
-        def supports(self, type_name, x):
+        def supports(self, type_name, x, product):
             return type_name == NAME and x.shape[0] <= self.most
 
     modules = {name: Kernel(name, most) for name, most in (("gemv", 4), ("tiles", 999), ("two_pass", 1 << 30))}

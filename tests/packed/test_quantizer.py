@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import dynquant
+from dynquant.analysis.bench.random_models import random_packed
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
 from dynquant.packed.layers import PackedModule, set_layout
@@ -135,6 +136,31 @@ def test_compiles_without_a_graph_break(model, logits):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("shape", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_generate_with_a_static_cache_compiles_one_graph(shape, model):
+    from torch._dynamo.utils import counters
+    from transformers import AutoConfig, CompileConfig
+
+    if shape != "deepseek_v3":
+        sizes = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+        sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256} if "moe" in shape else {}
+        config = AutoConfig.for_model(shape, num_attention_heads=4, num_key_value_heads=2, **sizes)
+        torch.manual_seed(0)
+        model = random_packed(config, "experts=IQ2_XXS,rest=Q4_K", device="cpu")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiled._compile_all_devices = True  # transformers compiles on GPUs only
+    ids = torch.arange(20).view(2, 10)
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **call)
+    for _ in range(2):  # a second cache compiles nothing
+        tokens = model.generate(ids, cache_implementation="static", compile_config=compiled, **call)
+        assert torch.equal(tokens, expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_lora_trains_on_packed_weights(tiny):

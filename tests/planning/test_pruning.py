@@ -11,15 +11,12 @@ from dynquant.checkpoints.model import PrunedExperts
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model, open_pruned
-from dynquant.planning.options import PlanOptions
-from dynquant.planning.pruning import least_used, remove_pruned, sized_without_experts
-from dynquant.planning.stage import make_plan
-from dynquant.planning.target import Target
+from dynquant.planning.pruning import least_used, linears_without_experts, remove_pruned, sized_without_experts
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT
 from tests.helpers.calibrating import calibrate
-from tests.helpers.commands import succeed
+from tests.helpers.commands import refused, succeed
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 
@@ -50,6 +47,10 @@ def test_without_experts_a_model_computes_what_it_does_when_they_are_never_chose
         layer.mlp.gate.e_score_correction_bias[list(gone)] = -1e4
     with torch.inference_mode():
         torch.testing.assert_close(load_hf(smaller)(tokens).logits, masked(tokens).logits, rtol=1e-5, atol=1e-5)
+    sized, real = linears_without_experts(linear_checkpoint(model), model, 4), linear_checkpoint(smaller)
+    assert {*sized.others} == {*real.others}
+    layers = zip(sized.linears, real.linears, strict=True)
+    assert all((mine.shape, len(mine.modules)) == (its.shape, len(its.modules)) for mine, its in layers)
     again = without(model, tmp_path, *gone)
     assert again.path == smaller.path and again.original is model
     assert open_pruned(smaller, smaller.pruned, tmp_path, SILENT) is smaller
@@ -109,28 +110,14 @@ def test_a_plan_its_files_and_their_evaluation_know_what_is_gone(small_moe, tmp_
     assert not list(folder.glob("pruned-*"))
 
 
-@pytest.mark.parametrize(
-    ("count", "target", "reason"),
-    [
-        (7, {}, "Give at most 6"),
-        (2, {"bpw": 0.9}, "below the smallest possible size"),
-        (2, {"serves": "vllm", "bpw": 2.0}, "below the smallest possible size"),
-        (2, {"serves": "vllm", "tensor_parallel": 3}, "cannot share out among the 3 GPUs"),
-    ],
-)
-def test_what_cannot_be_pruned_is_refused_before_anything_is_measured(small_moe, tmp_path, count, target, reason):
-    options = PlanOptions(
-        model=str(small_moe), output=tmp_path / "refused", target=Target(**target), prune_experts=count
-    )
-    with pytest.raises(PlanError, match=reason):
-        make_plan(options)
-    assert not (tmp_path / "refused").exists()
-
-
-def test_sizes_for_vllm_are_known_before_it_is_known_which_experts_go(grouped, tmp_path):
-    model = open_model(grouped)
-    foreseen = linear_checkpoint(model).without_experts(4)
-    smaller = linear_checkpoint(without(model, tmp_path, 0, 4, 8, 12))
-    assert [linear.shape for linear in foreseen.linears] == [linear.shape for linear in smaller.linears]
-    assert [len(linear.modules) for linear in foreseen.linears] == [len(linear.modules) for linear in smaller.linears]
-    assert sum(part.num_bytes for part in foreseen.others) == sum(part.num_bytes for part in smaller.others)
+def test_what_cannot_be_pruned_is_refused_before_anything_is_measured(small_moe, tmp_path):
+    vllm = (2, "--for", "vllm")
+    for words, reason in (
+        ((7,), "Give at most 6"),
+        ((2, "--bpw", 0.9), "below the smallest possible size"),
+        ((*vllm, "--bpw", 0.9), "below the smallest possible size"),
+        ((*vllm, "--tensor-parallel", 5), "divides them"),
+        ((*vllm, "--types", "fp8"), "None of FP8 can hold"),
+    ):
+        assert reason in refused("plan", small_moe, "--prune-experts", *words, "-o", tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()

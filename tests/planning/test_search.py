@@ -111,8 +111,10 @@ def test_one_stage_gives_what_the_whole_pass_did(moe_model, windows):
 def test_blocks_are_encoded_once_and_lose_what_the_table_says(table, store, monkeypatch):
     name = "blk.2.ffn_down_exps.weight"
     first = store.packed(name, "TQ2_0")
+    store.fill([(name, "TQ2_0"), (name, "TQ1_0"), ("output_norm.weight", "F32")])
     monkeypatch.setattr("dynquant.encoding.stream.TensorEncoder.tensor", None)
     assert torch.equal(store.packed(name, "TQ2_0"), first)
+    assert store.packed(name, "TQ1_0").shape[-1] < first.shape[-1]
     weights = store.model.source.load(name)
     decoded = decode("TQ2_0", first, tuple(weights.shape))
     error = ((weights - decoded).square().sum() / weights.square().sum()).sqrt()
@@ -375,3 +377,9 @@ def test_a_selection_that_cannot_run_is_refused_before_calibration(small_moe, tm
     with pytest.raises((PlanError, StatsError), match=reason):
         make_plan(options)
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_level_for_vision_is_refused_where_the_model_has_none(small_moe, tmp_path):
+    for target in (Target(bpw=3.0, vision="8bit"), Target(bpw=9.0, vision="8bit", serves="vllm")):
+        with pytest.raises(PlanError, match="--vision"):
+            make_plan(PlanOptions(model=str(small_moe), output=tmp_path / "refused", target=target))

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
 from dynquant.errors import HubError, LibraryError
@@ -23,7 +24,7 @@ from dynquant.publishing import stage
 from dynquant.publishing.hub import push
 from dynquant.publishing.options import ReleaseOptions
 from dynquant.publishing.record import Release
-from dynquant.session import SILENT
+from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import linked_copy, refused, succeed
 from tests.helpers.hub_stand_in import Repository, hub_stand_in
@@ -187,7 +188,20 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
     assert not (tmp_path / "first").exists() and not (tmp_path / "n").exists()
     short = tmp_path / "short.txt"
     short.write_text("A few words only. " * 20)
-    assert "leaves 0 tokens" in refused("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
+    first = ("release", tiny_moe, "--bpw", 3, "--calibration", short, "-o", tmp_path / "s")
+    assert "too few to calibrate" in refused(*first)
+
+
+@pytest.mark.nightly
+def test_a_text_shorter_than_tokens_is_calibrated_on_but_for_what_is_measured(tiny_moe, small_moe, tmp_path):
+    call = ("release", tiny_moe, "--bpw", 5, *OPTIONS, "--calibration", small_moe.parent / "demo_text.txt")
+    succeed(*call, "--tokens", 524_288, "--max-tokens", 2048, "-o", tmp_path)
+    given = CalibrationStats.load(tmp_path / "work" / "stats.safetensors").provenance
+    assert 2048 <= given.num_tokens < given.max_tokens < 524_288
+    (report,) = (tmp_path / "evaluation").glob("*.json")
+    assert json.loads(report.read_text())["texts"][0]["name"] == "behind-demo_text.txt"
+    assert f"--tokens {given.max_tokens} " in shown(tmp_path)
+    succeed(*call, "--tokens", 524_288, "--max-tokens", 1024, "-o", tmp_path)
 
 
 @pytest.mark.nightly
@@ -271,9 +285,13 @@ def test_more_effort_reaches_plans_and_files(tmp_path):
 
 def test_a_lost_connection_is_told_of(tmp_path):
     about = {"model": "a", "arch": "llama", "fingerprint": "", "num_weights": 1, "settings": {}}
-    told = pytest.raises(HubError, match=f"Reading {REPO} failed")
-    with hub_stand_in(), patch.object(constants, "ENDPOINT", "http://127.0.0.1:9"), told:
-        push(tmp_path, Release(**about), REPO, SILENT, is_real=False)
+    notes, told = [], f"Reading {REPO} failed"
+    (tmp_path / "README.md").touch()
+    with hub_stand_in(), patch.object(constants, "ENDPOINT", "http://127.0.0.1:9"):
+        with pytest.raises(HubError, match=told):
+            push(tmp_path, Release(**about), REPO, SILENT, is_real=True)
+        (upload,) = push(tmp_path, Release(**about), REPO, Session(note=notes.append), is_real=False)
+    assert upload == ("README.md", 0, False) and told in notes[0]
 
 
 @pytest.mark.nightly

@@ -6,15 +6,19 @@ the errors that the program has written before; inside a chunk it is added as gr
 column from the host the same passes are some fifteen launches for each of thousands of columns, and the GPU waits.
 """
 
+from collections.abc import Callable, MutableMapping
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dynquant.encoding.search.codeword_kernels import book_arguments, group_of, jit_for_any_rows, nearest, times
 from dynquant.encoding.search.layouts import SHIFT, Fields
 from dynquant.encoding.search.rows import Rows
 
+_parts: MutableMapping[Tensor, dict[tuple, tuple[int, tuple[Tensor, ...]]]] = WeakTensorKeyDictionary()
 _ROWS = 16
 PRECISION = "tf32"
 """Precision of products with hessians and factors. Targets move by a thousandth of what other columns give to them: the
@@ -27,7 +31,7 @@ def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
     """As `feedback.feed_back`."""
     group = rows.layout.codebook.group
     values, errors = torch.empty_like(rows.x), torch.empty_like(rows.x)
-    weights, metric = of_each_expert(lambda square: relative_factor(square, group), factor)
+    weights, metric = of_each_expert(relative_factor, factor, group)
     _feed_back_kernel[grid(rows)](
         errors, values, weights, metric, *arguments(rows, fields), *weights.stride()[:2], metric.stride(0),
         **walk_constants(rows),
@@ -39,7 +43,7 @@ def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tens
     """As `descent.descend`."""
     group = rows.layout.codebook.group
     values, errors = values.clone(), rows.x - rows.decoded(fields, values)
-    hessian, inverse = of_each_expert(lambda square: (square.contiguous(), inverse_blocks(square, group)), hessian)
+    hessian, (inverse,) = dense(hessian), of_each_expert(inverse_blocks, hessian, group)
     _descend_kernel[grid(rows)](
         errors, values, hessian, inverse, *arguments(rows, fields), *hessian.stride()[:2], inverse.stride(0),
         **walk_constants(rows),
@@ -76,11 +80,20 @@ def walk_constants(rows: Rows) -> dict[str, object]:
     return constants(rows) | {"WIDTH": 64, "PRECISION": PRECISION, "num_warps": num_warps, "num_stages": STAGES}
 
 
-def of_each_expert(function, squares: Tensor) -> tuple[Tensor, ...]:
-    """`function` of squares [E, C, C]; once where all experts have the same."""
-    if squares.stride(0) == 0:
-        return tuple(t.expand(len(squares), *t.shape[1:]) for t in function(squares[:1]))
-    return function(squares)
+def of_each_expert(function: Callable[..., tuple[Tensor, ...]], squares: Tensor, *widths: int) -> tuple[Tensor, ...]:
+    """`function` of squares [E, C, C] and widths; once where all experts have the same.
+
+    It is kept as long as the squares are, and must not be these: groups of rows that are encoded in turn have the same.
+    """
+    kept, key = _parts.setdefault(squares, {}), (function, *widths)
+    version, parts = kept.get(key, (-1, ()))
+    if version != squares._version:
+        if squares.stride(0) == 0:
+            parts = tuple(t.expand(len(squares), *t.shape[1:]) for t in function(squares[:1], *widths))
+        else:
+            parts = function(squares, *widths)
+        kept[key] = squares._version, parts
+    return parts
 
 
 def relative_factor(factor: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -95,12 +108,17 @@ def relative_factor(factor: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (columns @ inverse).movedim(1, -2).flatten(-2), blocks.square().sum(-1).flatten(1)
 
 
-def inverse_blocks(hessian: Tensor, group: int) -> Tensor:
+def dense(squares: Tensor) -> Tensor:
+    """Return squares [E, C, C] with contiguous matrices; one where all experts have the same."""
+    return squares[:1].contiguous().expand_as(squares) if squares.stride(0) == 0 else squares.contiguous()
+
+
+def inverse_blocks(hessian: Tensor, group: int) -> tuple[Tensor]:
     """[E, C, group]: inverses of the square blocks along the diagonal, one below the other."""
     if group == 1:
-        return hessian.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
+        return (hessian.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1),)
     # `inv_ex` does not wait for the device; blocks of what has a factor have an inverse
-    return torch.linalg.inv_ex(diagonal_blocks(hessian, group)).inverse.flatten(1, 2)
+    return (torch.linalg.inv_ex(diagonal_blocks(hessian, group)).inverse.flatten(1, 2),)
 
 
 def diagonal_blocks(square: Tensor, width: int) -> Tensor:

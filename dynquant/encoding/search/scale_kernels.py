@@ -24,7 +24,8 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
         return fields, values
     values, errors = values.clone(), rows.x - rows.decoded(fields, values)
     fields = fields.map(Tensor.clone)
-    hessian, *parts = column_kernels.of_each_expert(lambda square: _sub_block_parts(rows, square), hessian)
+    parts = column_kernels.of_each_expert(_sub_block_parts, hessian, layout.sub_block, layout.codebook.group)
+    hessian = column_kernels.dense(hessian)
     steps = _trials(layout.num_mins > 0, layout.shift_width == layout.sub_block, rows.x.device)
     _descend_scales_kernel[column_kernels.grid(rows)](
         errors, values, fields.scales, fields.scales if fields.mins is None else fields.mins,
@@ -47,13 +48,12 @@ def trial_constants(rows: Rows) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _sub_block_parts(rows: Rows, hessian: Tensor) -> tuple[Tensor, ...]:
-    """The hessian and what belongs to its squares of one sub-block along the diagonal.
+def _sub_block_parts(hessian: Tensor, width: int, group: int) -> tuple[Tensor, ...]:
+    """Return what belongs to a hessian's squares of one sub-block along the diagonal.
 
     These are their inverses, their upper factors and the relative ones, one below the other [E, C, sub_block], and the
     metrics of groups [E, C].
     """
-    width, group = rows.layout.sub_block, rows.layout.codebook.group
     blocks = column_kernels.diagonal_blocks(hessian, width)
     factors = torch.linalg.cholesky_ex(blocks.to(torch.float64).flip(-1, -2)).L.flip(-1, -2)
     factors = factors.to(torch.float32).contiguous().flatten(0, 1)
@@ -61,7 +61,7 @@ def _sub_block_parts(rows: Rows, hessian: Tensor) -> tuple[Tensor, ...]:
     relative, metric = column_kernels.relative_factor(factors, group)
     experts, columns = hessian.shape[:2]
     squares = (t.reshape(experts, columns, width).contiguous() for t in (inverse, factors, relative))
-    return hessian.contiguous(), *squares, metric.reshape(experts, columns).contiguous()
+    return *squares, metric.reshape(experts, columns).contiguous()
 
 
 @cache

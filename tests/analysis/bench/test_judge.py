@@ -26,7 +26,7 @@ def test_methods_add_their_flags_to_the_defaults(tmp_path: Path) -> None:
 
 
 def test_the_methods_that_are_shipped_have_flags_of_today() -> None:
-    assert {"default", "stock", "together"} <= {method.name for method in judge.read_methods(judge.METHODS)}
+    assert {"default", "stock", "one-sided"} <= {method.name for method in judge.read_methods(judge.METHODS)}
 
 
 def row(scale: float, right: list[bool]) -> dict:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynquant.formats import decode
-from dynquant.kernels import ops
+from dynquant.kernels import dispatch, ops
 from dynquant.kernels.planes import PLANES, pack_planes
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 from tests.helpers.representatives import represented_by
@@ -122,12 +122,10 @@ def test_products_of_one_row_compile_for_other_gpus(name, capability):
 def test_only_new_gpus_have_hopper_instructions(monkeypatch):
     from dynquant.kernels.triton import activations
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index or 0))
-    assert not activations.has_hopper_instructions(torch.device("cuda", 6)) and not activations.has_hopper_instructions(
-        torch.device("cpu")
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert activations.has_hopper_instructions(torch.device("cuda", 7))
+    old, new, cpu = (torch.device(*place) for place in (("cuda", 6), ("cuda", 7), ("cpu",)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device == old else (9, 0))
+    assert [activations.has_hopper_instructions(device) for device in (old, new, cpu)] == [False, True, False]
+    assert [activations.takes_fragments(device) for device in (old, new, cpu)] == [False, True, True]
 
 
 def test_a_grid_has_room_for_the_rows_of_many_tokens(monkeypatch):
@@ -242,6 +240,11 @@ def test_cuda_ids_are_sorted_once_until_they_change(cuda, monkeypatch):
     ids.fill_(3)
     y = ops.experts_linear(x, packed, ids, "Q4_K", layout="planes")
     assert len(sorted_ids) == 2 and relative_error(y.cpu(), experts_truth(x.cpu(), weight, ids.cpu(), "Q4_K")) < 1e-5
+    buffer = ids.clone()
+    for expert in (4, 1):  # as compiled code does it
+        buffer.data.fill_(expert)
+        y = torch.ops.dynquant.experts_linear(x, packed, buffer, "Q4_K", "planes")
+        assert relative_error(y.cpu(), experts_truth(x.cpu(), weight, buffer.cpu(), "Q4_K")) < 1e-5
 
 
 @pytest.mark.gpu
@@ -277,8 +280,6 @@ def test_cuda_graphs_repeat_the_same_bits(name, tokens, cuda):
 
 @pytest.mark.gpu
 def test_cuda_blocks_run_by_the_reference_with_a_warning(cuda):
-    from dynquant.kernels import dispatch
-
     dispatch._warn_once.cache_clear()
     weight = packed_weights("Q4_K", 9, 256)
     x = normal(2, 256)
@@ -315,11 +316,15 @@ def test_cuda_sizes_of_one(name, cuda):
 
 
 @pytest.mark.gpu
-def test_cuda_traced_whole(cuda):
-    packed = planar("Q4_K", 96, 512)
-    x = normal(7, 512, dtype=torch.bfloat16).cuda()
+@pytest.mark.parametrize(("name", "rows"), [("Q4_K", 7), ("IQ3_S", 1)])
+def test_cuda_traced_whole_and_recorded(name, rows, cuda):
+    packed = planar(name, 96, 512)
+    dispatch.prepare(name, packed.device)
 
     def model(x):
-        return ops.linear(torch.nn.functional.silu(x), packed, "Q4_K", layout="planes") * 2
+        return ops.linear(torch.nn.functional.silu(x), packed, name, layout="planes") * 2
 
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=2e-2, atol=2e-2)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for seed in range(4):  # plain, recorded, replayed
+        x = normal(rows, 512, seed=seed, dtype=torch.bfloat16).cuda()
+        torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
