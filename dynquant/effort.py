@@ -29,8 +29,8 @@ Effort = Annotated[
     EffortName,
     Flag(
         "normal, or high for less damage in a multiple of the time, which is estimated first: --hessians two-sided, "
-        "524288 tokens, --select with finer prices, a closing pass of up to an hour on that text. What you set "
-        "yourself stays."
+        "524288 tokens or all that the text has, --select with finer prices, a closing pass of up to an hour on that "
+        "text. What you set yourself stays."
     ),
 ]
 

@@ -36,7 +36,7 @@ def commands_guide() -> str:
 
 
 def _section(name: str, command: Any) -> Iterator[str]:
-    paragraphs = [" ".join(part.split()) for part in command.help.split("\n\n")]
+    paragraphs = command.help.split("\n\n")
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
     yield f"## {name}"

@@ -98,11 +98,11 @@ def fit(options: FitOptions, as_json: AsJson = False) -> None:
         sizes = (getattr(side, name) for side in (placement.gpu, placement.host))
         rows.append((name.replace("_", " ").replace("kv", "KV").replace("cuda", "CUDA"), *map(human_bytes, sizes)))
     rows.append(("of", options.gpu or "none", options.ram or "no --ram given"))
-    console.print_table(f"{options.file.name}, {options.context:,} tokens", ("", "GPU", "host"), rows)
+    console.print_table(f"{options.file.name}, {placement.context:,} tokens", ("", "GPU", "host"), rows)
     on_gpu = placement.layers_on_gpu
     experts = f", the experts of the first {placement.cpu_moe} in host memory" if placement.cpu_moe else ""
     console.say(f"{on_gpu} of {placement.layers} layers on the GPU{experts}")
-    console.say(f"llama-server -m {options.file} {placement.flags(options.context, options.kv_type)}")
+    console.say(f"llama-server -m {options.file} {placement.flags(options.kv_type)}")
 
 
 def _fit_common_cards(options: FitOptions, as_json: bool) -> None:
@@ -112,28 +112,29 @@ def _fit_common_cards(options: FitOptions, as_json: bool) -> None:
     if as_json:
         console.show_json({card: _placed(placement, options) for card, placement in placements.items()})
         return
-    _note_context(options, next(iter(placements.values())))
+    first = next(iter(placements.values()))
+    _note_context(options, first)
     rows = [
-        (card, *map(human_bytes, (each.gpu.total, each.host.total)), each.flags(options.context, options.kv_type))
+        (card, *map(human_bytes, (each.gpu.total, each.host.total)), each.flags(options.kv_type))
         for card, each in placements.items()
     ]
-    title = f"{options.file.name}, {options.context:,} tokens"
+    title = f"{options.file.name}, {first.context:,} tokens"
     console.print_table(title, ("GPU of", "on the GPU", "in host memory", "llama-server -m FILE"), rows)
 
 
 def _note_context(options: FitOptions, placement: "Placement") -> None:
     """Say so where a longer context is asked for than the model was trained on, which no memory mends."""
-    if 0 < placement.trained_context < options.context:
+    if 0 < placement.trained_context < placement.context:
         console.note(
             f"{options.file.name} was trained for {placement.trained_context:,} tokens of context, and --context is "
-            f"{options.context:,}: give no more, or scale its positions with llama.cpp's --rope-scaling"
+            f"{placement.context:,}: give no more, or scale its positions with llama.cpp's --rope-scaling"
         )
 
 
 def _placed(placement: "Placement", options: FitOptions) -> dict[str, object]:
     sides = {"gpu": placement.gpu, "host": placement.host}
     totals = {name: asdict(side) | {"total": side.total} for name, side in sides.items()}
-    return asdict(placement) | totals | {"flags": placement.flags(options.context, options.kv_type)}
+    return asdict(placement) | totals | {"flags": placement.flags(options.kv_type)}
 
 
 def measure_machine(

@@ -159,5 +159,8 @@ class FitOptions(Options):
             is_size=True,
         ),
     ] = None
-    context: Annotated[int, Flag("Tokens of KV cache.", min=1)] = 8192
+    context: Annotated[
+        int | None,
+        Flag("Tokens of KV cache. Default: 8192, or what the model was trained for.", min=1, show_default=False),
+    ] = None
     kv_type: Annotated[str, Flag("Type of the KV cache: f16, q8_0 or q4_0.")] = "f16"

@@ -188,7 +188,7 @@ def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchRe
     table, options = search.target.allowed(table), search.options
     provenance = search.chooser.context["stats"].provenance
     used, window = provenance.max_tokens or 0, provenance.window or 512
-    windows, calibrated = _text_windows(search, used, window)
+    windows, calibrated = _text_windows(search.model, options, search.calibration, search.session, (used, window))
     hf_model = search.running(search.model)
     with search.session.stage(_KEEPS) as progress:
         if FISHER in options.methods and table.is_priced_by(FISHER):
@@ -245,11 +245,24 @@ def _selected(
     return table.priced(candidates[chosen].method), selection, ()
 
 
-def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, torch.Tensor]:
-    """Return windows to select on, and token ids [n, window] of those that calibration used."""
-    options, session = search.options, search.session
-    tokenizer, num_tokens = load_tokenizer(search.model), used + window + options.selection_tokens
-    documents = read_text(search.calibration.text, seed=session.seed, max_tokens=num_tokens)
+def check_selection_text(
+    model: Model, options: SearchOptions, calibration: CalibrationOptions, session: Session
+) -> None:
+    """Raise StatsError, before anything is measured, when calibration will leave too little text to select on."""
+    _text_windows(model, options, calibration, session, (calibration.tokens, calibration.window))
+
+
+def _text_windows(
+    model: Model,
+    options: SearchOptions,
+    calibration: CalibrationOptions,
+    session: Session,
+    tokens_and_window: tuple[int, int],
+) -> tuple[ModelInputs, torch.Tensor]:
+    """Return windows to select on, and token ids [n, window] of those that calibration used: so many, so long."""
+    used, window = tokens_and_window
+    tokenizer, num_tokens = load_tokenizer(model), used + window + options.selection_tokens
+    documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
     calibrated, min_tokens = windows[: max(1, used // window)], min(options.selection_tokens, 4 * window)
     if options.text is not None:

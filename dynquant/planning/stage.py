@@ -33,7 +33,7 @@ from dynquant.planning.pruning import (
     sized_without_experts,
     without_experts,
 )
-from dynquant.planning.search import Search, SearchResult, encoded_store, search_plans
+from dynquant.planning.search import Search, SearchResult, check_selection_text, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
@@ -74,6 +74,10 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
     search = None if target.has_types else _search_of(options)  # before hours of measuring
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
+    if target.vision != "auto" and not model.has_vision:
+        raise PlanError(f"--vision {target.vision} would do nothing: {model.name} has no vision tower. Leave it out.")
+    if search is not None:
+        _check_runs(model, options, search, session)
     model, options = _pruned(model, options, session, [each for each in targets if not each.has_types])
     recipes = [_fixed_types(target, model) for target in targets]
     fixed = tuple(dict.fromkeys(choice.type for recipe in recipes for choice in (recipe or {}).values()))
@@ -82,8 +86,6 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     budgets = [target for target, recipe in zip(targets, recipes, strict=True) if recipe is None]
     given = StatsFile(options.stats).stats if options.stats is not None and budgets else None
     _check_budgets(model, options, types, budgets, given)
-    if search is not None:
-        _check_runs_whole(model, options, session)
     comparison = {"allow_difference": options.allow_difference, "max_memory": options.calibration.max_memory}
     compared = check_computation(model, session, folder=directory, **comparison)
     if compared is not None:
@@ -228,6 +230,7 @@ def _check_vllm(options: PlanOptions) -> None:
         "--sensitivity": search.methods,
         "--base-gguf": options.base_gguf,
         "--no-mtp": not options.mtp,
+        "--vision": target.vision != "auto",
     }
     if refused := [flag for flag, value in flags.items() if value]:
         raise PlanError(
@@ -250,13 +253,16 @@ def _search_of(options: PlanOptions) -> SearchOptions | None:
     return search
 
 
-def _check_runs_whole(model: Model, options: PlanOptions, session: Session) -> None:
+def _check_runs(model: Model, options: PlanOptions, search: SearchOptions, session: Session) -> None:
+    """Refuse a model that a search cannot run as a whole, and a text of which calibration leaves it too little."""
     if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
             f"takes {human_bytes(4 * model.num_weights)} on a CPU and half of it on a GPU. Plan with --sensitivity "
             "closed-form, which is streamed, or on a machine with that much memory and without --max-memory."
         )
+    if search.select and options.calibration.data is None and (options.stats is None or options.prune_experts):
+        check_selection_text(model, search, options.calibration, session)
 
 
 def _check_budgets(

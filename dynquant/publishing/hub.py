@@ -90,12 +90,17 @@ def push(folder: Path, record: Release, repo: str, session: Session, *, is_real:
     from huggingface_hub.utils.sha import git_hash
 
     api, present = HfApi(), {}
-    with _asking(f"Reading {repo}"):
-        try:
+    try:
+        with _asking(f"Reading {repo}"):
             siblings = api.model_info(repo, files_metadata=True).siblings or []
             present = {each.rfilename: (each.lfs and each.lfs.sha256, each.blob_id) for each in siblings}
-        except RepositoryNotFoundError:
+    except HubError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
             session.note(f"{repo} is not there yet" + ("" if is_real else ", or not to be seen without a login"))
+        elif is_real:
+            raise
+        else:
+            session.note(f"what {repo} has already is not known, and all files are listed: {error}")
     uploads = []
     for name in released_names(folder, record):
         path = folder / name

@@ -145,13 +145,7 @@ def test_generate_with_a_static_cache_compiles_one_graph(shape, model):
     from transformers import AutoConfig, CompileConfig
 
     if shape != "deepseek_v3":
-        sizes = {
-            "vocab_size": 128,
-            "hidden_size": 256,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "head_dim": 64,
-        }
+        sizes = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
         sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256} if "moe" in shape else {}
         config = AutoConfig.for_model(shape, num_attention_heads=4, num_key_value_heads=2, **sizes)
         torch.manual_seed(0)

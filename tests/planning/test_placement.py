@@ -55,10 +55,10 @@ def test_buffers_are_those_that_llama_cpp_reports(file, context, kv_type, ggml_t
 
 
 def test_experts_leave_the_gpu_before_layers_do(file, no_llama_cpp):
-    whole = placed(file, "1GB")
+    whole = placed(file, "1GB", context=8192)
     assert (whole.layers_on_gpu, whole.cpu_moe, whole.host.kv_cache) == (6, 0, 0)
-    assert whole.flags(8192, "f16") == "-ngl 7 -c 8192"
-    placements = [placed(file, f"{whole.gpu.total - cut}B") for cut in range(1, 120 * 10**6, 6 * 10**6)]
+    assert whole.flags("f16") == "-ngl 7 -c 8192"
+    placements = [placed(file, f"{whole.gpu.total - cut}B", context=8192) for cut in range(1, 120 * 10**6, 6 * 10**6)]
     steps = list(dict.fromkeys((each.layers_on_gpu, each.cpu_moe) for each in placements))
     assert (6, 2) in steps and (6, 1) not in steps  # the first layer is dense
     assert steps == sorted(steps, key=lambda step: -step[0]) and steps[-1] == (0, 0)
@@ -68,7 +68,7 @@ def test_experts_leave_the_gpu_before_layers_do(file, no_llama_cpp):
         assert each.gpu.weights + each.host.weights == whole.gpu.weights + whole.host.weights
         assert each.gpu.kv_cache + each.host.kv_cache == whole.gpu.kv_cache
         assert each.gpu.cuda_context in (0, CUDA_CONTEXT_BYTES)
-    assert placements[0].flags(8192, "q8_0") == "-ngl 7 --n-cpu-moe 2 -c 8192 -ctk q8_0 -ctv q8_0 -fa on"
+    assert placements[0].flags("q8_0") == "-ngl 7 --n-cpu-moe 2 -c 8192 -ctk q8_0 -ctv q8_0 -fa on"
 
 
 def test_what_does_not_fit_is_refused_with_what_would(file, no_llama_cpp):
@@ -95,6 +95,7 @@ def test_without_memories_there_is_a_row_for_each_common_card(file, no_llama_cpp
     cards = json.loads(succeed("fit", file, "--json"))
     assert list(cards) == ["8 GB", "12 GB", "16 GB", "24 GB"]
     alone = json.loads(succeed("fit", file, "--gpu", "12GB", "--json"))  # the host has room for whatever it gets
+    assert alone["context"] == alone["trained_context"] == 1024
     assert cards["12 GB"] == alone and alone["host"]["total"] == placed(file, "12GB").host.total
 
 
@@ -118,7 +119,7 @@ def test_the_flags_are_read_by_the_parser_of_llama_cpp(file, no_llama_cpp):
     pytest.importorskip("xllamacpp", reason="llama-cpp-python has no parser of command lines")
     cache = {"context": 2048, "kv_type": "q8_0"}
     part = placed(file, f"{placed(file, '1GB', **cache).gpu.total - 1}B", **cache)
-    command = [sys.executable, "-c", PARSE, *part.flags(2048, "q8_0").split()]
+    command = [sys.executable, "-c", PARSE, *part.flags("q8_0").split()]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert part.cpu_moe == 2
     assert said == ["True", "7", "2", "2048", "GGML_TYPE_Q8_0", "GGML_TYPE_Q8_0"]

@@ -361,3 +361,25 @@ def test_unknown_methods_and_too_few_plans_are_refused():
         SearchOptions(frontier=(4, 2))
     with pytest.raises(PlanError, match="--check-plans 3 is too few"):
         SearchOptions(check_plans=3)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "reason"),
+    [({"tokens": 10**6}, "Give --selection-text FILE"), ({"max_memory": "8GB"}, "without --max-memory")],
+)
+def test_a_selection_that_cannot_run_is_refused_before_calibration(small_moe, tmp_path, calibration, reason):
+    text = tmp_path / "text.txt"
+    text.write_text("A text of a few words. " * 40)
+    options = PlanOptions(
+        model=str(small_moe), output=tmp_path / "refused", target=Target(bpw=3.0), search=SearchOptions(select=True),
+        calibration=CalibrationOptions(text=str(text), **calibration),
+    )  # fmt: skip
+    with pytest.raises((PlanError, StatsError), match=reason):
+        make_plan(options)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_level_for_vision_is_refused_where_the_model_has_none(small_moe, tmp_path):
+    for target in (Target(bpw=3.0, vision="8bit"), Target(bpw=9.0, vision="8bit", serves="vllm")):
+        with pytest.raises(PlanError, match="--vision"):
+            make_plan(PlanOptions(model=str(small_moe), output=tmp_path / "refused", target=target))

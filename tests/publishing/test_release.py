@@ -24,7 +24,7 @@ from dynquant.publishing import stage
 from dynquant.publishing.hub import push
 from dynquant.publishing.options import ReleaseOptions
 from dynquant.publishing.record import Release
-from dynquant.session import SILENT
+from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import linked_copy, refused, succeed
 from tests.helpers.hub_stand_in import Repository, hub_stand_in
@@ -223,7 +223,8 @@ def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny
         assert "0 files" in succeed(*call, "--yes")
         assert len(repository.commits) == len(repository.files)
     with hub_stand_in() as hub, patch.object(constants, "HF_HUB_OFFLINE", True):
-        assert f"Reading {REPO} failed" in refused(*call)
+        assert f"Reading {REPO} failed" in refused(*call, "--yes")
+        assert "would go: repeat this" in succeed(*call)
 
 
 @pytest.mark.parametrize("name", ["README.md", "work/mine.plan.json"])
@@ -285,9 +286,13 @@ def test_more_effort_reaches_plans_and_files(tmp_path):
 
 def test_a_lost_connection_is_told_of(tmp_path):
     about = {"model": "a", "arch": "llama", "fingerprint": "", "num_weights": 1, "settings": {}}
-    told = pytest.raises(HubError, match=f"Reading {REPO} failed")
-    with hub_stand_in(), patch.object(constants, "ENDPOINT", "http://127.0.0.1:9"), told:
-        push(tmp_path, Release(**about), REPO, SILENT, is_real=False)
+    notes, told = [], f"Reading {REPO} failed"
+    (tmp_path / "README.md").touch()
+    with hub_stand_in(), patch.object(constants, "ENDPOINT", "http://127.0.0.1:9"):
+        with pytest.raises(HubError, match=told):
+            push(tmp_path, Release(**about), REPO, SILENT, is_real=True)
+        (upload,) = push(tmp_path, Release(**about), REPO, Session(note=notes.append), is_real=False)
+    assert upload == ("README.md", 0, False) and told in notes[0]
 
 
 @pytest.mark.nightly

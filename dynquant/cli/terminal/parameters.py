@@ -79,7 +79,8 @@ def from_options(function: Callable[..., None], *, writes: bool = True) -> Calla
         for note in _bare(parameter.annotation)[1]
         if isinstance(note, Former)
     }
-    command.__doc__, command.__name__ = function.__doc__, function.__name__
+    paragraphs = (" ".join(paragraph.split()) for paragraph in (function.__doc__ or "").split("\n\n"))
+    command.__doc__, command.__name__ = "\n\n".join(paragraphs), function.__name__  # lines as wide as the terminal
     return command
 
 

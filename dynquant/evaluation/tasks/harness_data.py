@@ -68,7 +68,8 @@ def _read(source: Path, task: Any, notes: list[str]) -> Any:
         config.validation_split = config.training_split = None
         task.fewshot_cfg.split = asked
         if config.num_fewshot:
-            notes.append(f"Shots of {config.task} are other questions of {source}, which has no split of shots.")
+            place = f"{files[asked][0]}, for there is no file of their split, `{shots}`"
+            notes.append(f"Shots of {config.task} are other questions of {place}.")
     read = {split: _load(paths) for split, paths in files.items() if paths}
     return datasets.DatasetDict(read)
 

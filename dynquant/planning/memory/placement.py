@@ -29,6 +29,7 @@ from dynquant.planning.memory.budget import (
 from dynquant.planning.options import FitOptions
 from dynquant.resources import human_bytes, parse_size
 
+_CONTEXT = 8192  # tokens, where the model was trained for as many
 COMMON_CARDS = ("8 GB", "12 GB", "16 GB", "24 GB")
 """Memories of graphics cards that most people have."""
 
@@ -61,6 +62,8 @@ class Placement:
     """Experts of so many layers, from the first, stay in host memory; 0 where all layers are treated alike."""
     trained_context: int
     """Tokens of context that the model was trained for; 0 where the file does not say."""
+    context: int
+    """Tokens of the KV cache."""
 
     @property
     def offload_flags(self) -> str:
@@ -68,9 +71,9 @@ class Placement:
         words = f"-ngl {self.layers_on_gpu + bool(self.gpu.total)}"  # the output counts as a layer
         return f"{words} --n-cpu-moe {self.cpu_moe}" if self.cpu_moe else words
 
-    def flags(self, context: int, kv_type: str) -> str:
+    def flags(self, kv_type: str) -> str:
         """Return what llama.cpp's programs are started with."""
-        words = f"{self.offload_flags} -c {context}"
+        words = f"{self.offload_flags} -c {self.context}"
         return words if kv_type == "f16" else f"{words} -ctk {kv_type} -ctv {kv_type} -fa on"
 
 
@@ -81,41 +84,45 @@ def fit(options: FitOptions) -> Placement:
         PlanError: the file and what runs it take more than both memories; the message says what would do.
         CheckpointError: the file is no whole GGUF model.
     """
-    file, reserved = _opened(options.file, options.context, options.kv_type)
+    file, context, reserved = _opened(options.file, options.context, options.kv_type)
     gpu = parse_size(options.gpu) if options.gpu else 0
-    placement = file.placement(gpu, options.context, options.kv_type, reserved)
+    placement = file.placement(gpu, context, options.kv_type, reserved)
     host, ram = placement.host, options.ram and parse_size(options.ram)
     if ram is None or host.total <= ram:
         return placement
-    context = options.context // 2
-    while context >= UBATCH and file.placement(gpu, context, options.kv_type).host.total > ram:
-        context //= 2
+    less = context // 2
+    while less >= UBATCH and file.placement(gpu, less, options.kv_type).host.total > ram:
+        less //= 2
     raise PlanError(
-        f"{options.file.name} with {options.context:,} tokens of {options.kv_type} KV cache does not fit: weights of "
+        f"{options.file.name} with {context:,} tokens of {options.kv_type} KV cache does not fit: weights of "
         f"{human_bytes(host.weights)}, a cache of {human_bytes(host.kv_cache)} and a compute buffer of "
         f"{human_bytes(host.compute_buffer)} stay in host memory, and --ram is {options.ram}. Give --ram of at least "
-        f"{host.total:,} bytes{f', --context {context}' if context >= UBATCH else ''}, a larger --gpu, a smaller "
+        f"{host.total:,} bytes{f', --context {less}' if less >= UBATCH else ''}, a larger --gpu, a smaller "
         "--kv-type or a smaller file."
     )
 
 
-def fit_common_cards(path: Path, context: int, kv_type: str, *, asks_llama_cpp: bool = True) -> dict[str, Placement]:
+def fit_common_cards(
+    path: Path, context: int | None, kv_type: str, *, asks_llama_cpp: bool = True
+) -> dict[str, Placement]:
     """Return the placement on each of COMMON_CARDS, with all that is left in host memory.
 
     Without `asks_llama_cpp`, cache and buffers are those of `plan --fits`. Raises as `fit`.
     """
-    file, reserved = _opened(path, context, kv_type, asks_llama_cpp=asks_llama_cpp)
+    file, context, reserved = _opened(path, context, kv_type, asks_llama_cpp=asks_llama_cpp)
     return {card: file.placement(parse_size(card), context, kv_type, reserved) for card in COMMON_CARDS}
 
 
 def _opened(
-    path: Path, context: int, kv_type: str, *, asks_llama_cpp: bool = True
-) -> tuple["_File", tuple[int, int] | None]:
-    """Return a file and what llama.cpp reserves for it, where one is installed."""
+    path: Path, context: int | None, kv_type: str, *, asks_llama_cpp: bool = True
+) -> tuple["_File", int, tuple[int, int] | None]:
+    """Return a file, the context, of its own where none is asked for, and what an installed llama.cpp reserves."""
     check_cache(kv_type)
     if path.suffix != ".gguf":
         raise PlanError(f"{path} is no GGUF file, which llama.cpp runs. Export the model first.")
-    return _File(path), reserved_bytes(path, context, kv_type) if asks_llama_cpp else None
+    file = _File(path)
+    context = context or min(_CONTEXT, file.trained_context or _CONTEXT)
+    return file, context, reserved_bytes(path, context, kv_type) if asks_llama_cpp else None
 
 
 class _File:
@@ -123,6 +130,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self._model = open_model(path)
+        self.trained_context = self._model.hyper.n_ctx
         # llama.cpp does not load layers that predict tokens ahead.
         self._layers = self._model.hyper.n_layer - len(mtp_layers(self._model.roles))
         self._shared, self._experts, self._largest = ([0] * self._layers for _ in range(3))
@@ -146,11 +154,10 @@ class _File:
         if reserved is not None:
             caches = [round(size * reserved[0] / max(sum(caches), 1)) for size in caches]
             compute = reserved[1]
-        split = (self._split(*where, caches, compute, 4 * UBATCH * context) for where in self._choices())
+        split = (self._split(*where, caches, compute, context) for where in self._choices())
         whole = self._embedding + sum(self._shared) + sum(self._experts) + self._output
-        on_host = Placement(
-            Buffers(), Buffers(whole, sum(caches), compute), self._layers, 0, 0, self._model.hyper.n_ctx
-        )
+        sides, contexts = (Buffers(), Buffers(whole, sum(caches), compute)), (self.trained_context, context)
+        on_host = Placement(*sides, self._layers, 0, 0, *contexts)
         return next((placement for placement in split if placement.gpu.total <= gpu), on_host)
 
     def _choices(self) -> Iterator[tuple[int, int]]:
@@ -159,19 +166,20 @@ class _File:
         yield from ((self._layers, count) for count in range(last + 1) if count == 0 or self._experts[count - 1])
         yield from ((count, last) for count in range(self._layers - 1, -1, -1))
 
-    def _split(self, on_gpu: int, cpu_moe: int, caches: Sequence[int], compute: int, mask: int) -> Placement:
+    def _split(self, on_gpu: int, cpu_moe: int, caches: Sequence[int], compute: int, context: int) -> Placement:
         """Return the buffers of a placement; those of the host's computations are at most the whole compute buffer."""
         first = self._layers - on_gpu
         weights = sum(self._shared[first:]) + sum(self._experts[max(first, cpu_moe) :])
         rest = sum(self._shared) + sum(self._experts) - weights
         output = self._output + (self._embedding if self._is_tied else 0)
         copied = max((size for layer, size in enumerate(self._largest) if layer < max(first, cpu_moe)), default=0)
-        inputs = 4 * UBATCH * self._model.hyper.n_embd + mask
+        inputs = 4 * UBATCH * (self._model.hyper.n_embd + context)  # and the mask
         return Placement(
             Buffers(weights + output, sum(caches[first:]), compute + copied, CUDA_CONTEXT_BYTES),
             Buffers(self._embedding + rest, sum(caches[:first]), compute if rest else min(compute, inputs)),
             self._layers,
             on_gpu,
             cpu_moe,
-            self._model.hyper.n_ctx,
+            self.trained_context,
+            context,
         )
