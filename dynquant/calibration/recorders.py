@@ -17,6 +17,8 @@ from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_
 from dynquant.running.load import tf32_products
 
 DEFAULT_LIMIT = 8 * 2**30  # bytes of float32 sums of second moments
+_STRIP = 64
+"""Rows of a sum that are added to at once, at least; narrower products are slower than what they leave out is worth."""
 _PINNED_VALUES = 1 << 24
 """Come from a GPU at once."""
 
@@ -91,6 +93,13 @@ def _on_cpu(values: torch.Tensor) -> torch.Tensor:
     return copied
 
 
+def _add_products(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add xᵀ y, symmetric, to `total` [C, C]: on a CPU to what lies above its diagonal, and to little else."""
+    step = max(_STRIP, len(total) // 8) if not x.is_cuda else len(total)
+    for start in range(0, len(total), step):
+        total[start : start + step, start:].addmm_(x[:, start : start + step].T, y[:, start:])
+
+
 @dataclass
 class MomentRecorder:
     """Sums of x xᵀ by key, on the device of the activations, within a limit of memory for inputs, and as much for
@@ -141,14 +150,14 @@ class MomentRecorder:
             self._sums[key] += torch.einsum("tea,teb->eab", x, x)
             self._weights[key] += len(x)
         elif squares is None:
-            self._sums[key][row].addmm_(x.T, x)
+            _add_products(self._sums[key][row], x, x)
             self._weights[key][row] += len(x)
         else:
             squares = squares.to(torch.float32)
             mean = squares.mean()
             v = 1 + torch.where(mean > 0, squares / mean, 0.0)  # no branch: it would wait for the GPU
             with tf32_products(x.device):
-                self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
+                _add_products(self._sums[key][row], x * v.unsqueeze(1), x)
             self._weights[key][row] += v.sum(dtype=torch.float64)
 
     def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -158,8 +167,8 @@ class MomentRecorder:
         """
         sums = {}
         for key in list(self._sums):
-            total = self._sums.pop(key)
-            sums[key] = _on_cpu((total + total.transpose(1, 2)) / 2)  # products round differently on both sides
+            upper = self._sums.pop(key).triu()  # products round differently on both sides, or are not there below
+            sums[key] = _on_cpu(upper + upper.triu(1).mT)
         weights = {key: weight.cpu() for key, weight in self._weights.items()}
         self._weights.clear()
         return sums, weights
