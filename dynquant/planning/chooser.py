@@ -117,7 +117,7 @@ def _fixed_words(model: Model, table: ErrorTable, held: Mapping[str, Choice], st
     unread = {
         name: min(rows.values(), key=lambda row: row.bytes).type
         for name, rows in table.tensors().items()
-        if (model.roles[name].is_embedding if stats is None else stats.input_of(name) is None)
+        if not (model.reads_input(name) if stats is None else stats.input_of(name))
     }
     return fixed_words(fixed_sizes(model, table.tensors(), held), unread)
 
