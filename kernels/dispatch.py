@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dynquant.kernels import reference
 
-_KERNELS = {"linear": (("gemv", 4), ("tiles", 128)), "input_grad": (("tiles", 256),)}  # `bench.products` times them
+# `bench.products` times them. Four rows are for `gemv` only where there are no tiles, which then take as long or less.
+_KERNELS = {"linear": (("gemv", 3), ("tiles", 128), ("gemv", 4)), "input_grad": (("tiles", 256),)}
 """Product -> modules of `kernels.triton` with it, and most rows; they have `supports(type_name, x, product)`."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

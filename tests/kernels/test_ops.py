@@ -186,7 +186,7 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "chosen"), [(1, "gemv"), (4, "gemv"), (5, "tiles"), (128, "tiles"), (129, "two_pass")]
+    ("rows", "chosen"), [(1, "gemv"), (3, "gemv"), (4, "tiles"), (128, "tiles"), (129, "two_pass")]
 )
 def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
     class Kernel:

@@ -78,15 +78,17 @@ def test_dequantize_compiles_for_an_h100_without_spills(name):
 
 @pytest.mark.nightly
 @IS_MEASURED_COMPILER
-@pytest.mark.parametrize("kernel", ["tile_linear_kernel", "tile_input_grad_kernel"])
+@pytest.mark.parametrize(
+    ("kernel", "rows"), [*(("tile_linear_kernel", rows) for rows in (16, 32, 64, 128)), ("tile_input_grad_kernel", 64)]
+)
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_XS"])
-def test_tiles_compile_for_an_h100_without_spills(kernel, name):
+def test_tiles_compile_for_an_h100_without_spills(kernel, name, rows):
     from dynquant.kernels.triton import tiles
     from tests.helpers.sm90 import count, opcodes
 
     function, is_linear = getattr(tiles, kernel), kernel == "tile_linear_kernel"
     pointers = {"planes_ptr": "*u8", "table_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64"}
-    config = (tiles.linear_config if is_linear else tiles.input_grad_config)(64, torch.bfloat16)
+    config = (tiles.linear_config if is_linear else tiles.input_grad_config)(rows, torch.bfloat16)
     constants = {"TYPE": name, **config, **({"PDL": True} if is_linear else {})}
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages") if option in constants}
     options = options or {"num_warps": config["WARPS"]}
@@ -97,7 +99,7 @@ def test_tiles_compile_for_an_h100_without_spills(kernel, name):
     # One load of codes for sixteen bytes: word by word, the loads took longer than everything else.
     assert name != "Q4_K" or count(codes, "LDG.E.128") >= 2
     # Decoded weights stay where they are: shared memory is for activations.
-    assert not is_linear or count(codes, "STS") <= 16
+    assert not is_linear or count(codes, "STS") <= 24
 
 
 @pytest.mark.nightly
@@ -303,15 +305,16 @@ def test_cuda_sizes_of_one(name, cuda):
     """Triton makes arguments that are 1 into constants, which are other programs."""
     weight = packed_weights(name, 1, 1, 32)
     dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
+    most = 2 * BF16_ERROR  # a single block: the rounding of its scale does not average out
     for tokens in (1, 40, 300):
         x = normal(tokens, 32, dtype=torch.bfloat16)
         ids = torch.zeros(tokens, 1, dtype=torch.int64, device=cuda)
         expected = x.double() @ dense[0].T
-        assert relative_error(ops.linear(x.cuda(), packed[0], name, layout="planes").cpu(), expected) <= BF16_ERROR
+        assert relative_error(ops.linear(x.cuda(), packed[0], name, layout="planes").cpu(), expected) <= most
         routed = ops.experts_linear(x.cuda(), packed, ids, name, layout="planes")
-        assert relative_error(routed[:, 0].cpu(), expected) <= BF16_ERROR
+        assert relative_error(routed[:, 0].cpu(), expected) <= most
         back = ops.experts_input_grad(routed, packed, ids, name, layout="planes")
-        assert relative_error(back[:, 0].cpu(), routed[:, 0].cpu().double() @ dense[0]) <= BF16_ERROR
+        assert relative_error(back[:, 0].cpu(), routed[:, 0].cpu().double() @ dense[0]) <= most
     assert torch.equal(ops.dequantize(packed, name, layout="planes").cpu(), dense.float())
 
 
