@@ -1,14 +1,29 @@
-"""`quantization_config` of a compressed-tensors checkpoint, and what transformers makes of it."""
+"""The configuration of a compressed-tensors checkpoint, and what transformers makes of it."""
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
+from dynquant.checkpoints.model import Model
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.storage.strict_json import parse_json
 
 _LAYER = re.compile(r"^(?P<before>.*\.layers\.)(?P<layer>\d+)(?P<after>\..*)$")
 _EXPERT = re.compile(r"^(?P<before>.*\.layers\.)(?P<layer>\d+)(?P<after>\..*experts\.)\d+\.(?P<part>\w+)$")
+
+
+def served_config(plan: Plan, checkpoint: LinearCheckpoint, model: Model) -> dict[str, Any]:
+    """Return config.json of the checkpoint that a plan gives."""
+    config = parse_json((checkpoint.directory / "config.json").read_bytes())
+    config.pop("torch_dtype", None)  # the former name of `dtype`
+    config |= {"dtype": "bfloat16", "quantization_config": quantization_config(plan, checkpoint, model.hyper.n_layer)}
+    if config.get("model_type") == "deepseek_v3":
+        config.setdefault("topk_method", "noaux_tc")  # transformers 5 drops it; without it vLLM knows no router bias
+    if model.has_own_output:
+        config["tie_word_embeddings"] = False  # vLLM would believe a configuration that ties them
+    return config
 
 
 def quantization_config(plan: Plan, checkpoint: LinearCheckpoint, num_layers: int) -> dict[str, object]:

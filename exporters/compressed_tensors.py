@@ -19,7 +19,7 @@ from dynquant.encoding.parts import WeightChecks, as_slice, ranges
 from dynquant.encoding.stream import Guidance
 from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
 from dynquant.errors import ExportError
-from dynquant.exporters.compressed_config import quantization_config, transformers_problem
+from dynquant.exporters.compressed_config import served_config, transformers_problem
 from dynquant.exporters.model_card import compressed_card
 from dynquant.exporters.output import Encoding
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
@@ -29,7 +29,6 @@ from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.resources import free_memory
 from dynquant.session import Progress
-from dynquant.storage.strict_json import parse_json
 from dynquant.workers import side_by_side
 
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
@@ -193,14 +192,6 @@ def _needed_bytes(piece: tuple[PlanEntry, range]) -> int:
 
 def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:
     plan, stats = encoding.plan, encoding.stats
-    config = parse_json((checkpoint.directory / "config.json").read_bytes())
-    config.pop("torch_dtype", None)  # the former name of `dtype`
-    quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
-    config |= {"dtype": "bfloat16", "quantization_config": quantization}
-    if config.get("model_type") == "deepseek_v3":
-        config.setdefault("topk_method", "noaux_tc")  # transformers 5 drops it; without it vLLM knows no router bias
-    if encoding.model.has_own_output:
-        config["tie_word_embeddings"] = False  # vLLM would believe a configuration that ties them
     rounding = "rounded by their own squared error"
     if stats is not None:
         used = "scales fitted under the mean squares"
@@ -208,7 +199,7 @@ def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping
             used = "scales and error feedback under the second moments"
         rounding = f"{used} of {stats.provenance.num_tokens:,} calibration tokens"
     documents = {
-        "config.json": directory.as_json(config),
+        "config.json": directory.as_json(served_config(plan, checkpoint, encoding.model)),
         "README.md": compressed_card(plan, rounding=rounding).encode(),
     }
     return documents | directory.index_of(shards) | directory.copied_files(checkpoint.directory)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dynquant
 from dynquant.checkpoints import checkpoint_directory as directory
-from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.checkpoints.safetensors_format import StoredTensor, lay_out
 from dynquant.errors import DynquantError, ExportError
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.scale_fields import num_scales, with_scales
@@ -54,16 +54,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
         "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40_960,
     }),
+    "8b": ("qwen3", {
+        "vocab_size": 151_936, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12_288, "max_position_embeddings": 40_960,
+    }),
     "1.5b": ("qwen2", {
         "vocab_size": 151_936, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
         "num_key_value_heads": 2, "intermediate_size": 8960, "max_position_embeddings": 32_768,
         "tie_word_embeddings": True,
     }),
 }  # fmt: skip
-"""Name -> model type and configuration: a test bed, small mixtures of experts, Qwen3-30B-A3B's, Qwen2.5-1.5B's."""
+"""Name -> model type and configuration: a test bed, mixtures of experts, Qwen3-30B-A3B, Qwen3-8B, Qwen2.5-1.5B."""
 
 _CLASSES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"
+    "deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
 }  # fmt: skip
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
 _DRAWN_AT_ONCE = 1 << 22  # float32 values: 16 MB
@@ -108,8 +113,7 @@ def write_random_checkpoint(
         raise ExportError(f"{output} is there already. Give another directory, or remove it first.")
     tensors = _tensors(config)
     shards = directory.shards_of(tensors, _SHARD_BYTES)
-    tokenizer = directory.copied_files(Path(dynquant.__file__).parent / "data" / "textbook-moe-16m")
-    documents = {"config.json": directory.as_json(config.to_dict()), **directory.index_of(shards), **tokenizer}
+    documents = _documents(config) | directory.index_of(shards)
     identity = {"seed": str(seed), "device": device, "files": directory.files_hash(documents, shards)}
     with ResumableOutput(*directory.places_of(output, documents, shards), identity) as target:
         directory.write_small_files(target, documents, shards)
@@ -120,6 +124,21 @@ def write_random_checkpoint(
         return target.commit()
 
 
+def write_headers(shape: str, output: Path, **changed: Any) -> None:
+    """Write the checkpoint of a shape in `SHAPES` with holes for weights, which take no space and read as zeros.
+
+    `changed` are values of its configuration.
+    """
+    config = _config(shape, changed)
+    layout = lay_out(_tensors(config), {"format": "pt"})
+    output.mkdir()
+    for name, content in _documents(config).items():
+        (output / name).write_bytes(content)
+    with open(output / "model.safetensors", "wb") as file:
+        file.write(layout.header)
+        file.truncate(layout.total_bytes)
+
+
 def _config(shape: str, changed: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
@@ -128,6 +147,11 @@ def _config(shape: str, changed: dict[str, Any]) -> Any:
     config.architectures = [_CLASSES[model_type]]
     config.dtype = torch.bfloat16
     return config
+
+
+def _documents(config: Any) -> dict[str, bytes]:
+    tokenizer = directory.copied_files(Path(dynquant.__file__).parent / "data" / "textbook-moe-16m")
+    return {"config.json": directory.as_json(config.to_dict()), **tokenizer}
 
 
 def _tensors(config: Any) -> list[StoredTensor]:

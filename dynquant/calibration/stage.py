@@ -146,9 +146,10 @@ def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> No
         return
     fewest = min(min(row.tokens) for row in rows)
     starved = sum(len(row.starved) for row in rows)
+    leaning = " (their statistics lean on the layer's mean)" * (starved > 0)
     session.note(
         f"experts: {sum(len(row.tokens) for row in rows)} in {len(rows)} layers, fewest tokens {fewest:,}, "
-        f"{starved} starved (their statistics lean on the layer's mean)"
+        f"{starved} starved{leaning}"
     )
     for row in filter(lambda row: row.starved, rows):
         experts = ", ".join(f"{expert} ({row.tokens[expert]})" for expert in row.starved)

@@ -6,10 +6,9 @@ its own bytes, and so does a checkpoint of MXFP4 experts.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Condition, Lock
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +51,8 @@ PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.T
 ENCODERS = ("dynquant", "ggml")
 _PARTS_IN_MEMORY = 4
 """Parts that are to fit within a limit of memory together; threads without a part of their own help with these."""
-_GPU_PARTS = 8
-"""Parts in work for a GPU: it encodes faster than one thread reads, widens, compares and pins weights, and rows that
-are encoded in turn keep only a part of it busy."""
-_GPU_BYTES = 1 << 32
-_BYTES_PER_WEIGHT, _BYTES_PER_MOMENT = 80, 20
-"""Memory of a GPU for parts that it encodes side by side, at most an eighth of it; and what a part takes of that."""
+_LOADED_AHEAD = 4
+"""Parts in work for a GPU: it encodes faster than one thread reads, widens, compares and pins weights."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,8 @@ class TensorEncoder:
     limits: PartLimits = field(default_factory=PartLimits)
     on_encoded: Callable[[TensorPart, Mapping[str, Any], torch.Tensor], None] = lambda part, arguments, packed: None
     """Is told of every part that is encoded here, with the arguments of the encoder and the blocks."""
-    _streams: "_Streams" = field(default_factory=lambda: _Streams(), repr=False, compare=False)
+    _turn: Lock = field(default_factory=Lock, repr=False, compare=False)
+    """Taken by the part that a GPU encodes."""
 
     def parts(
         self, plan: Plan, *, whole: Collection[str] = (), at_once: int | None = None
@@ -219,8 +215,7 @@ class TensorEncoder:
             arguments["weights"] = arguments["weights"].pin_memory()
             sides = Sides.of(arguments["hessian"])
             arguments["hessian"] = Sides(*(side if side is None else side.pin_memory() for side in sides))
-            numbers = sum(side.numel() for side in arguments["hessian"] if side is not None)
-            with self._streams.one(_BYTES_PER_WEIGHT * part.num_weights + _BYTES_PER_MOMENT * numbers):
+            with self._turn:
                 packed = self.encoder.encode(**arguments, progress=on_weights)
                 self.on_encoded(part, arguments, packed)
                 return packed
@@ -286,7 +281,7 @@ class TensorEncoder:
     def workers(self) -> int:
         """Parts that are in work at a time, one to a thread."""
         workers = self.threads or usable_cores()
-        return workers if self.encoder.device.type == "cpu" else min(_GPU_PARTS, workers)
+        return workers if self.encoder.device.type == "cpu" else min(_LOADED_AHEAD, workers)
 
     def needed_bytes(self, part: TensorPart) -> int:
         """Return the memory that encoding a part takes."""
@@ -304,31 +299,6 @@ class TensorEncoder:
 
     def _uses_hessian(self, stored: QuantType) -> bool:
         return self.guidance.hessian is not None and self.encoder.uses_hessians and not stored.is_float
-
-
-class _Streams:
-    """Streams of a GPU, on which small parts are encoded side by side; a large one is alone."""
-
-    def __init__(self) -> None:
-        self._changed, self._idle, self._used = Condition(), list[torch.cuda.Stream](), 0
-
-    @contextmanager
-    def one(self, num_bytes: int) -> Iterator[None]:
-        """Context manager: this thread works on a stream of its own, with so much of the GPU's memory."""
-        most = min(_GPU_BYTES, torch.cuda.get_device_properties().total_memory // 8)
-        with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + num_bytes <= most)
-            self._used += num_bytes
-            # The last one that was used holds memory that others cannot take.
-            stream = self._idle.pop() if self._idle else torch.cuda.Stream()
-        try:
-            with torch.cuda.stream(stream):
-                yield
-        finally:
-            with self._changed:
-                self._used -= num_bytes
-                self._idle.append(stream)
-                self._changed.notify_all()
 
 
 def holds_blocks(model: Model, name: str, wanted: QuantType) -> bool:

@@ -36,7 +36,7 @@ _START_TOKENS = 16  # of given text
 _PROMPT_SHARE = 1 / 3  # of a window, at most
 _SPARE = 2.0  # windows that are written at most for each that is kept
 _MOST_TOGETHER, _MOST_TOGETHER_ON_CPU = 1024, 64
-_MEMORY_SHARE = 0.4  # of what is free
+_MEMORY_SHARE = 0.2  # of what is free, which others may want, too
 _STRIDE = 7919  # between the beginnings that follow each other in a window: a prime
 _TELLS_EVERY = 32  # tokens of each window
 _FEWEST_REPEATS, _FEWEST_REPEATED = 3, 24
@@ -89,6 +89,8 @@ class Writer:
                 save_tensors(self.file, {"windows": texts.int()}, {"key": key}, "Free some space there.")
             is_good = good_windows(texts)
             tell()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # keys and values grew token by token: what that left is of use to others alone
         return texts[is_good][:count]
 
     def _beginnings(self, given: Tensor, count: int, seed: int) -> list[list[int]]:

@@ -98,10 +98,12 @@ class Release(FrozenRecord):
                 f"{folder} holds a release of {self.model} (checkpoint {self.fingerprint[:12]}), and {model.name} is "
                 f"another checkpoint ({model.fingerprint[:12]}). Give another -o."
             )
-        if others := sorted(option for option in settings if settings[option] != self.settings.get(option)):
+        pairs = [(option, self.settings.get(option), value) for option, value in sorted(settings.items())]
+        others = [f"{name} ({_shown(there)}, now {_shown(now)})" for name, there, now in pairs if there != now]
+        if others:
             raise OptionError(
-                f"The files in {folder} were made with other {' and '.join(others)} than now. Repeat those options to "
-                "go on, or give another -o: files of one release have one calibration and one encoder."
+                f"The files in {folder} were made with other {' and '.join(others)}. Repeat the options of then to go "
+                "on, or give another -o: files of one release have one calibration and one encoder."
             )
 
     def report(self, folder: Path, name: str) -> EvalReport | None:
@@ -110,3 +112,8 @@ class Release(FrozenRecord):
         if not path.is_file():
             return None
         return read_document(path, EvalReport, "a report of `dynquant eval`", "Delete it and run the release again.")
+
+
+def _shown(setting: Any) -> str:
+    """Return a setting as it was typed, but a file by the beginning of its hash."""
+    return ",".join(f"{each!s:.12}" for each in (setting if isinstance(setting, list) else [setting])) or "none"

@@ -223,7 +223,8 @@ def test_a_push_is_shown_then_sent_and_goes_on_where_the_hub_refused(again, tiny
         assert "0 files" in succeed(*call, "--yes")
         assert len(repository.commits) == len(repository.files)
     with hub_stand_in() as hub, patch.object(constants, "HF_HUB_OFFLINE", True):
-        assert f"Reading {REPO} failed" in refused(*call)
+        assert f"Reading {REPO} failed" in refused(*call, "--yes")
+        assert "would go: repeat this" in succeed(*call)
 
 
 @pytest.mark.parametrize("name", ["README.md", "work/mine.plan.json"])

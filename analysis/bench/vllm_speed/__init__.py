@@ -1,0 +1,1 @@
+"""Measures vLLM itself: tokens a second and memory by scheme."""
