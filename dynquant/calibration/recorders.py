@@ -20,6 +20,8 @@ from dynquant.running.load import tf32_products
 DEFAULT_LIMIT = 8 * 2**30
 """Bytes of float32 sums of second moments, of inputs or of outputs, where there is memory enough."""
 _INPUT_SHARE, _OUTPUT_SHARE = 0.3, 0.15  # of all memory, at most
+_STRIP = 64
+"""Rows of a sum that are added to at once, at least; narrower products are slower than what they leave out is worth."""
 _PINNED_VALUES = 1 << 24
 """Come from a GPU at once."""
 
@@ -102,6 +104,13 @@ def moment_limits(asked: str | None, memory: int) -> tuple[int, int]:
     return min(DEFAULT_LIMIT, int(_INPUT_SHARE * memory)), min(DEFAULT_LIMIT, int(_OUTPUT_SHARE * memory))
 
 
+def _add_products(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add xᵀ y, symmetric, to `total` [C, C]: on a CPU to what lies above its diagonal, and to little else."""
+    step = max(_STRIP, len(total) // 8) if not x.is_cuda else len(total)
+    for start in range(0, len(total), step):
+        total[start : start + step, start:].addmm_(x[:, start : start + step].T, y[:, start:])
+
+
 @dataclass
 class MomentRecorder:
     """Sums of x xᵀ by key, on the device of the activations, within limits of memory for inputs, and for gradients of
@@ -152,14 +161,14 @@ class MomentRecorder:
             self._sums[key] += torch.einsum("tea,teb->eab", x, x)
             self._weights[key] += len(x)
         elif squares is None:
-            self._sums[key][row].addmm_(x.T, x)
+            _add_products(self._sums[key][row], x, x)
             self._weights[key][row] += len(x)
         else:
             squares = squares.to(torch.float32)
             mean = squares.mean()
             v = 1 + torch.where(mean > 0, squares / mean, 0.0)  # no branch: it would wait for the GPU
             with tf32_products(x.device):
-                self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
+                _add_products(self._sums[key][row], x * v.unsqueeze(1), x)
             self._weights[key][row] += v.sum(dtype=torch.float64)
 
     def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -169,8 +178,8 @@ class MomentRecorder:
         """
         sums = {}
         for key in list(self._sums):
-            total = self._sums.pop(key)
-            sums[key] = _on_cpu((total + total.transpose(1, 2)) / 2)  # products round differently on both sides
+            upper = self._sums.pop(key).triu()  # products round differently on both sides, or are not there below
+            sums[key] = _on_cpu(upper + upper.triu(1).mT)
         weights = {key: weight.cpu() for key, weight in self._weights.items()}
         self._weights.clear()
         return sums, weights
