@@ -116,9 +116,10 @@ def _scheme_row(name: str, entries: Sequence[PlanEntry]) -> str:
 
 
 def _grouped(plan: Plan) -> list[list[PlanEntry]]:
-    """Return the entries of each role, type and group size, in the order of the plan."""
+    """Return the entries of each role, type and group size, in the order in which the plan has the roles."""
     groups: dict[tuple[object, ...], list[PlanEntry]] = {}
-    for entry in plan.entries:
+    roles = list(dict.fromkeys(entry.role for entry in plan.entries))
+    for entry in sorted(plan.entries, key=lambda entry: roles.index(entry.role)):
         groups.setdefault((entry.role, entry.type, entry.group_size), []).append(entry)
     return list(groups.values())
 

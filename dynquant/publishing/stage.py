@@ -167,25 +167,26 @@ def _divided(options: ReleaseOptions, model: Model, session: Session) -> tuple[R
     calibration = options.calibration
     asked, measured, window = calibration.tokens, options.questions.max_tokens, calibration.window
     spare, usual = options.of_plans.search.selection_tokens + 2 * window, ReleaseQuestions.max_tokens
-    num_tokens = asked + spare + max(measured, usual)
+    read = asked or calibration.sampled_tokens  # without given text, what is written begins with some of it
+    num_tokens = read + spare + max(measured, usual)
     documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
     tokenizer = load_tokenizer(model)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
     # Whatever --max-tokens says: a later run may say otherwise, and calibration is one for all.
     most = windows.numel() - spare - max(_LEAST_MEASURED, min(usual, windows.numel() // 8))
+    if read > most < _LEAST_MEASURED:
+        raise OptionError(
+            f"{documents.name} has {windows.numel():,} tokens, too few to calibrate, choose plans and measure files on "
+            "different parts. Give a longer --calibration, or a text to measure on as --text FILE."
+        )
     if asked > most:
-        if most < _LEAST_MEASURED:
-            raise OptionError(
-                f"{documents.name} has {windows.numel():,} tokens, too few to calibrate, choose plans and measure the "
-                "files on different parts. Give a longer --calibration, or a text to measure on as --text FILE."
-            )
         session.note(
             f"{documents.name} has {windows.numel():,} tokens: calibration takes {most:,} of them instead of "
             f"{asked:,}, for plans are chosen and files measured on the rest. A longer --calibration gives more"
         )
-        asked = most
-        options = options.changed_to({"calibration": calibration.changed_to({"tokens": asked})})
-    left = windows[(asked + spare) // window : (asked + spare + measured) // window]
+        options = options.changed_to({"calibration": calibration.changed_to({"tokens": most})})
+    first = min(read, most) + spare
+    left = windows[first // window : (first + measured) // window]
     return options, _Behind(documents.name, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
 
 

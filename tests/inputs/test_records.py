@@ -331,8 +331,10 @@ def test_windows_beyond_the_context_and_no_tokens_are_refused(small_moe, tmp_pat
 
 def test_few_tokens_are_warned_about(tiny_moe, tmp_path):
     (tmp_path / "t.JSONL").write_text('{"text": "just four words"}')
-    done = run("calibrate", tiny_moe, "--calibration", tmp_path / "t.JSONL", "-o", tmp_path / "s.safetensors")
+    call = ("calibrate", tiny_moe, "--calibration", tmp_path / "t.JSONL", "-o", tmp_path / "s.safetensors")
+    done = run(*call, "--tokens", 1000)
     assert done.returncode == 0 and "calibrating on only 3 tokens of t.JSONL" in done.stderr
+    assert "t.JSONL has 3 tokens, fewer than the 1,000 of --tokens" in done.stderr
     done = run("calibrate", tiny_moe, "--tokens", 0, "-o", tmp_path / "none.safetensors")
     assert done.returncode != 0 and "tokens" in done.stderr and not (tmp_path / "none.safetensors").exists()
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from dynquant.resources import human_bytes
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
 UBATCH = 512  # tokens of a micro-batch, llama.cpp's default
@@ -60,8 +61,8 @@ class MemoryBudget:
         fits; the message has every part, and what `fixed_words` say about the smallest."""
         if self.weights < smallest:
             raise PlanError(
-                f"{self.label} is too little: {self._overhead()} leave {_gb(self.weights)} for the weights, and the "
-                f"smallest plan with these candidate types takes {_gb(smallest)} ({smallest:,} bytes). "
+                f"{self.label} is too little: {self._overhead()} leave {human_bytes(self.weights)} for the weights, "
+                f"and the smallest plan with these candidate types takes {human_bytes(smallest)} ({smallest:,} bytes). "
                 + self._way_out(smallest)
                 + fixed_words
             )
@@ -70,7 +71,7 @@ class MemoryBudget:
     def describe(self, file_bytes: int) -> str:
         """One line with the parts and their sum."""
         total = file_bytes + self.memory - self.weights
-        return f"{self.label}: weights {_gb(file_bytes)}, {self._overhead()}, together {_gb(total)}"
+        return f"{self.label}: weights {human_bytes(file_bytes)}, {self._overhead()}, together {human_bytes(total)}"
 
     def _way_out(self, weights: int) -> str:
         needed = weights + self.memory - self.weights
@@ -78,8 +79,8 @@ class MemoryBudget:
 
     def _overhead(self) -> str:
         return (
-            f"KV cache {_gb(self.kv_cache)}, compute buffer {_gb(self.compute_buffer)} (at most) and CUDA context "
-            f"{_gb(CUDA_CONTEXT_BYTES)}"
+            f"KV cache {human_bytes(self.kv_cache)}, compute buffer {human_bytes(self.compute_buffer)} (at most) and "
+            f"CUDA context {human_bytes(CUDA_CONTEXT_BYTES)}"
         )
 
 
@@ -94,7 +95,7 @@ def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> M
         CheckpointError: a number is missing in the metadata.
     """
     check_cache(kv_type)
-    label = f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
+    label = f"{human_bytes(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
     cache, buffer = kv_cache_bytes(model, context, kv_type), compute_buffer_bytes(model, context, kv_type)
     return MemoryBudget(memory, cache, buffer, label)
 
@@ -179,7 +180,3 @@ def _row_bytes(row: int, head_lengths: tuple[int, int], cache_type: QuantType) -
 
 def _rounded_up(tokens: int) -> int:
     return -(-tokens // _CELLS) * _CELLS
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
