@@ -365,13 +365,14 @@ def _table_of(model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str],
 def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> Formats:
     """Return the stored types that candidate types lead to, of every matrix whose type costs decide.
 
-    Types that need statistics are left out for a tensor that has none; without `stats`, all are taken to have some.
+    Types that need statistics are left out for a tensor that has none; without `stats`, those that read an
+    input are taken to have some.
     The checkpoint's own float type is always one: it loses nothing. A candidate that does not fit the rows leads to
     what llama.cpp stores in its place, and to Q2_0 or Q1_0 where that is nearer in bits.
     """
     formats = {}
     for info in map(model.source.info, planned_matrices(model)):
-        has_stats = stats is None or stats.input_of(info.name) is not None
+        has_stats = model.reads_input(info.name) if stats is None else stats.input_of(info.name) is not None
         candidates: dict[QuantType, tuple[str, ...]] = {}
         for name in (*type_names, info.float_type):
             for stored in candidates_for_row(QUANT_TYPES[name], info.shape[-1]):

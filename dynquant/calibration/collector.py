@@ -63,7 +63,7 @@ class Collector:
         self._sums, self._sees_gradients = False, False
         self._is_text, self._window, self._fill = torch.ones(0, dtype=torch.bool), 1, None
         self._recorders: dict[str, dict[str, InputRecorder]] = {kind: {} for kind in (_ALL, *KINDS)}
-        self._linear_layers, self._experts = names.linears, names.experts
+        self._linear_layers, self._experts, self._aliases = names.linears, names.experts, names.aliases
         self._linears = LinearHooks(hf_model, names.linears, self._observe_linear)
 
     @contextmanager
@@ -94,9 +94,11 @@ class Collector:
     @property
     def aliases(self) -> dict[str, str]:
         """Weight -> key of the input that it shares, as far as layers have been run."""
-        return self._linears.aliases | {
-            name: inputs.inner[0] for inputs in self._experts.values() for name in inputs.inner[1:]
-        }
+        return (
+            self._linears.aliases
+            | self._aliases
+            | {name: inputs.inner[0] for inputs in self._experts.values() for name in inputs.inner[1:]}
+        )
 
     def take(self, kind: str = _ALL) -> dict[str, InputStats]:
         """Return the statistics of all inputs that were seen since the last call, of one of KINDS or of all tokens."""

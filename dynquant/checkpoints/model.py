@@ -191,6 +191,11 @@ class Model:
         names = self.checkpoint_names("output.weight") if "output.weight" in self.source.names() else ()
         return any(name.endswith("lm_head.weight") for name in names)
 
+    def reads_input(self, name: str) -> bool:
+        """Return whether a matrix is multiplied with an input, as embeddings are where they are the output too."""
+        is_output = self.roles[name] is Role.EMBEDDING and Role.OUTPUT not in self.roles.values()
+        return is_output or not self.roles[name].is_embedding
+
     @cached_property
     def num_weights(self) -> int:
         """Number of weights in all tensors."""

@@ -166,8 +166,6 @@ class DynquantEncoder(Encoder):
 
     def _expert_batches(self, weights: Tensor, hessian: Tensor | None, outputs: Tensor | None) -> Iterator[slice]:
         count = self._weights_at_once // max(1, weights[:1].numel())
-        if outputs is not None and self.device.type == "cpu":
-            count = 1  # products of several matrices would round in other ways
         if moments := sum(sides[:1].nbytes for sides in (hessian, outputs) if sides is not None):
             limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
             count = min(count, limit // moments)

@@ -86,7 +86,8 @@ class Chooser:
 def check_budget(model: Model, target: Target, types: Sequence[str], stats: CalibrationStats | None) -> None:
     """Refuse a budget that no choice among `types` meets, before a tensor is measured.
 
-    Without statistics, only what none of them could mend is refused; sizes lack the bytes that name them in the file.
+    Without statistics, only what none of them could mend is refused; sizes lack the bytes that name them in the file,
+    for which the range that is told has room.
 
     Raises:
         PlanError: as `plan_types` and `MemoryBudget.file_budget`.
@@ -104,8 +105,10 @@ def check_budget(model: Model, target: Target, types: Sequence[str], stats: Cali
         memory.file_budget(smallest, largest, rules.fixed_words)
         return
     budget, unknown = target.budget(model.num_weights), 0 if stats is not None else _NAMED_STATISTICS
+    if budget is not None and budget < smallest:
+        smallest += unknown
     if budget is not None and not largest < budget <= largest + unknown:
-        check_budget_range(budget, smallest, largest, rules)
+        check_budget_range(budget, smallest, max(smallest, largest), rules)
 
 
 def _fixed_words(model: Model, table: ErrorTable, held: Mapping[str, Choice], stats: CalibrationStats | None) -> str:
@@ -114,7 +117,7 @@ def _fixed_words(model: Model, table: ErrorTable, held: Mapping[str, Choice], st
     unread = {
         name: min(rows.values(), key=lambda row: row.bytes).type
         for name, rows in table.tensors().items()
-        if stats is not None and stats.input_of(name) is None
+        if not (model.reads_input(name) if stats is None else stats.input_of(name))
     }
     return fixed_words(fixed_sizes(model, table.tensors(), held), unread)
 

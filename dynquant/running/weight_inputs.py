@@ -78,6 +78,8 @@ class WeightInputs:
     linears: dict[str, LinearInput]
     experts: dict[nn.Module, ExpertInputs]
     embeddings: dict[str, nn.Module]
+    aliases: dict[str, str] = field(default_factory=dict)
+    """The embedding, where it is the output matrix too and so has the input of that."""
 
 
 def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
@@ -108,8 +110,11 @@ def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
     linears |= {name: linear for name, linear in named.items() if name not in decided}
     whole = {linear.module for name, linear in named.items() if role_of(name) is Role.MLA_KV_B}
     linears = {name: linear for name, linear in linears.items() if name in named or linear.module not in whole}
+    head, aliases = hf_model.get_output_embeddings(), {}
+    if "output.weight" not in model.source.names() and isinstance(head, nn.Linear):
+        linears["output.weight"], aliases = LinearInput((head,)), {"token_embd.weight": "output.weight"}
     embeddings = _embeddings(hf_model, model.arch, model.hyper.n_layer)
-    return WeightInputs(linears, _expert_inputs(model, hf_model, held), embeddings)
+    return WeightInputs(linears, _expert_inputs(model, hf_model, held), embeddings, aliases)
 
 
 def _named_linears(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, LinearInput]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.cli.terminal.record import RunRecord
@@ -13,7 +14,8 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError, ExportError, StatsError
 from dynquant.exporters.closing_pass import check_original, too_large_to_tune, tune_options
 from dynquant.exporters.gguf import write_patched
-from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions
+from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions, ExportOptions
+from dynquant.exporters.stage import export
 from dynquant.exporters.tuning import training
 from dynquant.exporters.tuning.tensors import Correction
 from dynquant.exporters.tuning.training import TuneOptions, tune
@@ -211,8 +213,19 @@ def test_kl_falls_on_a_gpu_too(moe_model, crushed, windows, tuned, cuda):
 
 
 def test_too_little_text_is_refused(moe_model, crushed, windows):
-    with pytest.raises(StatsError, match=r"needs at least 5 windows of 128 tokens, but calibration had 3"):
+    with pytest.raises(StatsError, match=r"needs at least 5 windows of 128 tokens, but the text has 3"):
         tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows[:3], OPTIONS)
+
+
+def test_what_cannot_run_the_original_is_refused_before_calibration(small_moe, tmp_path):
+    how = {"model": str(small_moe), "output": tmp_path / "model.gguf", "preset": "uniform-q4_k"}
+    for options, reason in (
+        (ExportOptions(**how, encoder="ggml", tune=600), "--tune 600 cannot run: it goes with --encoder dynquant"),
+        (ExportOptions(**how, asymmetric=600, calibration=CalibrationOptions(hessians="none")), "no second moments"),
+    ):
+        with pytest.raises(ExportError, match=reason):
+            export(options)
+    assert not any(tmp_path.iterdir())
 
 
 def test_weights_of_a_gguf_original_are_found(tiny_text, tmp_path):

@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dynquant.calibration.run import StatisticsOptions
+from dynquant.calibration.second_moments import hessian
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
 from dynquant.running.load import load_directory
 from dynquant.running.streaming.layer_stream import LayerStream
+from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import succeed
 from tests.helpers.exports import export_gguf, export_safetensors
 from tests.helpers.packed_models import plan_of
@@ -36,6 +39,17 @@ def store_output(directory: Path, values: torch.Tensor | None = None, name: str 
 
 def other_output(rows: int, columns: int) -> torch.Tensor:
     return 0.08 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("name", represented_by(("llama-tied",), TIED))
+def test_an_embedding_that_is_the_output_too_has_the_statistics_of_that(name: str, tmp_path: Path, small_moe) -> None:
+    model = open_model(save_tiny(name, tmp_path / name, small_moe))
+    found = calibrate(model, tokens=128, window=32, options=StatisticsOptions("activations"))
+    assert found.stats.input_of("token_embd.weight").counts.sum() == 96  # a window is held back
+    assert hessian(found.moments, found.stats, "token_embd.weight", (8192, 256), slice(0, 1)) is not None
+    assert model.reads_input("token_embd.weight")
+    untied = open_model(store_output(model.path, other_output(8192, 256)))
+    assert untied.reads_input("output.weight") and not untied.reads_input("token_embd.weight")
 
 
 @pytest.mark.parametrize("name", represented_by(("llama-tied",), TIED))

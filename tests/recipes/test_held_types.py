@@ -101,6 +101,19 @@ def test_a_budget_is_refused_with_the_bytes_that_have_no_choice(model):
     said = str(refusal.value)
     assert "below the smallest" in said and "of layers that predict tokens ahead (--no-mtp" in said
     assert "4.10 kB of tensors of unknown purpose" in said and "of vectors, norms and routers have no choice" in said
+    assert "Matrices without statistics go down to Q4_K only: per_layer_token_embd.weight." in said
+
+
+def test_the_smallest_size_that_is_told_before_calibration_is_possible_after_it(model):
+    inputs = InputStats(in_sum2=torch.ones(1, 256, dtype=torch.float64), counts=torch.tensor([9]))
+    provenance = StatsProvenance(fingerprint="f", text_hash="0", text_name="t")
+    names = filter(model.reads_input, model.source.names())
+    stats = CalibrationStats(provenance, dict.fromkeys(names, inputs), {})
+    with pytest.raises(PlanError, match="below the smallest") as refusal:
+        check_budget(model, Target(size="1kB"), ("IQ1_S", "Q4_K"), None)
+    smallest = str(refusal.value).split("between ")[1].split(" ")[0].replace(",", "")
+    for known in (None, stats):
+        check_budget(model, Target(size=smallest), ("IQ1_S", "Q4_K"), known)
 
 
 def test_the_type_of_layers_ahead_is_one_that_exists():

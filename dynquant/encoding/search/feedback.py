@@ -94,6 +94,14 @@ def encode_in_turn(weights: Tensor, output_hessian: Tensor, encode: Callable[[sl
     for rows in map(as_slice, ranges(num_rows, group)):
         target = weights[:, rows]
         if rows.start:
-            pending = factor[:, : rows.start, rows].mT @ errors[:, : rows.start]
+            pending = _products(factor[:, : rows.start, rows].mT, errors[:, : rows.start])
             target = target + torch.linalg.solve_triangular(factor[:, rows, rows].mT, pending, upper=False)
         errors[:, rows] = weights[:, rows] - encode(rows, target)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Return left [E or 1, R, K] @ right [E, K, C]; on a CPU one by one: products of several matrices would round in
+    other ways, and experts are to have the same blocks in any company."""
+    if right.is_cuda:
+        return left @ right
+    return torch.stack([a @ b for a, b in zip(left.expand(len(right), -1, -1), right, strict=True)])

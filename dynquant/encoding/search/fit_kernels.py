@@ -14,7 +14,7 @@ from torch import Tensor
 from dynquant.encoding.search.codebooks import Integers
 from dynquant.encoding.search.codeword_kernels import group_of, jit_for_any_rows, nearest, with_group
 from dynquant.encoding.search.column_kernels import constants, inverse_of
-from dynquant.encoding.search.layouts import Fields
+from dynquant.encoding.search.layouts import Fields, numbers
 from dynquant.encoding.search.rows import Rows
 
 _WEIGHTS = 512
@@ -37,7 +37,7 @@ def free_scales(rows: Rows, metric: Tensor, fractions: list[float]) -> tuple[Ten
     a = _per_sub_block(rows)
     curvature = torch.empty_like(a)
     _free_scales_kernel[_grid(rows)](
-        a, curvature, torch.tensor(fractions, device=a.device), rows.x, metric, *_sizes(rows), metric.stride(0),
+        a, curvature, numbers(tuple(fractions), a.device), rows.x, metric, *_sizes(rows), metric.stride(0),
         NUM_FRACTIONS=len(fractions), **_constants(rows),
     )  # fmt: skip
     return a, curvature
@@ -47,7 +47,7 @@ def free_lines(rows: Rows, metric: Tensor, fractions: list[float]) -> tuple[Tens
     """Return scale and minimum of every sub-block [E, R, S] for codewords from 0 on, and the curvature of the scale."""
     a = _per_sub_block(rows)
     b, curvature = torch.empty_like(a), torch.empty_like(a)
-    shares = torch.tensor(fractions, device=a.device)
+    shares = numbers(tuple(fractions), a.device)
     _free_lines_kernel[_grid(rows)](
         a, b, curvature, shares, rows.x, metric, *_sizes(rows), metric.stride(0), LEVELS=rows.layout.codebook.peak,
         NUM_FRACTIONS=len(fractions), ROWS=_num_rows(rows), SUB_BLOCK=rows.layout.sub_block,
@@ -63,7 +63,7 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor, shares: list[float
     codes = torch.empty(free.shape, dtype=torch.int64, device=free.device)
     first, second, *_, last = layout.multipliers
     _round_scales_kernel[(triton.cdiv(d.numel(), _BLOCKS),)](
-        d, codes, free.contiguous(), curvature.contiguous(), torch.tensor(shares, device=d.device), rows.unit,
+        d, codes, free.contiguous(), curvature.contiguous(), numbers(tuple(shares), d.device), rows.unit,
         d.numel(), d.shape[-1], FIRST=first, STEP=second - first, LAST=last, LAST_CODE=len(layout.multipliers) - 1,
         PER_BLOCK=per_block, BLOCKS=_BLOCKS, NUM_SHARES=len(shares),
         KEEPS_NONZERO=isinstance(layout.codebook, Integers),

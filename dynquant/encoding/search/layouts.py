@@ -95,7 +95,7 @@ class BlockLayout:
 
     def multiplier_table(self, device: torch.device) -> Tensor:
         """Multipliers, ascending."""
-        return torch.tensor(self.multipliers, dtype=torch.float32, device=device)
+        return numbers(self.multipliers, device)
 
     def round_scale(self, d: Tensor) -> Tensor:
         """The nearest number that a block can store as its scale.
@@ -108,6 +108,12 @@ class BlockLayout:
         if isinstance(self.codebook, Integers):
             return torch.where((stored == 0) & (d != 0), torch.copysign(_FP16_TINY, d), stored)
         return stored
+
+
+@cache
+def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a few float32 numbers, brought to a device once: a GPU is waited for meanwhile."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _half_steps(step: float) -> tuple[float, ...]:

@@ -16,6 +16,8 @@ from dynquant.encoding.search.compiled.words import as_arrays, nearest_of, works
 _CHUNK = 64
 """Columns whose mutual feedback is applied at once; feedback between chunks comes in one product."""
 _ZERO, _TWO = np.float32(0), np.float32(2)
+_RIDGE, _SMALLEST = 1e-7, 2.0**-126
+"""As in `descent`: added to the diagonal of the scale equations, relative to its mean, and at least."""
 
 
 @inner
@@ -249,6 +251,54 @@ def scale_terms(links, units, slope, hessian, folded, width, sub_block, keeps):
                 for t in range(ROWS):
                     matrix[other, row, t] = matrix[row, other, t]
     return matrix, right, pulled
+
+
+@compiled
+def solved_scales(matrix, right):
+    """Return the solutions [n, ROWS] of the scale equations, found in float64.
+
+    These are symmetric and positive, so that elimination needs no pivots; where rounding has left them neither, what
+    comes out loses more than the present scales.
+    """
+    count = right.shape[0]
+    left, change, ridge = matrix.astype(np.float64), right.astype(np.float64), np.zeros(ROWS)
+    for i in range(count):
+        for t in range(ROWS):
+            ridge[t] += left[i, i, t]
+    for i in range(count):
+        for t in range(ROWS):
+            left[i, i, t] += _RIDGE * (ridge[t] / count) + _SMALLEST
+    for i in range(count):
+        for j in range(i + 1, count):
+            for t in range(ROWS):
+                ridge[t] = left[i, j, t] / left[i, i, t]
+                change[j, t] -= ridge[t] * change[i, t]
+            for k in range(j, count):
+                for t in range(ROWS):
+                    left[j, k, t] -= ridge[t] * left[i, k, t]
+    for i in range(count - 1, -1, -1):
+        for k in range(i + 1, count):
+            for t in range(ROWS):
+                change[i, t] -= left[i, k, t] * change[k, t]
+        for t in range(ROWS):
+            change[i, t] /= left[i, i, t]
+    return change.astype(np.float32)
+
+
+@compiled
+def keep_better_scales(matrix, right, present, new):
+    """Put the present scales [n, ROWS] in place of the new ones in rows that lose more with these."""
+    growth, count = np.zeros(ROWS), right.shape[0]
+    for i in range(count):
+        for t in range(ROWS):
+            growth[t] -= _TWO * np.float64(right[i, t]) * (new[i, t] - present[i, t])
+        for j in range(count):
+            for t in range(ROWS):
+                step = np.float64(matrix[i, j, t]) * (new[j, t] - present[j, t])
+                growth[t] += step * (new[i, t] - present[i, t])
+    for i in range(count):
+        for t in range(ROWS):
+            new[i, t] = new[i, t] if growth[t] < _ZERO else present[i, t]
 
 
 @compiled

@@ -21,8 +21,6 @@ from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import zero_points
 from dynquant.workers import side_by_side
 
-_RIDGE = 1e-7
-"""As in `descent`."""
 _TINY = np.float32(1e-30)
 _KEPT = 8
 """Super-blocks in a row up to which products are kept from one step to the next: memory grows with their square."""
@@ -261,15 +259,9 @@ class _Tile:
         matrix, right, pulled = columns.scale_terms(
             self._links, units, slope, loss.hessian, loss.folded, super_block, sub_block, len(fields.d) <= _KEPT
         )
-        left, pull = (torch.from_numpy(t).movedim(-1, 0).to(torch.float64) for t in (matrix, right))
-        diagonal = left.diagonal(dim1=-2, dim2=-1)
-        ridge = _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-        change = torch.linalg.solve(left + torch.diag_embed(ridge.expand_as(diagonal)), pull)  # [ROWS, n]
         present = np.concatenate((fields.d, fields.dmin))
-        new = self._rounded(present + change.T.to(torch.float32).numpy())
-        change = torch.from_numpy(new - present).T.to(torch.float64)
-        growth = (change * ((left @ change.unsqueeze(-1)).squeeze(-1) - 2 * pull)).sum(-1)
-        new = np.where(growth.numpy() < 0, new, present)
+        new = self._rounded(present + columns.solved_scales(matrix, right))
+        columns.keep_better_scales(matrix, right, present, new)
         columns.follow_scales(
             self._links, units, pulled, new - present, slope, loss.hessian, loss.folded, super_block, sub_block
         )
