@@ -18,6 +18,7 @@ from torch import Tensor
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
+from dynquant.encoding.interface import Encoder
 from dynquant.errors import ExportError
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import ClosingPassOptions
@@ -119,14 +120,13 @@ def tune_options(options: ClosingPassOptions, windows: Tensor, device: str, **ot
     return TuneOptions(**asked, patience=options.patience, **others)  # type: ignore[arg-type]
 
 
-def obstacle(encoding: Encoding) -> str | None:
+def obstacle(model: Model, encoder: Encoder, *, has_moments: bool) -> str | None:
     """Return why the original cannot be run beside what is encoded, on the text of calibration; None when it can."""
-    model = encoding.model
     if model.has_vision:
         return "it goes by text alone, and the model sees pictures"
-    if not encoding.encoder.uses_hessians:
+    if not encoder.uses_hessians:
         return "it goes with --encoder dynquant"
-    if encoding.moments is None:
+    if not has_moments:
         return "there are no second moments, whose text it goes by (`dynquant calibrate --hessians activations`)"
     if model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
         return "the model is not of a family that dynquant converts itself"
@@ -139,15 +139,16 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
     model, moments = encoding.model, encoding.moments
     if tokens == 0 or (tokens is None and moments is None):
         return None
-    reason, device = obstacle(encoding), chosen_device(encoding.session.device)
+    reason = obstacle(model, encoding.encoder, has_moments=moments is not None)
+    device = chosen_device(encoding.session.device)
     if reason is not None:
         pass
     elif tokens is None and model.hf_directory is None:
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
     elif tokens is None and (too_large := too_large_to_tune(model, device, encoding.limits.memory)):
         reason = too_large
-    elif tokens is None and len(moments.tokens) < FEWEST_WINDOWS:
-        reason = "the calibration text is too short"
+    elif len(moments.tokens) < FEWEST_WINDOWS:
+        reason = f"it takes {FEWEST_WINDOWS} windows of text, and calibration had {len(moments.tokens)}"
     if reason is None:
         return tune_options(options, moments.tokens, device, tokens=options.most_tokens if tokens is None else tokens)
     if tokens is not None:

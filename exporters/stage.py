@@ -15,14 +15,14 @@ from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import mtp_layers
-from dynquant.encoding.interface import ProtectedWeight
+from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
 from dynquant.exporters.asymmetric.stream import asymmetric
-from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file, tune_options
+from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, obstacle, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.modelfile import write_modelfile
@@ -74,6 +74,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         # Schemes are searched as this encoder searches types; there is no other for them.
         encoder = load_encoder("dynquant" if is_vllm else options.encoder, device)
         if plan is None or options.plan is None:
+            _check_runs(model, encoder, options)
             plan, stats = _plan_of_preset(model, checkpoint, options, session)
             for line in plan.remarks():
                 session.note(line)
@@ -112,6 +113,16 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
         check_written(model, files[0], session, **how)
     return Exported(files, plan.num_weights)
+
+
+def _check_runs(model: Model, encoder: Encoder, options: ExportOptions) -> None:
+    """Refuse, before calibration, what runs the original and cannot."""
+    has_moments = options.stats is not None or options.calibration.hessians != "none"
+    reason = obstacle(model, encoder, has_moments=has_moments)
+    asked = {f"--tune {options.tune}": options.tune, f"--asymmetric {options.asymmetric}": options.asymmetric}
+    if reason is not None and any(asked.values()):
+        flags = " and ".join(flag for flag, value in asked.items() if value)
+        raise ExportError(f"{flags} cannot run: {reason}. Export without.")
 
 
 def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, session: Session) -> Plan:

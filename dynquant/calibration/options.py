@@ -61,13 +61,15 @@ class CalibrationOptions(Options):
         ),
     ] = "activations"
     hessian_memory: Annotated[
-        str,
+        str | None,
         Flag(
-            "Memory for second moments (of each side); experts of a layer share one matrix when each has no room.",
+            "Memory for second moments (of each side); experts of a layer share one matrix when each has no room. "
+            "Default: 8GiB, or what a smaller machine or GPU has room for.",
+            show_default=False,
             min=0,
             is_size=True,
         ),
-    ] = "8GiB"
+    ] = None
     max_memory: Annotated[
         str | None,
         Flag(

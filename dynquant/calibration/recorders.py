@@ -13,10 +13,13 @@ from torch import nn
 
 from dynquant.calibration.second_moments import OUTPUT
 from dynquant.calibration.statistics import InputStats
+from dynquant.resources import parse_size
 from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.load import tf32_products
 
-DEFAULT_LIMIT = 8 * 2**30  # bytes of float32 sums of second moments
+DEFAULT_LIMIT = 8 * 2**30
+"""Bytes of float32 sums of second moments, of inputs or of outputs, where there is memory enough."""
+_INPUT_SHARE, _OUTPUT_SHARE = 0.3, 0.15  # of all memory, at most
 _STRIP = 64
 """Rows of a sum that are added to at once, at least; narrower products are slower than what they leave out is worth."""
 _PINNED_VALUES = 1 << 24
@@ -93,6 +96,14 @@ def _on_cpu(values: torch.Tensor) -> torch.Tensor:
     return copied
 
 
+def moment_limits(asked: str | None, memory: int) -> tuple[int, int]:
+    """Return the bytes of second moments of inputs, and of outputs: those asked for of each, or what is sensible with
+    so much memory in all, of which the model and its backward pass need the rest."""
+    if asked is not None:
+        return (parse_size(asked),) * 2
+    return min(DEFAULT_LIMIT, int(_INPUT_SHARE * memory)), min(DEFAULT_LIMIT, int(_OUTPUT_SHARE * memory))
+
+
 def _add_products(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
     """Add xᵀ y, symmetric, to `total` [C, C]: on a CPU to what lies above its diagonal, and to little else."""
     step = max(_STRIP, len(total) // 8) if not x.is_cuda else len(total)
@@ -102,14 +113,15 @@ def _add_products(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None
 
 @dataclass
 class MomentRecorder:
-    """Sums of x xᵀ by key, on the device of the activations, within a limit of memory for inputs, and as much for
-    gradients of outputs (`OUTPUT`) where there are to be any.
+    """Sums of x xᵀ by key, on the device of the activations, within limits of memory for inputs, and for gradients of
+    outputs (`OUTPUT`) where there are to be any.
 
     Experts get a matrix each when all of them fit in the limit, else one for their layer. An input whose matrix does
     not fit any more has none, and is listed in `left_out`: its weights are encoded without error feedback.
     """
 
-    limit_bytes: int
+    limits: tuple[int, int]
+    """Bytes of inputs, and of outputs."""
     pools_experts: bool
     with_outputs: bool = False
     left_out: list[str] = field(default_factory=list)
@@ -119,16 +131,15 @@ class MomentRecorder:
     """Bytes of inputs, and of outputs."""
 
     @classmethod
-    def for_model(cls, hf_model: nn.Module, limit_bytes: int, *, with_outputs: bool = False) -> "MomentRecorder":
-        """Pools experts when a matrix for each would take more than the limit."""
+    def for_model(cls, hf_model: nn.Module, limits: tuple[int, int], *, with_outputs: bool = False) -> "MomentRecorder":
+        """Pools experts when a matrix for each would take more than a limit."""
         experts = expert_modules(hf_model).values()
         shapes = [expert_stack(module, expert_layout(module).down).shape for module in experts]
         # [E, C, F], or [E, F, C] when transposed: float32 matrices for both inputs of every expert.
         needed = sum(4 * experts * (rows**2 + columns**2) for experts, rows, columns in shapes)
-        if with_outputs:  # those of gate and up are as wide as the input of down
-            narrow = sum(4 * experts * min(rows, columns) ** 2 for experts, rows, columns in shapes)
-            needed += 2 * narrow
-        return cls(limit_bytes, needed > limit_bytes, with_outputs)
+        # Outputs of gate and up are as wide as the input of down.
+        outputs = 2 * with_outputs * sum(4 * experts * min(rows, columns) ** 2 for experts, rows, columns in shapes)
+        return cls(limits, needed > limits[0] or outputs > limits[1], with_outputs)
 
     def add(
         self, key: str, x: torch.Tensor, *, num_experts: int = 1, expert: int = 0, squares: torch.Tensor | None = None
@@ -180,7 +191,7 @@ class MomentRecorder:
             return False
         count = x.shape[1] if x.dim() == 3 else 1 if self.pools_experts else num_experts
         columns, side = x.shape[-1], key.endswith(OUTPUT)
-        if self.used_bytes[side] + (size := 4 * count * columns**2) > self.limit_bytes:
+        if self.used_bytes[side] + (size := 4 * count * columns**2) > self.limits[side]:
             self.left_out.append(key)
             return False
         self.used_bytes[side] += size

@@ -41,7 +41,8 @@ class StatisticsOptions:
     """Choice of what is measured of every layer's inputs, and how many of the inputs are held back."""
 
     hessians: Hessians = "none"
-    hessian_bytes: int = DEFAULT_LIMIT  # memory that second moments may take, in bytes
+    hessian_bytes: tuple[int, int] = (DEFAULT_LIMIT, DEFAULT_LIMIT)
+    """Memory that second moments of inputs, and of outputs, may take."""
     held_back: float = HELD_BACK
     limits: SampleLimits = field(default_factory=SampleLimits)
 

@@ -22,6 +22,7 @@ from torch import nn
 from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
+from dynquant.calibration.recorders import moment_limits
 from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.second_moments import SecondMoments, kind_beside, load_beside
 from dynquant.calibration.sharded import calibrate_in_shards
@@ -253,7 +254,8 @@ def run_calibration(
     inputs, sampled = _all_inputs(model, options, output, load, session)
     inputs = replace(inputs, batch_size=_batch_size(model, inputs.longest, options.hessians, device))
     provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed).model_copy(update=sampled)
-    statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))
+    limits = moment_limits(options.hessian_memory, _all_memory(device))
+    statistics = StatisticsOptions(options.hessians, limits)
     if limit is not None:
         streaming = StreamingOptions(limit, options.spill, device, computing_type(model, device))
         with session.stage("Finished layers are kept.") as progress:
@@ -288,7 +290,7 @@ def run_calibration(
                 kind_path(output, kind).unlink(missing_ok=True)
         if options.hessians == "none":
             path_beside(output).unlink(missing_ok=True)
-        _tell_result(result, inputs, path_beside(output), options, session)
+        _tell_result(result, inputs, path_beside(output), statistics, session)
     return file
 
 
@@ -349,7 +351,7 @@ def _provenance_at(file: Path) -> object:
 
 
 def _tell_result(
-    result: Calibration, inputs: ModelInputs, moments_path: Path, options: CalibrationOptions, session: Session
+    result: Calibration, inputs: ModelInputs, moments_path: Path, options: StatisticsOptions, session: Session
 ) -> None:
     if inputs.has_pictures:
         num_text = sum(int(batch.is_text.sum()) for batch in inputs)
@@ -362,8 +364,8 @@ def _tell_result(
     if result.left_out:
         session.note(
             f"no second moments for {len(result.left_out)} inputs or outputs, because --hessian-memory "
-            f"{options.hessian_memory} is used up; they are encoded without error feedback: "
-            f"{', '.join(result.left_out)}"
+            f"({' and '.join(map(human_bytes, options.hessian_bytes))}) is used up; they are encoded without error "
+            f"feedback: {', '.join(result.left_out)}"
         )
 
 
@@ -478,12 +480,15 @@ def _check(model: Model, options: CalibrationOptions, output: Path) -> None:
 
 def _batch_size(model: Model, window: int, hessians: str, device: str) -> int:
     """Return how many windows run side by side. A backward pass keeps what all layers made of them, and logits, within
-    a share of the memory that the device has in all: what is free just then must not change a sum."""
-    is_cpu = device == "cpu"
-    most = 4 if is_cpu else 16
+    a share of the memory that the device has in all."""
+    most = 4 if device == "cpu" else 16
     if hessians not in ("gradients", "two-sided"):
         return most
     sizes = model.hyper
     needed = window * (_LOGIT_BYTES * sizes.n_vocab + _LAYER_BYTES * sizes.n_layer * sizes.n_embd)
-    total = total_memory() if is_cpu else torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(most, int(_BACKWARD_SHARE * total / max(needed, 1))))
+    return max(1, min(most, int(_BACKWARD_SHARE * _all_memory(device) / max(needed, 1))))
+
+
+def _all_memory(device: str) -> int:
+    """Return the bytes of memory of the machine or GPU; what is free just then must not change a sum."""
+    return total_memory() if device == "cpu" else torch.cuda.get_device_properties(device).total_memory

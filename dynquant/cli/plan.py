@@ -154,6 +154,7 @@ def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: Plan
     from dynquant.analysis.costs.machine import Machine
     from dynquant.analysis.costs.model import CostOptions, predict
     from dynquant.analysis.errors.options import DEFAULT_TYPES
+    from dynquant.calibration.recorders import moment_limits
     from dynquant.families.open import open_config
 
     machine, calibration = Machine.load(machine_file), options.calibration
@@ -164,7 +165,7 @@ def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: Plan
         "hessians": calibration.hessians,
     }
     types = tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES
-    hessian_bytes = parse_size(calibration.hessian_memory)
+    hessian_bytes, _ = moment_limits(calibration.hessian_memory, machine.memory_bytes)
     work = CostOptions(**inputs, hessian_bytes=hessian_bytes, types=types, limit_bytes=limit)
     costs = predict(open_config(directory), plan, machine, work)
     rows = [

@@ -133,7 +133,7 @@ def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encodi
     if not tokens:
         yield encoding
         return
-    reason = obstacle(encoding)
+    reason = obstacle(encoding.model, encoding.encoder, has_moments=encoding.moments is not None)
     if reason is None and not isinstance(encoding.model.source, ConvertedSource):
         reason = "the original is a GGUF file; give the checkpoint that it was made from"
     if reason is not None:

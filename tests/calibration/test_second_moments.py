@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynquant.calibration.importance import importance
-from dynquant.calibration.recorders import MomentRecorder
+from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder, moment_limits
 from dynquant.calibration.run import StatisticsOptions, collect_statistics
 from dynquant.calibration.second_moments import DAMPING, OUTPUT, SecondMoments, hessian, output_hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
@@ -119,8 +119,8 @@ def test_two_sides_are_those_of_gradients_and_moments_of_output_gradients(moe, t
 
 def test_experts_are_pooled_when_they_do_not_all_fit(moe, tokens, whole):
     limit = 24 * 2**20  # 40 experts with two inputs of 256 channels would take 20 MiB, and the dense inputs 10 more
-    assert not collect(moe, tokens, hessian_bytes=limit).pools_experts
-    pooled = collect(moe, tokens, hessian_bytes=19 * 2**20)
+    assert not collect(moe, tokens, hessian_bytes=(limit, 0)).pools_experts
+    pooled = collect(moe, tokens, hessian_bytes=(19 * 2**20, 0))
     assert pooled.pools_experts and not pooled.left_out
     assert torch.allclose(pooled.moments.sums[GATE][0], whole.moments.sums[GATE].sum(0), rtol=1e-3, atol=1e-2)
     matrix = hessian(pooled.moments, pooled.stats, GATE, (8, 256, 256))
@@ -132,15 +132,22 @@ def test_experts_are_pooled_when_they_do_not_all_fit(moe, tokens, whole):
 @pytest.mark.gpu
 def test_products_of_bfloat16_inputs_are_exact_on_a_gpu(cuda):
     x = torch.randn(700, 192, generator=torch.Generator().manual_seed(0)).to(cuda, torch.bfloat16)
-    recorder = MomentRecorder(limit_bytes=10**8, pools_experts=False)
+    recorder = MomentRecorder(limits=(10**8, 0), pools_experts=False)
     for part in x.split(300):
         recorder.add("key", part)
     expected = x.double().T @ x.double()
     torch.testing.assert_close(recorder.take()[0]["key"][0].double(), expected.cpu(), rtol=1e-5, atol=1e-3)
 
 
+def test_memory_of_moments_is_that_of_the_machine_where_none_is_asked_for():
+    assert moment_limits("1GiB", 10**10) == (2**30, 2**30)
+    assert moment_limits(None, 200 * 10**9) == (DEFAULT_LIMIT, DEFAULT_LIMIT)
+    inputs, outputs = moment_limits(None, 16 * 10**9)
+    assert outputs < inputs < DEFAULT_LIMIT and inputs + outputs < 8 * 10**9
+
+
 def test_inputs_without_room_are_listed(moe, tokens):
-    found = collect(moe, tokens, hessian_bytes=2**20)
+    found = collect(moe, tokens, hessian_bytes=(2**20, 0))
     assert found.left_out and not set(found.left_out) & set(found.moments.sums)
     assert sum(sums.nbytes for sums in found.moments.sums.values()) <= 2**20
     assert hessian(found.moments, found.stats, found.left_out[-1], (256, 256)) is None
