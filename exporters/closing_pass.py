@@ -147,8 +147,8 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
     elif tokens is None and (too_large := too_large_to_tune(model, device, encoding.limits.memory)):
         reason = too_large
-    elif tokens is None and len(moments.tokens) < FEWEST_WINDOWS:
-        reason = "the calibration text is too short"
+    elif len(moments.tokens) < FEWEST_WINDOWS:
+        reason = f"it takes {FEWEST_WINDOWS} windows of text, and calibration had {len(moments.tokens)}"
     if reason is None:
         return tune_options(options, moments.tokens, device, tokens=options.most_tokens if tokens is None else tokens)
     if tokens is not None:

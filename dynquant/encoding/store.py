@@ -90,6 +90,8 @@ class EncodedStore:
         """Encode tensors, side by side, in types in which they are not on disk; raises as `packed`."""
         pairs = [(name, QUANT_TYPES[type_name]) for name, type_name in names_and_types]
         missing = [(name, stored) for name, stored in pairs if not (stored.is_float or self.is_there(name, stored))]
+        if missing:
+            progress("encoding", 0, len(missing), unit="tensors")
         for done, _ in enumerate(self._side_by_side(missing), 1):
             progress("encoding", done, len(missing), unit="tensors", tensor=missing[done - 1][0])
 

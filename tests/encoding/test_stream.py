@@ -200,22 +200,3 @@ def test_blocks_that_are_copied_are_compared_with_those_of_the_plan(tmp_path):
 def test_an_unknown_encoder_is_refused():
     with pytest.raises(EncodeError, match="no encoder `best`"):
         load_encoder("best")
-
-
-@pytest.mark.gpu
-def test_parts_side_by_side_on_a_gpu_are_those_of_one_after_the_other(cuda):
-    model, encoder = tiny_model(), load_encoder("dynquant", str(cuda))
-    types = TYPES | {"blk.0.attn_q.weight": ("Q2_K", "asked"), "blk.0.attn_k.weight": ("BF16", "asked")}
-
-    def moments(width: int) -> torch.Tensor:
-        x = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(width))
-        return (x.T @ x / len(x) + 0.05 * torch.eye(width))[None]
-
-    inputs, outputs = (lambda name, shape, experts, side=side: moments(shape[side]) for side in (-1, -2))
-    guidance = Guidance(importance, inputs, output_hessian=outputs, with_outputs=SHAPES)
-    one, many = (TensorEncoder(model, guidance, encoder, threads) for threads in (1, 8))
-    stored = whole_tensors(one.quantize(plan_of(model, types)))
-    assert all(
-        torch.equal(blocks, stored[name])
-        for name, blocks in whole_tensors(many.quantize(plan_of(model, types))).items()
-    )

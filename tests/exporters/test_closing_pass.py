@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.cli.terminal.record import RunRecord
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError, ExportError, StatsError
-from dynquant.exporters.closing_pass import check_original, too_large_to_tune, tune_options
+from dynquant.exporters.closing_pass import check_original, closing_pass_of, too_large_to_tune, tune_options
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions, ExportOptions
+from dynquant.exporters.output import Encoding
 from dynquant.exporters.stage import export
 from dynquant.exporters.tuning import training
 from dynquant.exporters.tuning.tensors import Correction
@@ -226,6 +229,14 @@ def test_what_cannot_run_the_original_is_refused_before_calibration(small_moe, t
         with pytest.raises(ExportError, match=reason):
             export(options)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_calibration_of_few_windows_is_refused_before_anything_is_encoded(moe_model, windows):
+    moments = SecondMoments(StatsProvenance(fingerprint="f", text_hash="0", text_name="t"), windows[:3])
+    encoding = Encoding(model=moe_model, plan=None, encoder=load_encoder("dynquant", "cpu"), moments=moments)
+    with pytest.raises(ExportError, match="takes 5 windows of text, and calibration had 3"):
+        closing_pass_of(encoding, 600, ClosingPassOptions())
+    assert closing_pass_of(encoding, None, ClosingPassOptions()) is None
 
 
 def test_weights_of_a_gguf_original_are_found(tiny_text, tmp_path):
