@@ -49,6 +49,8 @@ from dynquant.session import SILENT, Session
 from dynquant.storage import file_names
 from dynquant.storage.atomic import file_hash
 
+_CLEARLY_LESS = 0.9  # of the predicted KL: then a plan with mixed experts is worth a word
+
 
 def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
     """Choose a type for every tensor; write stats.safetensors, errors.json and plan.json into a folder.
@@ -178,7 +180,19 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
     others, promise = (tensor.key for tensor in checkpoint.others), _promise(table, chosen, None)
+    if not target.mixed_experts and promise["predicted_kl"] is not None:
+        mixed = SchemeChooser(checkpoint, schemes, mixed_experts=True).choose(table, target.budget(model.num_weights))
+        _tell_gain(promise["predicted_kl"], _promise(table, mixed, None)["predicted_kl"], session)
     return _of_table(plan, table, path, checkpoint.source, others, types=schemes, **promise)
+
+
+def _tell_gain(one_scheme: float, mixed: float, session: Session) -> None:
+    """Say what experts with schemes of their own would gain, where it is clear."""
+    if mixed < _CLEARLY_LESS * one_scheme:
+        session.note(
+            f"one scheme for the routed experts of all layers costs KL here: with --mixed-experts the same bytes are "
+            f"predicted to have a KL of {mixed:.4f} instead of {one_scheme:.4f}; vLLM loads that, transformers does not"
+        )
 
 
 def _chooser(

@@ -273,6 +273,16 @@ def test_a_preset_says_how_many_tensors_took_another_type_and_why(small_moe, tmp
         assert re.search(line, succeed("plan", "--config-only", model, "--preset", preset))
 
 
+@pytest.mark.nightly
+def test_what_mixed_experts_gain_is_said(small_moe, tmp_path):
+    schemes = ("--for", "vllm", "--types", "w2a16,w3a16,w4a16", "--bpw", 6.6, "--hessians", "none", "--no-report")
+    arguments = ("plan", small_moe, *schemes, "--tokens", 2048, "-o", tmp_path / "plan")
+    gain = re.search(r"with --mixed-experts .* a KL of ([0-9.]+) instead of ([0-9.]+);", one := succeed(*arguments))
+    mixed = succeed(*arguments, "--mixed-experts")
+    assert gain and [gain[1], gain[2]] == [re.search(r"predicted ([0-9.]+)", said)[1] for said in (mixed, one)]
+    assert "with --mixed-experts" not in mixed
+
+
 @pytest.mark.parametrize("target", ["gguf", pytest.param("vllm", marks=pytest.mark.nightly)])
 def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path, target):
     """In the middle of a tensor, where the fingerprint has no sample: a norm, an expert."""
