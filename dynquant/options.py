@@ -193,6 +193,8 @@ class Writes:
     """Names the files that may be written beside it, or into it, by what was typed: they are guarded alike."""
     reuses: tuple[str, ...] = ()
     """Parameters that may name such a file, which is then left as it is."""
+    ending: str = ""
+    """Of the file, where a name without one is a folder's that was meant."""
 
 
 MODEL_HELP = "Hugging Face directory or hub id, or a .gguf file."

@@ -178,7 +178,9 @@ class TuneFileOptions(Options):
 
     file: Annotated[Path, Flag("A quantized .gguf file.", is_argument=True, show_default=False)]
     reference: Annotated[str, Flag("Its original: Hugging Face directory or hub id.")]
-    output: Annotated[Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output")), Writes()]
+    output: Annotated[
+        Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output")), Writes(ending=".gguf")
+    ]
     text: CalibrationText = None
     tokens: Annotated[
         int, Flag("Train on at most this many tokens; fewer when the held-out KL stops falling.", min=1)
@@ -195,7 +197,7 @@ class AdapterOptions(Options):
     """A LoRA adapter as PEFT saves it, and the file that llama.cpp reads."""
 
     adapter: Annotated[Path, Flag("Directory that save_pretrained wrote.", is_argument=True, show_default=False)]
-    output: Annotated[Path, Flag("The .gguf file to write.", ("-o", "--output")), Writes()]
+    output: Annotated[Path, Flag("The .gguf file to write.", ("-o", "--output")), Writes(ending=".gguf")]
     base: Annotated[
         Path | None,
         Flag(

@@ -193,6 +193,11 @@ def _check(options: ExportOptions) -> None:
             f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
             "Give another name, or another --format."
         )
+    if options.format == "gguf" and not options.output.suffix:
+        raise ExportError(
+            f"{options.output} (--output) reads like the name of a folder, and --format gguf writes a file. Give a "
+            f"name that ends in .gguf, as {options.output / 'model.gguf'}."
+        )
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
     if options.modelfile and (options.format != "gguf" or options.split_max_size):

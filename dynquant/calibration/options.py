@@ -122,7 +122,7 @@ class CalibrateOptions(Options):
     output: Annotated[
         Path,
         Flag("Where stats.safetensors goes.", ("-o", "--output")),
-        Writes(beside=lambda output, typed: files_beside(output)),
+        Writes(beside=lambda output, typed: files_beside(output), ending=".safetensors"),
     ] = Path(STATS_NAME)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     base_gguf: BaseGguf = None

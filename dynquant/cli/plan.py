@@ -109,7 +109,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
     _print_remarks(plan)
     if plan.predicted_kl is not None:
         error = f" ± {plan.predicted_kl_se:.4f} (sampling error alone)" if plan.predicted_kl_se else ""
-        measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
+        measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f} on the text of the choice"
         whole = plan.pruned is None or plan.selected_kl is not None  # a prediction alone prices only what is left
         compared = "the original" if whole else "the model without these experts"
         console.say(f"  KL to {compared}, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")

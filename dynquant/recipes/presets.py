@@ -22,6 +22,7 @@ from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
+from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.recipes.held_types import MTP_TYPE, held_types, matrices
 from dynquant.recipes.llama_mixtures import llama_tensor_types
 
@@ -91,6 +92,10 @@ def _wanted_types(preset: str, model: Model, mtp_type: str) -> dict[str, Choice]
     held = held_types(model, mtp_type)
     roles = {tensor: model.roles[tensor] for tensor in names if tensor not in held}
     if name.startswith("uniform-"):
+        if (scheme := name.removeprefix("uniform-").upper()) in SCHEMES and scheme not in QUANT_TYPES:
+            raise PlanError(
+                f"{scheme} is a scheme of compressed-tensors, no GGUF type: export with -f compressed-tensors."
+            )
         return _uniform(quant_type(name.removeprefix("uniform-")).name, roles) | held
     if name.startswith("experts-"):
         crushed = quant_type(name.removeprefix("experts-")).name

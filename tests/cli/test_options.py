@@ -71,7 +71,7 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
         line += ["--bpw", "3"] if command == "release" else []
         for other, (required, of_other) in shown(command).items():
             if other != name and (required.default is Parameter.empty or other == "output"):
-                place = "8GB" if of_other and of_other.is_size else str(tmp_path / other)
+                place = "8GB" if of_other and of_other.is_size else str(tmp_path / f"{other}.file")
                 line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
         with pytest.raises(Exception) as refusal:
             COMMANDS[command].main(line, standalone_mode=False)
@@ -152,7 +152,7 @@ def test_no_sizes(text):
     ],
 )
 def test_options_that_would_do_nothing_are_refused(line, tmp_path):
-    output = [] if "--config-only" in line or line.startswith("eval") else ["-o", tmp_path / "out"]
+    output = [] if "--config-only" in line or line.startswith("eval") else ["-o", tmp_path / "out.file"]
     said = refused(*line.split(), *output)
     option = next(word for word in reversed(line.split()) if word.startswith("--"))
     assert said.startswith(f"error: {option} would do nothing: ") and not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Outputs of commands: none destroys what is read, and two processes never write one."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -49,14 +50,14 @@ def test_every_option_is_known_as_path_or_word():
         "calibrate {m} -o {t}/soft.safetensors",
         "calibrate {m} -o {t}/hard.safetensors",
         "calibrate {m} --calibration {t}/text.txt -o {t}/text.txt",
-        "calibrate {m} --imatrix {t}/i.gguf -o {t}/stats --imatrix-out {t}/i.gguf",
+        "calibrate {m} --imatrix {t}/i.gguf -o {t}/stats.safetensors --imatrix-out {t}/i.gguf",
         "calibrate {m} -o {t}/both --imatrix-out {t}/into/../both",
         "analyze {m} --stats {t}/s -o {t}/s",
         "analyze {m} --stats {t}/e.csv -o {t}/e.json",
         "analyze {m} --stats {t}/s -o {t}/new.json --json-progress {t}/new.csv",
         "analyze {m} --stats {t}/s -o {t}/text.json",
         "calibrate {m} -o {t}/stats.safetensors",
-        "calibrate {m} -o {t}/new --imatrix-out {t}/new.hessians",
+        "calibrate {m} -o {t}/new.safetensors --imatrix-out {t}/new.hessians.safetensors",
         "calibrate {m} -o {t}/own/x.safetensors --calibration {t}/own/x-text.safetensors",
         "plan {m} --like {t}/plan.json -o {t}",
         "plan {m} --like {t}/g.gguf -o {t}/page",
@@ -108,6 +109,13 @@ def test_what_is_read_is_never_overwritten(arguments, model, tmp_path):
     message = refused(*(word.format(m=model, t=tmp_path) for word in arguments.split()))
     assert any(words in message for words in ("would be lost", "give two names", "is a device", "is a directory"))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", ["calibrate {m} -o {t}/made/", "export {m} --preset f16 -o {t}/made/"])
+def test_a_file_with_the_name_of_a_folder_is_refused(arguments, model, tmp_path):
+    message = refused(*arguments.format(m=model, t=tmp_path).split())
+    assert "reads like" in message and re.search(r"made/\w+\.(gguf|safetensors)", message)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.nightly
@@ -185,8 +193,8 @@ def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):
     [
         "plan {m} -o {o}",
         "calibrate {m} -o {o}",
-        "calibrate {m} -o {t}/new --imatrix-out {o}",
-        "calibrate {m} -o {t}/new --max-memory 4GB --spill {o}",
+        "calibrate {m} -o {t}/new.safetensors --imatrix-out {o}",
+        "calibrate {m} -o {t}/new.safetensors --max-memory 4GB --spill {o}",
         "analyze {m} --stats {t}/s -o {o}",
         "eval {m} --reference {m} --text {t}/text.txt -o {o}",
         "finetune {m} --data {t}/text.txt -o {o}",
@@ -201,11 +209,11 @@ def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):
     ],
 )
 def test_every_output_has_one_writer(arguments, small_moe, tmp_path, holder):  # noqa: F811
-    output = tmp_path / "out"
+    output = tmp_path / "out.file"
     process = holder(output)
     message = refused(*(word.format(m=small_moe, t=tmp_path, o=output) for word in arguments.split()))
     assert f"{output} is being written by process {process.pid} on " in message
-    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.file.lock"]
 
 
 @pytest.mark.parametrize(
@@ -216,10 +224,13 @@ def test_every_output_has_one_writer(arguments, small_moe, tmp_path, holder):  #
             ".out.partial",
             marks=pytest.mark.nightly,
         ),
-        ("calibrate {m} --tokens 600 --window 64 --max-memory 4GB -o {t}/out", ".out.streaming"),
         (
-            "calibrate {m} --tokens 600 --window 64 --max-memory 4GB --spill {t}/spill -o {t}/out",
-            "spill/.out.streaming",
+            "calibrate {m} --tokens 600 --window 64 --max-memory 4GB -o {t}/out.safetensors",
+            ".out.safetensors.streaming",
+        ),
+        (
+            "calibrate {m} --tokens 600 --window 64 --max-memory 4GB --spill {t}/spill -o {t}/out.safetensors",
+            "spill/.out.safetensors.streaming",
         ),
     ],
 )
@@ -228,8 +239,9 @@ def test_a_link_where_work_is_kept_does_not_lead_elsewhere(arguments, link, mode
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to(model)
     names = {"m": model, "t": tmp_path, "s": calibrated_16m / "stats.safetensors"}
+    output = tmp_path / ("out" if "compressed" in arguments else "out.safetensors")
     succeed(*(word.format(**names) for word in arguments.split()))
-    assert contents(model) == before and (tmp_path / "out").exists() and not (tmp_path / "out").is_symlink()
+    assert contents(model) == before and output.exists() and not output.is_symlink()
 
 
 def test_a_lock_does_not_hinder_who_writes_nothing(small_moe, tmp_path, holder):  # noqa: F811

@@ -220,6 +220,11 @@ def test_r1_sizes_are_the_published_ones(deepseek_r1, preset):
     assert size == pytest.approx(PUBLISHED_GIB[preset], rel=0.005)
 
 
+def test_a_scheme_of_compressed_tensors_is_no_preset_of_types(moe_model):
+    with pytest.raises(PlanError, match=r"W2A16 is a scheme of compressed-tensors, no GGUF type"):
+        preset_types("uniform-w2a16", moe_model)
+
+
 def test_r1_recipes_need_routed_experts(tmp_path):
     config = {
         "model_type": "llama", "vocab_size": 256, "hidden_size": 256, "intermediate_size": 256,

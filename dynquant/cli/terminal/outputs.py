@@ -108,6 +108,11 @@ def _check(output_of: _Output, inputs: Mapping[Path, tuple[str, str]]) -> None:
     is_file, is_folder = writes.kind == "file", writes.kind.endswith("folder")
     if (is_file and os.path.isdir(output)) or (is_folder and os.path.isfile(output)):
         raise WriteError(f"{output} ({flag}) is a {'directory' if is_file else 'file'}; give another name.")
+    if writes.ending and not output.suffix:
+        raise WriteError(
+            f"{output} ({flag}) is to be a file, and its name reads like that of a folder. Give one that ends in "
+            f"{writes.ending}, as {output / 'NAME'}{writes.ending}."
+        )
     if os.path.isdir(output) and not os.access(output, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise WriteError(f"{output} ({flag}) cannot be written: Permission denied. Choose another place.")
     if is_file and os.path.isfile(output) and _is_read(output, "--output"):

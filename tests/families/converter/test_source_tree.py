@@ -56,7 +56,7 @@ def test_without_a_tree_every_way_is_named(olmo: Path) -> None:
 
 
 def test_a_folder_that_is_no_tree_is_refused(olmo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "is no source tree of llama.cpp" in refused("calibrate", olmo, "--llama-cpp", olmo, "-o", olmo / "s")
+    assert "is no source tree of llama.cpp" in refused("calibrate", olmo, "--llama-cpp", olmo, "-o", "s.safetensors")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(olmo / "absent"))
     with pytest.raises(CheckpointError, match="absent"):
         open_model(olmo)
