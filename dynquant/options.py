@@ -194,7 +194,7 @@ class Writes:
     reuses: tuple[str, ...] = ()
     """Parameters that may name such a file, which is then left as it is."""
     ending: str = ""
-    """Of the file, where a name without one is a folder's that was meant."""
+    """The end of names of such files; a name without one is refused, since a folder was meant."""
 
 
 MODEL_HELP = "Hugging Face directory or hub id, or a .gguf file."

@@ -41,7 +41,9 @@ def other_output(rows: int, columns: int) -> torch.Tensor:
     return 0.08 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("name", represented_by(("llama-tied",), TIED))
+@pytest.mark.parametrize(
+    "name", represented_by(("llama-tied",), TIED[:-1])
+)  # qwen2moe files have an output of their own
 def test_an_embedding_that_is_the_output_too_has_the_statistics_of_that(name: str, tmp_path: Path, small_moe) -> None:
     model = open_model(save_tiny(name, tmp_path / name, small_moe))
     found = calibrate(model, tokens=128, window=32, options=StatisticsOptions("activations"))

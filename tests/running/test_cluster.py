@@ -206,7 +206,9 @@ def text(moe_model):
 
 
 def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=ignore_progress):
-    return calibrate_in_shards(moe, *text, StatisticsOptions(hessians, 1 << 30), pool=pool, progress=progress)
+    return calibrate_in_shards(
+        moe, *text, StatisticsOptions(hessians, (1 << 30, 1 << 30)), pool=pool, progress=progress
+    )
 
 
 @pytest.fixture
