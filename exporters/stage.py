@@ -119,10 +119,13 @@ def _check_runs(model: Model, encoder: Encoder, options: ExportOptions) -> None:
     """Refuse, before calibration, what runs the original and cannot."""
     has_moments = options.stats is not None or options.calibration.hessians != "none"
     reason = obstacle(model, encoder, has_moments=has_moments)
-    asked = {f"--tune {options.tune}": options.tune, f"--asymmetric {options.asymmetric}": options.asymmetric}
+    asked = {
+        f"the closing pass (--tune {options.tune})": options.tune,
+        f"asymmetric calibration (--asymmetric {options.asymmetric})": options.asymmetric,
+    }
     if reason is not None and any(asked.values()):
-        flags = " and ".join(flag for flag, value in asked.items() if value)
-        raise ExportError(f"{flags} cannot run: {reason}. Export without.")
+        words = " and ".join(words for words, value in asked.items() if value)
+        raise ExportError(f"{words[0].upper()}{words[1:]} cannot run: {reason}. Export without.")
 
 
 def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, session: Session) -> Plan:
@@ -193,7 +196,7 @@ def _check(options: ExportOptions) -> None:
             f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
             "Give another name, or another --format."
         )
-    if options.format == "gguf" and not options.output.suffix:
+    if options.format == "gguf" and not (options.output.suffix or options.output.is_dir()):
         raise ExportError(
             f"{options.output} (--output) reads like the name of a folder, and --format gguf writes a file. Give a "
             f"name that ends in .gguf, as {options.output / 'model.gguf'}."

@@ -34,8 +34,8 @@ EXTRAS = (
     "PIL,triton,pyarrow"
 )
 NEED_EXTRAS = """
-calibrate {m} -o {t}/s
-analyze {m} --stats {t}/s -o {t}/e.json
+calibrate {m} -o {t}/s.safetensors
+analyze {m} --stats {t}/s.safetensors -o {t}/e.json
 plan {m} -o {t}/plan
 plan {m} --for vllm -o {t}/plan
 plan --config-only {m} --preset f16
@@ -51,7 +51,7 @@ finetune {m} --data {text} -o {t}/f
 heal {m} --reference {m} --data {text} -o {t}/h
 super-weights {m}
 demo -o {t}/demo
-calibrate owner/name -o {t}/s
+calibrate owner/name -o {t}/s.safetensors
 """
 NEED_NONE = """
 inspect {g}
@@ -159,7 +159,7 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("plan {m} -o {t}/file", "is a file"),
         ("plan {m} -o {t}/file/plan", "file is no directory"),
         ("calibrate {m} -o {t}/folder", "is a directory"),
-        ("calibrate {m} -o {t}/file/stats", "file is no directory"),
+        ("calibrate {m} -o {t}/file/stats.safetensors", "file is no directory"),
         ("analyze {m} --stats {t}/none -o {t}/e.json", "none cannot be read: No such file"),
         ("analyze {m} --stats {t}/folder -o {t}/e.json", "folder cannot be read: Is a directory"),
         ("eval {g} --reference {m} --text {t}/file -o {t}/folder", "is a directory"),
@@ -176,11 +176,11 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("plan {m} --recipe {t}/folder -o {t}/p", "folder is a directory; give a file in it"),
         ("plan {m} --recipe /dev/null -o {t}/p", "null is a device or pipe"),
         ("finetune {m} --data {t}/none.txt -o {t}/f", "There is no file"),
-        ("calibrate {m} --calibration {t}/folder -o {t}/s", "folder"),
+        ("calibrate {m} --calibration {t}/folder -o {t}/s.safetensors", "folder"),
         ("export {m} --preset f16 -o /", "is a directory"),
         ("calibrate {m} -o /", "is a directory"),
         ("analyze {m} --stats {t}/none -o .", "is a directory"),
-        ("calibrate {m} --max-memory 4GB --spill {t}/file -o {t}/s", "file (--spill) is a file"),
+        ("calibrate {m} --max-memory 4GB --spill {t}/file -o {t}/s.safetensors", "file (--spill) is a file"),
         ("eval {m} --reference {m} --text {t}/file -o {t}", "(--output) is a directory"),
     ],
 )
@@ -205,8 +205,8 @@ def test_paths_of_the_wrong_kind_are_named_before_any_work(arguments, words, sma
         ("export {t}/model --preset f16 -o {t}/a.gguf", "model"),
         ("export {t}/model --plan {t}/plan.json -o {t}/a.gguf", "plan.json"),
         ("analyze {t}/model --stats {t}/stats.safetensors -o {t}/e.json", "stats.safetensors"),
-        ("calibrate {t}/model --imatrix {t}/model.gguf -o {t}/s", "model.gguf"),
-        ("calibrate {t}/model --calibration {t}/text.txt -o {t}/s", "text.txt"),
+        ("calibrate {t}/model --imatrix {t}/model.gguf -o {t}/s.safetensors", "model.gguf"),
+        ("calibrate {t}/model --calibration {t}/text.txt -o {t}/s.safetensors", "text.txt"),
         ("export-adapter {t}/adapter -o {t}/a.gguf", "adapter/adapter_config.json"),
     ],
 )
@@ -228,7 +228,7 @@ def test_files_that_may_not_be_read_are_not_called_damaged(arguments, hidden, sm
 
 
 @pytest.mark.parametrize(
-    "output", ["calibrate {m} -o {t}/locked/s", "plan {m} -o {t}/locked", "demo -o {t}/locked/new"]
+    "output", ["calibrate {m} -o {t}/locked/s.safetensors", "plan {m} -o {t}/locked", "demo -o {t}/locked/new"]
 )
 def test_places_that_may_not_be_written_to_are_refused_before_any_work(output, small_moe, unprivileged):
     folder, become_user = unprivileged

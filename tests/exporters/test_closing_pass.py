@@ -223,7 +223,10 @@ def test_too_little_text_is_refused(moe_model, crushed, windows):
 def test_what_cannot_run_the_original_is_refused_before_calibration(small_moe, tmp_path):
     how = {"model": str(small_moe), "output": tmp_path / "model.gguf", "preset": "uniform-q4_k"}
     for options, reason in (
-        (ExportOptions(**how, encoder="ggml", tune=600), "--tune 600 cannot run: it goes with --encoder dynquant"),
+        (
+            ExportOptions(**how, encoder="ggml", tune=600),
+            r"The closing pass \(--tune 600\) cannot run: it goes with --encoder dynquant",
+        ),
         (ExportOptions(**how, asymmetric=600, calibration=CalibrationOptions(hessians="none")), "no second moments"),
     ):
         with pytest.raises(ExportError, match=reason):

@@ -41,10 +41,9 @@ def other_output(rows: int, columns: int) -> torch.Tensor:
     return 0.08 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize(
-    "name", represented_by(("llama-tied",), TIED[:-1])
-)  # qwen2moe files have an output of their own
+@pytest.mark.parametrize("name", represented_by(("llama-tied",), TIED[:-1]))
 def test_an_embedding_that_is_the_output_too_has_the_statistics_of_that(name: str, tmp_path: Path, small_moe) -> None:
+    """All but in files of qwen2moe, which have an output of their own."""
     model = open_model(save_tiny(name, tmp_path / name, small_moe))
     found = calibrate(model, tokens=128, window=32, options=StatisticsOptions("activations"))
     assert found.stats.input_of("token_embd.weight").counts.sum() == 96  # a window is held back
