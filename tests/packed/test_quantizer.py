@@ -17,7 +17,6 @@ from dynquant.errors import CheckpointError
 from dynquant.packed.layers import PackedModule, set_layout
 from tests.helpers.edited_checkpoints import edited_config, edited_weights
 from tests.helpers.exports import export_safetensors
-from tests.helpers.representatives import represented_by
 
 TOKENS = torch.randint(1, 8000, (1, 64), generator=torch.Generator().manual_seed(0))
 
