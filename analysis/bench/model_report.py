@@ -217,7 +217,8 @@ def _super_weights(judged: Judged, text: str, tokens: int) -> str:
     """Return the table of super weights of the original, which are looked for once."""
     path = judged.folder / "super_weights.json"
     if not path.is_file():
-        options = SuperWeightOptions(model=judged.model, text=text, tokens=tokens, min_effect=_MIN_EFFECT)
+        context = open_model(judged.model).hyper.n_ctx or tokens
+        options = SuperWeightOptions(model=judged.model, text=text, tokens=min(tokens, context), min_effect=_MIN_EFFECT)
         search = look_for_super_weights(options, Session(device=judged.device))
         weights = [[weight.model_dump(), effect and effect.model_dump()] for weight, effect in search.weights]
         write_atomically(path, json.dumps(asdict(search) | {"weights": weights}) + "\n")
