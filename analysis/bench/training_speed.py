@@ -32,7 +32,8 @@ def main() -> None:
     """Parse, measure, print a Markdown table."""
     asked = options(
         __doc__, "shape", MODEL_SHAPES, types=([], "Quant types of a packed base; may be repeated."), batch=4,
-        window=1024, steps=(12, "Timed steps."), experts=True,
+        window=1024, steps=(12, "Timed steps."), experts=True, dense=(True, "Measure bf16 and NF4 too."),
+        layers=(int, "Decoder layers, where fewer than the model's will do."),
     )  # fmt: skip
     work = f"{asked.batch} sequences of {asked.window} tokens, experts {'' if asked.experts else 'not '}adapted"
     print(f"{asked.shape}, {device_name()}, PyTorch {torch.__version__}, {work}\n")
@@ -53,10 +54,11 @@ def main() -> None:
 
 def _models(asked: Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     config = shape_config(asked.shape)
-
+    config.num_hidden_layers = asked.layers or config.num_hidden_layers
     lora = {"rank": RANK, "alpha": ALPHA, "experts": asked.experts}
-    yield "bf16", lambda: _with_peft(random_model(config), asked.experts)
-    yield "NF4 (bitsandbytes)", lambda: _with_peft(_to_nf4(random_model(config)), asked.experts)
+    if asked.dense:
+        yield "bf16", lambda: _with_peft(random_model(config), asked.experts)
+        yield "NF4 (bitsandbytes)", lambda: _with_peft(_to_nf4(random_model(config)), asked.experts)
     for types in asked.types:
         yield types, lambda types=types: add_adapter(random_packed(config, types), **lora)
 
