@@ -40,7 +40,12 @@ def main() -> None:
     table = MarkdownTable("base", "trained, M", "step, ms", "quartiles", "weights, GiB", "peak, GiB")
     for label, build in _models(asked):
         before = torch.cuda.memory_allocated()
-        model = build()
+        try:
+            model = build()
+        except Exception as error:  # that bitsandbytes or PEFT cannot is a result
+            table.add(label, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}", "", "", "", "")
+            release_memory()
+            continue
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         weights = torch.cuda.memory_allocated() - before - 4 * trained
         torch.cuda.reset_peak_memory_stats()
