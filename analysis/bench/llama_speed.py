@@ -20,6 +20,7 @@ import torch
 
 from dynquant.analysis.bench.random_models import MODEL_SHAPES, fill_blocks, shape_config
 from dynquant.errors import EvaluationError
+from dynquant.evaluation.llama_cpp import llama_log
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels.bench.harness import MarkdownTable, options
 from dynquant.llama_library import library_path, llama_cpp
@@ -128,12 +129,12 @@ class LlamaModel:
 
     def __init__(self, path: Path) -> None:
         self._api = llama_cpp()
-        self._api.llama_backend_init()
+        self._log = llama_log()
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = 999
         self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise EvaluationError(f"{path.name}: llama.cpp cannot load the file.")
+            raise EvaluationError(f"{path.name}: llama.cpp cannot load the file: {self._log}")
         self._vocab_size = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
 
     def close(self) -> None:
@@ -147,7 +148,7 @@ class LlamaModel:
         params.n_batch, params.n_seq_max = _BATCH_TOKENS, batch
         context = self._api.llama_init_from_model(self._model, params)
         if not context:
-            raise EvaluationError(f"llama.cpp has no memory for {batch} sequences of {prompt} tokens.")
+            raise EvaluationError(f"no context for {batch} sequences of {prompt} tokens: {self._log}")
         ids = torch.randint(0, self._vocab_size, (batch, prompt + tokens + _UNSTEADY)).tolist()
         places = [(sequence, place) for sequence in range(batch) for place in range(prompt)]
         self._decode(context, ids, places[: min(prompt, _BATCH_TOKENS)], prompt)
@@ -180,7 +181,7 @@ class LlamaModel:
             logits=(ctypes.c_int8 * count)(*(place >= prompt - 1 for _, place in places)),
         )
         if code := api.llama_decode(context, batch):
-            raise EvaluationError(f"llama_decode returned {code} for {count} tokens.")
+            raise EvaluationError(f"llama_decode returned {code} for {count} tokens: {self._log}")
         api.llama_get_logits(context)
 
 
