@@ -4,15 +4,17 @@
     python -m dynquant.analysis.bench.generation_speed random --config DIR --types experts=IQ1_S,rest=Q4_K
     python -m dynquant.analysis.bench.generation_speed MODEL.gguf --reference DIR
 
-Models of a shape (`random_models`), or of the one in a `config.json`, have random weights. Decoding is timed without
-the prompt, as transformers' own `generate` does it, as it does it with a static cache, which compiles the step into
-CUDA graphs, and where the model allows it as one step replayed from a CUDA graph, which shows the kernels without
-Python.
+Models of a shape (`random_models`), or of the one in a `config.json`, have random weights. The prompt is timed by
+itself. Decoding is timed without it, as transformers' own `generate` does it, as it does it with a static cache, which
+compiles the step into CUDA graphs, and where the model allows it as one step replayed from a CUDA graph, which shows
+the kernels without Python. The peak is that of the prompt and of the replays.
 """
 
+import itertools
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from dynquant.kernels.bench.harness import MarkdownTable, device_name, measured,
 from dynquant.packed.load_gguf import load
 
 RANDOM_SHAPE = "random"
+DEFAULT_TYPES = "experts=IQ2_XXS,rest=Q4_K"
 COMPILED = {"cache_implementation": "static"}
 """Options of `generate`, which compiles the decoding step for a static cache."""
 _UNSTEADY = 6  # first tokens, in which graphs are recorded
@@ -31,27 +34,43 @@ _UNSTEADY = 6  # first tokens, in which graphs are recorded
 
 def main() -> None:
     """Parse, measure, print a Markdown table."""
+    all_unless = "batches at the first length of prompt; all of them without it, 0 for none"
     asked = options(
         __doc__, "model", config=(str, f"Checkpoint directory with the shape of `{RANDOM_SHAPE}`."),
         reference=(str, "The bf16 checkpoint of the GGUF file; leave out to measure packed only."),
-        types=("experts=IQ2_XXS,rest=Q4_K", "Quant types of random weights."), batches="1,16", prompt=32, tokens=128,
+        types=([], f"Quant types of random weights, {DEFAULT_TYPES} without it; may be repeated."), batches="1,16",
+        prompts=("32", "Tokens of prompt."), tokens=128, bf16=(True, "Measure random weights in bf16 too."),
+        generate=(str, f"Time `generate`: {all_unless}."), compiled=(str, f"Time a compiled step: {all_unless}."),
+        layers=(int, "Decoder layers, where fewer than the model's will do."),
     )  # fmt: skip
-    lengths = f"{asked.prompt} tokens of prompt, {asked.tokens} new ones"
-    print(f"{asked.model}, {device_name()}, PyTorch {torch.__version__}, {lengths}, decoding in tokens/s\n")
-    table = MarkdownTable("weights", "batch", "generate", "compiled", "CUDA graph", "weights, GiB", "peak, GiB")
+    lengths = f"{asked.prompts} tokens of prompt, {asked.tokens} new ones"
+    print(f"{asked.model}, {device_name()}, PyTorch {torch.__version__}, {lengths}, tokens/s\n")
+    ways = "prompt read", "generate", "compiled", "CUDA graph"
+    table = MarkdownTable("weights", "batch", "prompt", *ways, "weights, GiB", "peak, GiB")
     for label, build in _models(asked):
         before = torch.cuda.memory_allocated()
         model = build()
         held = torch.cuda.memory_allocated() - before
-        for batch in (int(number) for number in asked.batches.split(",")):
-            torch.cuda.reset_peak_memory_stats()
-            lengths = batch, asked.prompt, asked.tokens
-            speeds = [generate_speed(model, *lengths), generate_speed(model, *lengths, **COMPILED)]
-            graphed = graph_speed(model, *lengths)
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            table.add(label, batch, *(f"{s:.1f}" for s in speeds), graphed, f"{held / 2**30:.2f}", f"{peak:.2f}")
+        prompts, batches = _numbers(asked.prompts), _numbers(asked.batches)
+        for prompt, batch in itertools.product(prompts, batches):
+            lengths = batch, prompt, asked.tokens
+            speeds = [
+                f"{generate_speed(model, *lengths, **how):.1f}"
+                if prompt == prompts[0] and batch in (batches if some is None else _numbers(some)) else ""
+                for some, how in ((asked.generate, {}), (asked.compiled, COMPILED))
+            ]  # fmt: skip
+            cache, read, peak = read_prompt(model, batch, prompt)
+            graphed, peak_of_steps = graph_speed(model, cache, *lengths)
+            sizes = (f"{size / 2**30:.2f}" for size in (held, max(peak, peak_of_steps)))
+            table.add(label, batch, prompt, f"{read:.0f}", *speeds, graphed, *sizes)
+            del cache
+            release_memory()
         del model
         release_memory()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _models(asked: Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -60,8 +79,11 @@ def _models(asked: Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     if asked.model in (*MODEL_SHAPES, RANDOM_SHAPE):
         is_named = asked.model in MODEL_SHAPES
         config = shape_config(asked.model) if is_named else AutoConfig.from_pretrained(asked.config)
-        yield "bf16", lambda: random_model(config)
-        yield asked.types, lambda: random_packed(config, asked.types)
+        config.num_hidden_layers = asked.layers or config.num_hidden_layers
+        if asked.bf16:
+            yield "bf16", lambda: random_model(config)
+        for types in asked.types or [DEFAULT_TYPES]:
+            yield types, lambda types=types: random_packed(config, types)
         return
     place = {"device_map": "cuda", "dtype": torch.bfloat16}
     if asked.reference:
@@ -87,16 +109,39 @@ def generate_speed(model: Any, batch: int, prompt: int, tokens: int, **options: 
 
 
 @torch.inference_mode()
-def graph_speed(model: Any, batch: int, prompt: int, tokens: int) -> str:
-    """Return tokens per second of one decoding step replayed from a CUDA graph, or why there is none."""
+def read_prompt(model: Any, batch: int, prompt: int) -> tuple[Any, float, int]:
+    """Return the cache that random prompts fill, tokens per second of reading them, and the peak of GPU memory."""
+    from transformers import DynamicCache
+
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
+    cache = DynamicCache(config=model.config)
+    model(ids[:1], use_cache=False, logits_to_keep=1)  # kernels are loaded
+    read = partial(model, ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    seconds, peak = measured(read, model.device.type)
+    return cache, batch * prompt / seconds, peak
+
+
+def static_copy(cache: Any, config: Any, room: int) -> Any:
+    """Return a static cache for `room` tokens with what a dynamic one holds, which is given back layer by layer."""
     from transformers import StaticCache
 
+    static = StaticCache(config=config, max_cache_len=room)
+    for number, layer in enumerate(cache.layers):
+        static.update(layer.keys, layer.values, number)
+        layer.keys = layer.values = None
+    return static
+
+
+@torch.inference_mode()
+def graph_speed(model: Any, cache: Any, batch: int, prompt: int, tokens: int) -> tuple[str, int]:
+    """Return tokens per second of one decoding step after `cache`, replayed from a CUDA graph, and the peak of memory.
+
+    Says why there is no such step instead, where there is none.
+    """
     # A static cache counts its positions on the device, in replays too.
-    cache = StaticCache(config=model.config, max_cache_len=prompt + tokens + 8)
-    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device="cuda")
-    positions = torch.arange(prompt, device="cuda")
-    model(ids, past_key_values=cache, cache_position=positions, use_cache=True)
-    token, position = ids[:, -1:].clone(), torch.full((1,), prompt, device="cuda")
+    cache = static_copy(cache, model.config, prompt + tokens + 8)
+    token = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
+    position = torch.full((1,), prompt, device="cuda")
 
     def step() -> Tensor:
         places = {"cache_position": position, "position_ids": position.expand(batch, 1)}
@@ -114,9 +159,9 @@ def graph_speed(model: Any, batch: int, prompt: int, tokens: int) -> str:
             step()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return f"none ({str(error).splitlines()[0][:60]})"
-    seconds, _ = measured(lambda: [graph.replay() for _ in range(tokens)])
-    return f"{batch * tokens / seconds:.1f}"
+        return f"none ({str(error).splitlines()[0][:60]})", 0
+    seconds, peak = measured(lambda: [graph.replay() for _ in range(tokens)])
+    return f"{batch * tokens / seconds:.1f}", peak
 
 
 if __name__ == "__main__":

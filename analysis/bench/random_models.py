@@ -242,14 +242,15 @@ def _filled(model: Any, device: str) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if id(parameter) in packed:
-                _fill_blocks(parameter.data, packed[id(parameter)])
+                fill_blocks(parameter.data, packed[id(parameter)])
             else:
                 parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.0 if parameter.dim() == 1 else 0.02)
     choose_layout(model)
     return model.eval()
 
 
-def _fill_blocks(weight: Tensor, type_name: str) -> None:
+def fill_blocks(weight: Tensor, type_name: str) -> None:
+    """Write random blocks whose scales are small, in place."""
     stored = quant_type(type_name)
     for part in weight.reshape(-1, stored.block_bytes).split(1 << 20):
         part.random_(0, 256)

@@ -32,14 +32,20 @@ def main() -> None:
     """Parse, measure, print a Markdown table."""
     asked = options(
         __doc__, "shape", MODEL_SHAPES, types=([], "Quant types of a packed base; may be repeated."), batch=4,
-        window=1024, steps=(12, "Timed steps."), experts=True,
+        window=1024, steps=(12, "Timed steps."), experts=True, dense=(True, "Measure bf16 and NF4 too."),
+        layers=(int, "Decoder layers, where fewer than the model's will do."),
     )  # fmt: skip
     work = f"{asked.batch} sequences of {asked.window} tokens, experts {'' if asked.experts else 'not '}adapted"
     print(f"{asked.shape}, {device_name()}, PyTorch {torch.__version__}, {work}\n")
     table = MarkdownTable("base", "trained, M", "step, ms", "quartiles", "weights, GiB", "peak, GiB")
     for label, build in _models(asked):
         before = torch.cuda.memory_allocated()
-        model = build()
+        try:
+            model = build()
+        except Exception as error:  # that bitsandbytes or PEFT cannot is a result
+            table.add(label, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}", "", "", "", "")
+            release_memory()
+            continue
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         weights = torch.cuda.memory_allocated() - before - 4 * trained
         torch.cuda.reset_peak_memory_stats()
@@ -53,10 +59,11 @@ def main() -> None:
 
 def _models(asked: Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     config = shape_config(asked.shape)
-
+    config.num_hidden_layers = asked.layers or config.num_hidden_layers
     lora = {"rank": RANK, "alpha": ALPHA, "experts": asked.experts}
-    yield "bf16", lambda: _with_peft(random_model(config), asked.experts)
-    yield "NF4 (bitsandbytes)", lambda: _with_peft(_to_nf4(random_model(config)), asked.experts)
+    if asked.dense:
+        yield "bf16", lambda: _with_peft(random_model(config), asked.experts)
+        yield "NF4 (bitsandbytes)", lambda: _with_peft(_to_nf4(random_model(config)), asked.experts)
     for types in asked.types:
         yield types, lambda types=types: add_adapter(random_packed(config, types), **lora)
 

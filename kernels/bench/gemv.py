@@ -2,13 +2,14 @@
 
 Weights are slices of one pool of random bytes, rotated so that every replay of a CUDA graph reads at least 240 MB that
 the L2 cache cannot hold. Times are medians of graph replays (`us`) and of plain calls (`eager_us`), activations
-quantized inside; `multiply_us` is the product alone. Up to four rows of activations run `gemv`, more of them whatever
-`dispatch` chooses. GB/s counts packed weights, activations and results; the fraction
-is of the read bandwidth measured first. Errors are against float64 products of decoded weights of the same K and
-tiling, and a replayed graph must give the bits of plain calls: a speed whose result is wrong is not reported.
+quantized inside; `multiply_us` is the product alone, of `gemv`. The kernel is that which `dispatch` chooses, or `gemv`
+for int8 activations and with --tune, both for up to four rows. GB/s counts packed weights, activations and results; the
+fraction is of the read bandwidth measured first. Errors are against float64 products of decoded weights of the same
+shape, and a replayed graph must give the bits of plain calls: a speed whose result is wrong is not reported.
 The file is rewritten after every row. Kernels are compiled ahead by worker processes into Triton's cache.
 """
 
+import functools
 import itertools
 import multiprocessing
 import time
@@ -104,13 +105,19 @@ def product(x: Tensor, weight: Tensor, type_name: str, act: str, config: _Config
     return gemv.linear(x, weight, type_name, act, config)
 
 
-def error_of(type_name: str, m: int, row_length: int, act: str, config: _Config) -> float:
-    """||y - ref|| / ||ref|| over 1040 rows of weights and 8 normal activations, by the kernel that is timed."""
-    blocks = finite_blocks(type_name, 1040, row_length)
-    planar = pack_planes(type_name, blocks)
-    x = torch.randn(8, m, row_length, device="cuda", dtype=torch.bfloat16)
-    y = torch.stack([product(part, planar, type_name, act, config) for part in x]).double()
-    reference = x.double() @ decode(type_name, blocks).double().T
+@functools.lru_cache(maxsize=2)  # jobs of a type take turns with its shapes
+def _sample(type_name: str, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Return planar weights and what they decode to, float32 [N, K]."""
+    blocks = finite_blocks(type_name, n, k)
+    return pack_planes(type_name, blocks), decode(type_name, blocks)
+
+
+def error_of(job: _Job) -> float:
+    """||y - ref|| / ||ref|| for normal activations, by the kernel that is timed, of as many rows of weights."""
+    type_name, m, n, k, act, config = job
+    planar, dense = _sample(type_name, n, k)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    y, reference = product(x, planar, type_name, act, config).double(), x.double() @ dense.double().T
     return ((y - reference).norm() / reference.norm()).item()
 
 
@@ -128,7 +135,7 @@ def bf16_times(pool: Tensor, shapes: list[tuple[int, int]], rows: list[int]) -> 
 def measure(job: _Job, pool: Tensor, *, is_quick: bool) -> Row:
     """Return what a row of the report says of a job; `is_quick` leaves out eager times and the product alone."""
     type_name, m, n, k, act, config = job
-    row: Row = {"config": asdict(config) if config else "dispatch", "error": error_of(type_name, m, k, act, config)}
+    row: Row = {"config": asdict(config) if config else "dispatch", "error": error_of(job)}
     if not row["error"] <= ERROR_LIMIT[act]:  # refuses NaN too
         return row | {"refused": f"error above {ERROR_LIMIT[act]}"}
     row_bytes = QUANT_TYPES[type_name].row_bytes(k)
@@ -165,11 +172,15 @@ def _compile(job: _Job) -> None:
 
 
 def precompile(jobs: list[_Job], workers: int) -> None:
-    """Compile kernels in processes of their own; they are read back from Triton's cache, whatever the rows of W."""
+    """Compile kernels in processes of their own; they are read back from Triton's cache.
+
+    Those of `gemv` do not depend on the rows of W. Jobs of one kernel differ in rows of activations and are far apart.
+    """
     began = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        jobs = dict.fromkeys((name, m, 1024, k, act, config) for name, m, _, k, act, config in jobs)
+        jobs = dict.fromkeys((name, m, n if c is None else 1024, k, act, c) for name, m, n, k, act, c in jobs)
+        jobs = sorted(jobs, key=lambda job: (job[2], job[1]))
         pending = {executor.submit(_compile, job): job for job in jobs}
         for future in as_completed(pending):
             if future.exception() is not None:
@@ -199,12 +210,11 @@ def best_configs(rows: list[Row]) -> list[str]:
 def main() -> None:
     """Parse, compile, measure, write JSON after every row."""
     asked = options(
-        __doc__, out=Path, types=",".join(PRIORITY), m=("1", "rows of activations; above 4 only bf16 is timed"),
+        __doc__, out=Path, types=",".join(PRIORITY), m=("1", "rows of activations; above 4 without int8 and --tune"),
         acts="int8,bf16", shapes=",".join(f"{n}x{k}" for n, k in SHAPES), workers=12,
         tune=(False, "sweep tilings instead of using `gemv_config`"), pdl=(int, "1, 0: force dependent launch on, off"),
         seconds=(300.0, "stop measuring after this time"),
     )  # fmt: skip
-    began = time.perf_counter()
     rows = [int(m) for m in asked.m.split(",")]
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in asked.shapes.split(",")]
     jobs = [
@@ -213,7 +223,7 @@ def main() -> None:
         for config in _configs(name, act, m, asked)
     ]
     precompile(jobs, asked.workers)
-
+    began = time.perf_counter()
     report = JsonReport(asked.out, ceilings())
     pool = torch.randint(0, 256, (POOL_BYTES,), dtype=torch.uint8, device="cuda")
     dense = bf16_times(pool, shapes, rows)
@@ -237,8 +247,10 @@ def main() -> None:
 
 def _configs(type_name: str, act: str, m: int, asked: Namespace) -> list[_Config]:
     """Return the tilings to time; None stands for the kernel that `dispatch` chooses."""
+    if act == "bf16" and not asked.tune:
+        return [None]
     if m > gemv.MAX_ROWS:
-        return [None] if act == "bf16" else []
+        return []
     configs = [gemv_config(type_name, m)]
     if asked.tune:
         is_codebook = configs[0].warps > 1

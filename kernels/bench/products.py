@@ -1,6 +1,6 @@
 """Times what decides the constants of `dispatch`, `two_pass`, `tiles` and `grouped`, on the GPU at hand.
 
-    python -m dynquant.kernels.bench.products dequantize|linear|experts|tiles [--types Q4_K,IQ2_XXS]
+    python -m dynquant.kernels.bench.products dequantize|linear|tiles [--types Q4_K,IQ2_XXS]
 
 Every line is one JSON object. Times are microseconds of CUDA-graph replays, without launch overhead; weights are as
 large as those of real models, but a single matrix may stay in the L2 cache between replays.
@@ -65,36 +65,17 @@ def bench_linear(name: str) -> Iterator[dict[str, object]]:
         yield line
 
 
-def routed_inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return activations, gradients of the results, and the experts that every token goes to."""
+def routed_inputs(tokens: int) -> tuple[Tensor, Tensor]:
+    """Return activations, and the experts that every token goes to."""
     x = torch.randn(tokens, _EXPERT_LENGTH, device="cuda").bfloat16()
-    dy = torch.randn(tokens, _SLOTS, _EXPERT_ROWS, device="cuda").bfloat16()
-    return x, dy, torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
-
-
-def bench_experts(name: str) -> Iterator[dict[str, object]]:
-    """Yield times of pairs one by one against tiles, both ways, beside bfloat16 products of sorted tokens."""
-    weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
-    dense = torch.randn(_EXPERTS, _EXPERT_LENGTH, _EXPERT_ROWS, dtype=torch.bfloat16, device="cuda")
-    for tokens in (1, 2, 4, 8, 16, 64, 256, 1024, 4096):
-        x, dy, ids = routed_inputs(tokens)
-        line = {"type": name, "tokens": tokens}
-        for what, is_few in (("pairs", True), ("tiles", False))[tokens > 64 :]:  # many pairs one by one take too long
-            with mock.patch.object(grouped, "_is_few", lambda *_, is_few=is_few: is_few):
-                line[what] = microseconds(grouped.linear, x, weight, ids, name)
-                line[f"{what} grad"] = microseconds(grouped.input_grad, dy, weight, ids, name)
-        if hasattr(torch, "_grouped_mm"):
-            order = ids.flatten().argsort()
-            ends = ids.flatten().bincount(minlength=_EXPERTS).cumsum(0).int()
-            line["bf16 grouped_mm"] = microseconds(torch._grouped_mm, x[order // _SLOTS], dense, ends)
-        yield line
+    return x, torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
 
 
 def bench_tiles(name: str) -> Iterator[dict[str, object]]:
     """Yield times by constants of the forward tile kernel for experts with many rows and with few."""
     weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
     for tokens, rows_per_tile in ((4096, (64, 128)), (1024, (32, 64)), (128, (16,))):
-        x, _, ids = routed_inputs(tokens)
+        x, ids = routed_inputs(tokens)
         for bm, (bn, warps), slices, stages in itertools.product(rows_per_tile, ((64, 4), (128, 8)), (1, 2), (1, 2, 3)):
             ahead = slices == stages == 1
             config = {"BM": bm, "BN": bn, "WARPS": warps, "SLICES": slices, "STAGES": stages, "AHEAD": ahead}
@@ -109,7 +90,7 @@ def bench_tiles(name: str) -> Iterator[dict[str, object]]:
 
 def main() -> None:
     """Read the arguments and print the lines."""
-    benches = {"dequantize": bench_dequantize, "linear": bench_linear, "experts": bench_experts, "tiles": bench_tiles}
+    benches = {"dequantize": bench_dequantize, "linear": bench_linear, "tiles": bench_tiles}
     asked = options(__doc__, "what", benches, types=",".join(PLANES))
     print(json.dumps({"device": device_name(), "torch": torch.__version__}), flush=True)
     for name in asked.types.split(","):
