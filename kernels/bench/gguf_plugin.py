@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the sides of a case multiply: blocks [.., N, row_bytes] and activations of each product, rotated ids."""
+    """Operands of a case: blocks [.., N, row_bytes] and activations of each product, rotated ids."""
 
     blocks: list[Tensor]
     activations: list[Tensor]
