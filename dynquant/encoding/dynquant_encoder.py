@@ -6,7 +6,7 @@ coordinate descent. Without one the diagonal alone counts, and the fit goes on u
 and rows are independent, so they are processed together in batches that fit in memory; but with an output hessian rows
 make up for errors of rows before them.
 
-Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 and IQ4_NL, NVFP4) are ggml's.
+Types that this encoder does not search (floats, Q8_0, NVFP4) are ggml's.
 """
 
 from collections.abc import Iterable, Iterator

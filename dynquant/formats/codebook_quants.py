@@ -150,6 +150,11 @@ def decode_iq4_nl(blocks: Tensor) -> Tensor:
     return half(blocks, 0) * q.flatten(1)
 
 
+def pack_iq4_nl(d: Tensor, q: Tensor) -> Tensor:
+    """q [n, 32] index of the value."""
+    return torch.cat((half_bytes(d), low_high(q, 1, 16)), dim=1)
+
+
 def decode_iq4_xs(blocks: Tensor) -> Tensor:
     """| d f16 (2) | scales_h u16 (2): 8 x 2 high bits | scales_l nibbles (4) | qs nibbles (128) |
 

@@ -37,10 +37,20 @@ def decode_q4_0(blocks: Tensor) -> Tensor:
     return half(blocks, 0) * q.float()
 
 
+def pack_q4_0(d: Tensor, q: Tensor) -> Tensor:
+    """q [n, 32] from -8 to 7."""
+    return torch.cat((half_bytes(d), low_high(q + 8, 1, 16)), dim=1)
+
+
 def decode_q4_1(blocks: Tensor) -> Tensor:
     """| d f16 (2) | m f16 (2) | qs nibbles (16) |"""
     q = _low_then_high(blocks[:, 4:]).float()
     return (half(blocks, 0) * q).add_(half(blocks, 2))
+
+
+def pack_q4_1(d: Tensor, m: Tensor, q: Tensor) -> Tensor:
+    """q [n, 32] from 0 to 15."""
+    return torch.cat((half_bytes(d), half_bytes(m), low_high(q, 1, 16)), dim=1)
 
 
 def decode_q5_0(blocks: Tensor) -> Tensor:
@@ -49,10 +59,20 @@ def decode_q5_0(blocks: Tensor) -> Tensor:
     return half(blocks, 0) * q.float()
 
 
+def pack_q5_0(d: Tensor, q: Tensor) -> Tensor:
+    """q [n, 32] from -16 to 15."""
+    return torch.cat((half_bytes(d), *_five_bit_parts(q + 16)), dim=1)
+
+
 def decode_q5_1(blocks: Tensor) -> Tensor:
     """| d f16 (2) | m f16 (2) | qh bits (4) | qs nibbles (16) |"""
     q = _five_bits(blocks[:, 4:8], blocks[:, 8:]).float()
     return (half(blocks, 0) * q).add_(half(blocks, 2))
+
+
+def pack_q5_1(d: Tensor, m: Tensor, q: Tensor) -> Tensor:
+    """q [n, 32] from 0 to 31."""
+    return torch.cat((half_bytes(d), half_bytes(m), *_five_bit_parts(q)), dim=1)
 
 
 def decode_q2_0(blocks: Tensor) -> Tensor:
@@ -121,3 +141,9 @@ def _five_bits(qh: Tensor, qs: Tensor) -> Tensor:
     """The fifth bits are in the order of the weights: weight 8k + i is bit i of byte k."""
     high = tables.lookup(tables.bits(qh.device), qh).view(torch.uint8)
     return _low_then_high(qs) | (high << 4)
+
+
+def _five_bit_parts(q: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 32] -> bytes of the fifth bits [n, 4] and of the four lower ones [n, 16]."""
+    high = joined((q >> 4).unflatten(1, (-1, 8)), tuple(range(8)))
+    return as_bytes(high), low_high(q & 15, 1, 16)

@@ -22,10 +22,11 @@ from tests.helpers.representatives import SLOW_GGML_TABLES, represented_by
 
 ASKED = [
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "TQ1_0",
-    "TQ2_0", "MXFP4", "Q2_0", "Q1_0",
+    "TQ2_0", "MXFP4", "Q2_0", "Q1_0", "Q4_0", "Q5_0", "Q4_1", "Q5_1", "IQ4_NL",
 ]  # fmt: skip
-QUICK = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q4_K", "IQ4_XS", "TQ2_0", "MXFP4", "Q2_0")
-"""One of each way to search: grids by signs and by codes, scales with and without offsets, tables, ternary, floats."""
+QUICK = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q4_K", "IQ4_XS", "TQ2_0", "MXFP4", "Q2_0", "Q5_1")
+"""One of each way to search: grids by signs and by codes, scales with and without offsets, tables, ternary, floats,
+plain minimums."""
 QUICK_IN_GGML = set(QUICK) - set(SLOW_GGML_TABLES)
 EXPERTS, ROWS, COLUMNS = 2, 7, 256
 ENCODER = DynquantEncoder("cpu")

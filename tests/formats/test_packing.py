@@ -32,7 +32,8 @@ def random_fields(layout: BlockLayout, generator: torch.Generator) -> Fields:
         shifts = 2.0 * integers(2, EXPERTS, ROWS, columns // layout.shift_width) - 1
     if not layout.num_mins:
         return Fields(d, scales, shifts)
-    return Fields(d, scales, shifts, half.abs(), integers(layout.num_mins, EXPERTS, ROWS, sub_blocks))
+    mins = integers(layout.num_mins, EXPERTS, ROWS, sub_blocks)
+    return Fields(d, scales, shifts, half.abs(), torch.ones_like(mins) if layout.has_plain_minimum else mins)
 
 
 def random_values(layout: BlockLayout, generator: torch.Generator) -> torch.Tensor:

@@ -15,8 +15,9 @@ from dynquant.encoding.search import descent, feedback, scales
 from dynquant.encoding.search.layouts import LAYOUTS, Fields
 from dynquant.encoding.search.rows import Rows
 
-TYPES = ("Q4_K", "IQ4_XS", "IQ1_M", "IQ2_XXS", "IQ3_XXS", "Q2_0")
-"""With minimums, with signed scales and a table, with shifts, words of eight and of four, and without sub-blocks."""
+TYPES = ("Q4_K", "IQ4_XS", "IQ1_M", "IQ2_XXS", "IQ3_XXS", "Q2_0", "Q5_1")
+"""With minimums, with signed scales and a table, with shifts, words of eight and of four, and without sub-blocks, then
+with minimums that have no codes."""
 
 
 def main() -> None:

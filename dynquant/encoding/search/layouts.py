@@ -73,6 +73,8 @@ class BlockLayout:
     """There is no `d`: the scale code itself is an exponent."""
     fractions: tuple[float, float] = (0.85, 1.05)
     """Range of the best scale of a sub-block, as a share of the one that lets its largest weight be met."""
+    line_fractions: tuple[float, float] = (0.6, 1.0)
+    """Range of the shares of both ends of a sub-block's weights that lines with a minimum are tried from."""
     tries_negative_scales: bool = False
     """`d` is tried with both signs, where codewords reach farther on one side."""
 
@@ -87,6 +89,11 @@ class BlockLayout:
     @property
     def has_signed_scales(self) -> bool:
         return self.tries_negative_scales or self.multipliers[0] < 0
+
+    @property
+    def has_plain_minimum(self) -> bool:
+        """Whether the minimum is `dmin` itself, as the scale is `d`: the code of each is 1."""
+        return self.num_mins > 0 and not self.has_zero_points and len(self.multipliers) == 1
 
     @property
     def largest_weight(self) -> float:
@@ -159,6 +166,30 @@ def _symmetric(name: str, half_scales: int, half_range: int, write: Callable[...
     fractions = (0.6, 1.1) if half_range < 8 else (0.9, 1.02)
     multipliers = _range(-half_scales, half_scales)
     return BlockLayout(name, Integers(-half_range, half_range - 1), 16, multipliers, pack, fractions=fractions)
+
+
+def _plain(name: str, half_range: int, write: Callable[..., Tensor]) -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return write(f.d, values.to(torch.int64))
+
+    book = Integers(-half_range, half_range - 1)
+    return BlockLayout(name, book, 32, (1.0,), pack, fractions=(0.8, 1.05), tries_negative_scales=True)
+
+
+def _plain_affine(name: str, high: int, lowest_share: float, write: Callable[..., Tensor]) -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        assert f.dmin is not None
+        return write(f.d, -f.dmin, values.to(torch.int64))
+
+    fractions = lowest_share, 1.0
+    return BlockLayout(name, Integers(0, high), 32, (1.0,), pack, num_mins=2, line_fractions=fractions)
+
+
+def _iq4_nl() -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return codebook_quants.pack_iq4_nl(f.d, _table_indices("IQ4_NL", values))
+
+    return BlockLayout("IQ4_NL", Values("IQ4_NL"), 32, (1.0,), pack, tries_negative_scales=True)
 
 
 def _iq4_xs() -> BlockLayout:
@@ -245,6 +276,11 @@ LAYOUTS: dict[str, BlockLayout] = {
         _iq4_xs(),
         _plain_ternary("TQ1_0", codebook_quants.pack_tq1_0),
         _plain_ternary("TQ2_0", codebook_quants.pack_tq2_0),
+        _plain("Q4_0", 8, plain_quants.pack_q4_0),
+        _plain("Q5_0", 16, plain_quants.pack_q5_0),
+        _plain_affine("Q4_1", 15, 0.75, plain_quants.pack_q4_1),
+        _plain_affine("Q5_1", 31, 0.85, plain_quants.pack_q5_1),
+        _iq4_nl(),
         _q2_0(),
         _q1_0(),
         _mxfp4(),

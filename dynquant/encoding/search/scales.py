@@ -144,7 +144,7 @@ def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
     layout = rows.layout
     x = rows.x.unflatten(-1, (-1, layout.sub_block))  # [E, R, S, n]
     w = metric.unflatten(-1, (-1, layout.sub_block)).unsqueeze(1)  # [E, 1, S, n]
-    fractions = torch.linspace(0.6, 1.0, max(2, candidates // 2)).tolist()
+    fractions = torch.linspace(*layout.line_fractions, max(2, candidates // 2)).tolist()
     if (kernels := _kernels_for(rows)) is not None:
         a, b, curvature = kernels.free_lines(rows, metric, fractions)
     else:
@@ -159,6 +159,8 @@ def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
         q = torch.where(a != 0, (x + b.unsqueeze(-1)) / a, 0.0).round_().clamp_(0, layout.codebook.peak)
         b = ((w * (a * q - x)).sum(-1) / w.sum(-1).clamp_min(_TINY)).clamp_min(0)
     dmin, mins = round_scales(rows, b, w.sum(-1).expand_as(b))
+    if layout.has_plain_minimum:
+        mins = torch.ones_like(mins)
     return replace(fields, dmin=dmin, mins=mins)
 
 

@@ -14,7 +14,7 @@ from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from tests.helpers.representatives import represented_by
 
-QUICK = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q6_K", "IQ4_XS", "TQ2_0", "MXFP4", "Q2_0")
+QUICK = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q6_K", "IQ4_XS", "TQ2_0", "MXFP4", "Q2_0", "Q5_1")
 COMPILED, PLAIN = DynquantEncoder("cpu"), DynquantEncoder("cpu", is_plain=True)
 
 

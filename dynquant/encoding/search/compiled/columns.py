@@ -206,6 +206,18 @@ def _step(hessian, spread, first, slope, values, new, steps):
             steps[j, t] = steps[j, t] if is_better else _ZERO
 
 
+@inner
+def _add_minimums(links, out, folded, minimums, line, first, stop):
+    """Add to the lines of `out` [C, ROWS] from `line` on what minimums of some sub-blocks give; of any number of them."""
+    fours = first + (stop - first) // 4 * 4
+    if fours > first:
+        product_of(links, (out, folded, minimums, line, out.shape[0], first, fours, 0, 0))
+    for s in range(fours, stop):
+        for c in range(line, out.shape[0]):
+            for t in range(ROWS):
+                out[c, t] += folded[c, s] * minimums[s, t]
+
+
 @compiled
 def scale_terms(links, units, slope, hessian, folded, width, sub_block, keeps):
     """The scale equations of every row, for changes of the scales: matrix [n, n, ROWS] and right side [n, ROWS].
@@ -233,7 +245,7 @@ def scale_terms(links, units, slope, hessian, folded, width, sub_block, keeps):
             product_of(links, (pull, hessian, scaled, line, columns, start, start + width, 0, 0))
         else:
             first = block * per_block
-            product_of(links, (pull, folded, minimums, line, columns, first, first + per_block, 0, 0))
+            _add_minimums(links, pull, folded, minimums, line, first, first + per_block)
         for c in range(start, columns):
             totals, s = matrix[row], c // sub_block
             for t in range(ROWS):
@@ -322,4 +334,4 @@ def follow_scales(links, units, pulled, changes, slope, hessian, folded, width, 
         for s in range(minimums.shape[0]):
             for t in range(ROWS):
                 lines[s, t] = -changes[blocks + s * sub_block // width, t] * minimums[s, t]
-        product_of(links, (slope, folded, lines, 0, columns, 0, minimums.shape[0], 0, 0))
+        _add_minimums(links, slope, folded, lines, 0, 0, minimums.shape[0])

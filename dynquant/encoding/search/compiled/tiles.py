@@ -336,7 +336,7 @@ class _Tile:
     def _fit_affine(self, candidates: int) -> _Fields:
         layout, metric = self._layout, self._loss.metric
         width, high = layout.sub_block, np.float32(layout.codebook.peak)
-        fractions = torch.linspace(0.6, 1.0, max(2, candidates // 2)).numpy()
+        fractions = torch.linspace(*layout.line_fractions, max(2, candidates // 2)).numpy()
         a, b, curvature = fits.fit_affine(self._x, metric, width, high, fractions)
         if layout.has_zero_points:
             groups = (torch.from_numpy(t).unflatten(0, (-1, width)) for t in (self._x, metric[:, None]))
@@ -346,6 +346,8 @@ class _Tile:
         fields = _Fields(*self._round_scales(a, curvature), _NONE, _NONE, _NONE.astype(np.int32))
         weights = fits.fit_minimums(self._x, metric, width, high, self._scales(fields), b)
         dmin, mins = self._round_scales(b, np.repeat(weights[:, None], ROWS, axis=1))
+        if layout.has_plain_minimum:
+            mins = np.ones_like(mins)
         return replace(fields, dmin=dmin, mins=mins)
 
     def _round_scales(self, free: Array, curvature: Array) -> tuple[Array, Array]:
