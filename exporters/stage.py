@@ -24,7 +24,7 @@ from dynquant.evaluation.agreement.same_computation import SameComputation, chec
 from dynquant.exporters.asymmetric.stream import asymmetric
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, obstacle, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
-from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
+from dynquant.exporters.gguf import check_output, check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.modelfile import write_modelfile
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
 from dynquant.exporters.output import Encoding, Exported
@@ -172,6 +172,8 @@ def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tupl
     else:
         mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
         model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    if options.format == "gguf":
+        check_output(options.output, getattr(model.source, "files", ()))
     folder = None if options.plan is None else options.plan.parent
     if plan is not None and folder is not None:
         model = open_pruned(model, plan.pruned, folder, session)
@@ -195,11 +197,6 @@ def _check(options: ExportOptions) -> None:
         raise ExportError(
             f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
             "Give another name, or another --format."
-        )
-    if options.format == "gguf" and not (options.output.suffix or options.output.is_dir()):
-        raise ExportError(
-            f"{options.output} (--output) reads like the name of a folder, and --format gguf writes a file. Give a "
-            f"name that ends in .gguf, as {options.output / 'model.gguf'}."
         )
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
@@ -292,9 +289,8 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
 def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
     path, output = options.file, options.output
-    if output.exists() and output.samefile(path):
-        raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
     file = GGUFSource(path)
+    check_output(output, file.files)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     model = open_language_model(options.reference, session)
     check_original(path, model)
