@@ -56,7 +56,9 @@ class RecipeQuestions(QuestionOptions):
     """Inputs that recipes are compared on: text and questions, no pictures."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl", "ppl")
-    max_tokens: Annotated[int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2)] = 8192
+    max_tokens: Annotated[
+        int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2, is_tokens=True)
+    ] = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class CompareEncodersOptions(Options):
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
-    tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0)] = 131072
+    tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0, is_tokens=True)] = 131072
     variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
     keep: Keep = False
 
