@@ -306,21 +306,25 @@ def recipe_table(rows: dict[str, dict]) -> str:
     lines = []
     for name, row in sorted(rows.items(), key=lambda item: (item[1]["bytes"] // 20_000, item[0])):
         shown = f"**{name}**" if name.startswith(PLAN_PREFIX) else name
-        cells = [_cell(row["metrics"].get(column)) for column in columns]
+        cells = [_cell(row["metrics"].get(column), is_kl=column.startswith("KL ")) for column in columns]
         lines.append([shown, f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}", *cells])
     return markdown(["recipe", "bytes", "bpw", *columns], lines)
 
 
-def _cell(metric: dict | None) -> str:
+def _cell(metric: dict | None, *, is_kl: bool) -> str:
+    from dynquant.evaluation.statistics import shown_kl
+
     if metric is None:
         return ""
-    interval = f" [{metric['low']:.3f}, {metric['high']:.3f}]" if "low" in metric else ""
-    return f"{metric['value']:.3f}{interval}"
+    shown = shown_kl if is_kl else "{:.3f}".format
+    interval = f" [{shown(metric['low'])}, {shown(metric['high'])}]" if "low" in metric else ""
+    return f"{shown(metric['value'])}{interval}"
 
 
 def encoder_table(rows: dict[str, dict]) -> str:
     """Return one line a file; changes of KL are against ggml's file of the same recipe, with paired 95 % intervals."""
     from dynquant.evaluation.report import markdown  # here, since `--help` imports this module
+    from dynquant.evaluation.statistics import shown_kl
 
     texts = list(dict.fromkeys(name for row in rows.values() for name in row["kl_blocks"]))
     names = dict.fromkeys(name for row in rows.values() for name in row["metrics"])
@@ -330,7 +334,7 @@ def encoder_table(rows: dict[str, dict]) -> str:
         base, metrics = rows.get(f"{row['recipe']} {BASE}"), row["metrics"]
         cells = [row["recipe"], f"{row['bytes']:,}", row["variant"]]
         for text in texts:
-            cells += [f"{metrics[f'KL {text}']['value']:.4f}", _change(row, base, text)]
+            cells += [shown_kl(metrics[f"KL {text}"]["value"]), _change(row, base, text)]
             cells.append(f"{100 * metrics[f'top-1 {text}']['value']:.1f}")
         lines.append(cells + [f"{100 * metrics[name]['value']:.1f}" if name in metrics else "" for name in others])
     columns = [part for text in texts for part in (f"KL {text}", "change", "top-1 %")]

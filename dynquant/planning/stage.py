@@ -18,6 +18,7 @@ from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.evaluation.agreement.same_computation import check_computation
+from dynquant.evaluation.statistics import shown_kl
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
@@ -191,7 +192,8 @@ def _tell_gain(one_scheme: float, mixed: float, session: Session) -> None:
     if mixed < _CLEARLY_LESS * one_scheme:
         session.note(
             f"one scheme for the routed experts of all layers costs KL here: with --mixed-experts the same bytes are "
-            f"predicted to have a KL of {mixed:.4f} instead of {one_scheme:.4f}; vLLM loads that, transformers does not"
+            f"predicted to have a KL of {shown_kl(mixed)} instead of {shown_kl(one_scheme)}; vLLM loads that, "
+            "transformers does not"
         )
 
 
