@@ -382,10 +382,7 @@ def _stock_bytes(path: Path, recipes: Sequence[str]) -> dict[str, int]:
 
 
 def _in_short(measured: Mapping[str, Any]) -> str:
-    metrics = {name: metric["value"] for name, metric in measured["metrics"].items() if "KL 99" not in name}
-    values = [
-        f"{name} {shown_kl(value) if name.startswith('KL ') else f'{value:.4f}'}" for name, value in metrics.items()
-    ]
+    values = [f"{name} {shown_kl(of['value'])}" for name, of in measured["metrics"].items() if "KL 99" not in name]
     return f"{measured['bytes']:,} bytes, {', '.join(values)}, {sum(measured['seconds'].values()):.1f} s"
 
 
@@ -469,7 +466,7 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
         side = _compared(row, base) if "bytes" in base and method != DEFAULT else None
         for text in texts:
             kl, ratio = row["metrics"][f"KL {text}"], side and side.ratios.get(text)
-            cells.append(f"{shown_kl(kl['value'])} [{shown_kl(kl['low'])}, {shown_kl(kl['high'])}]")
+            cells.append(Estimate(**kl).shown(shown_kl))
             cells.append(f"{_percent(ratio.value)} [{_percent(ratio.low)}, {_percent(ratio.high)}]" if ratio else "")
         for metric in others:
             cells.append(f"{100 * row['metrics'][metric]['value']:.1f}")
