@@ -213,7 +213,7 @@ def _settings(options: CompareOptions | CompareEncodersOptions) -> dict[str, Any
 
 def _measure_plan(name: str, target: Target, options: CompareOptions, results: _Results) -> int:
     """Plan, export and score one recipe unless its row is there; return the file's bytes."""
-    from dynquant.planning.stage import make_plan
+    from dynquant.planning.stage import make_plans
 
     row = results.rows.get(name, {"measured": [], "metrics": {}})
     if name in results.rows and results.asked <= {*row["measured"]}:
@@ -221,7 +221,7 @@ def _measure_plan(name: str, target: Target, options: CompareOptions, results: _
     console.note(name)
     folder, search = options.output / "plan", SearchOptions(select=options.select and target.preset is None)
     calibration = replace(options.calibration, hessians="activations" if options.encoder == "dynquant" else "none")
-    plan = make_plan(
+    (plan,) = make_plans(
         PlanOptions(
             model=options.model,
             output=folder,
@@ -230,11 +230,13 @@ def _measure_plan(name: str, target: Target, options: CompareOptions, results: _
             encoder=options.encoder,
             search=search,
         ),
+        (target,),
         results.session,
     )
     file = options.output / f"{name.replace(' ', '-')}.gguf"
-    plan.save(options.output / f"{file.stem}.plan.json")
-    results.export(file, options.encoder, plan=folder / "plan.json")
+    path = folder / f"{file.stem}.plan.json"
+    plan.save(path)
+    results.export(file, options.encoder, plan=path)
 
     report = results.score(file)
     size = {"bytes": plan.predicted_bytes, "bits_per_weight": plan.bits_per_weight}

@@ -34,7 +34,8 @@ def plan(
     """Decide a quant type for every tensor, and show why.
 
     Without a budget: the smallest file that keeps every floor, and 5 % more. Statistics and errors already in the
-    output directory are reused, so another budget costs seconds.
+    output directory are reused, so another budget costs seconds, or with --select minutes; the plan of the one before
+    stays there as bpw-2.5.plan.json or the like.
 
     Example: dynquant plan ./model --calibration text.jsonl --bpw 2.0 -o plan/
 

@@ -40,7 +40,7 @@ from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.command_line import recipe_types
-from dynquant.recipes.folder import SuperWeight, SuperWeights, load_super_weights
+from dynquant.recipes.folder import SuperWeight, SuperWeights, load_super_weights, save_plan
 from dynquant.recipes.held_types import held_types
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
@@ -54,7 +54,8 @@ _CLEARLY_LESS = 0.9  # of the predicted KL: then a plan with mixed experts is wo
 
 
 def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
-    """Choose a type for every tensor; write stats.safetensors, errors.json and plan.json into a folder.
+    """Choose a type for every tensor; write stats.safetensors, errors.json and plan.json into a folder, in which the
+    plan of another budget stays under the name of that.
 
     Types that are asked for one by one (a preset, recipe or like file) need no choice, and no search.
     """
@@ -64,7 +65,7 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
         plan = _plan_schemes(options, session)
     else:
         (plan,) = make_plans(options, (options.target,), session)
-    plan.save(options.output / file_names.PLAN_NAME)
+    save_plan(plan, options.output / file_names.PLAN_NAME, session)
     return plan
 
 

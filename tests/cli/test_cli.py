@@ -66,11 +66,16 @@ def test_plan_crushes_experts_and_keeps_the_rest(planned):
 
 
 def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
-    """Also in a folder that was copied, with times in any order."""
+    """Also in a folder that was copied, with times in any order; the plan before stays, by what was asked for it."""
+    path, former = planned / "plan.json", (planned / "plan.json").read_bytes()
+    asked = Plan.load(path).recipe
     files = [planned / name for name in ("stats.safetensors", "errors.json", "super_weights.json")]
     os.utime(files[2], (0, 0))
     before = [file.stat().st_mtime_ns for file in files]
-    succeed("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", planned, "--size", "6.5MB", "--no-report")
+    again = ("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", planned, "--size", "6.5MB", "--no-report")
+    said, kept = succeed(*again), planned / f"{asked.replace(' ', '-')}.plan.json"
+    assert f"{path} was the plan of {asked}, which is kept as {kept}; `export --plan` takes it as well" in said
+    assert kept.read_bytes() == former and "which is kept" not in succeed(*again)
     assert [file.stat().st_mtime_ns for file in files] == before
     assert json.loads(files[2].read_text())["stats_hash"] == file_hash(files[0])
     assert 6_300_000 < Plan.load(planned / "plan.json").predicted_bytes <= 6_500_000
