@@ -29,6 +29,7 @@ from dynquant.families.common.conversion import ConvertedSource
 from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
+from dynquant.storage.work_files import work_path
 
 _FEW_HELD_TOKENS = 2048
 _WRITTEN_NAME = "written.safetensors"
@@ -58,7 +59,7 @@ def tune_file(
     check_original(model, source, path)
     where = {"dtype": torch.float32, "device": chosen_device(session.device)}
     hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
-    written = shared / _WRITTEN_NAME if shared else output.with_name(f".{output.stem}.{_WRITTEN_NAME}")
+    written = shared / _WRITTEN_NAME if shared else work_path(output, _WRITTEN_NAME)
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
         more = {"original": original, "written_file": written, "progress": progress}
         tuned = tune(model, hf_model, source, windows, options, **more)

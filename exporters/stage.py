@@ -1,5 +1,6 @@
 """The stage that writes files: what belongs to a plan or preset is gathered, the exporter runs, scales are tuned."""
 
+import glob
 import hashlib
 import json
 from contextlib import nullcontext
@@ -48,6 +49,8 @@ from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
+from dynquant.storage.lock import locked
+from dynquant.storage.work_files import remove_work, work_path
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -61,6 +64,13 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     `mmproj_type`.
     """
     _check(options)
+    with locked(options.output):
+        exported = _exported(options, session)
+        remove_work(options.output)
+    return exported
+
+
+def _exported(options: ExportOptions, session: Session) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
@@ -267,8 +277,8 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     def beside(kind: str, *identity: object) -> tuple[Path, list[Path]]:
         """Return a name of what is made on the way, and its files that a stopped run has left."""
         digest = hashlib.sha256(json.dumps([encoding.identity("any"), split, *identity]).encode()).hexdigest()[:12]
-        path = output.with_name(f".{output.stem}.{kind}-{digest}.gguf")
-        files = sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf")) or [path] * path.exists()
+        path = work_path(output, f"{kind}-{digest}.gguf")
+        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*-of-*.gguf")) or [path] * path.exists()
         return path, files if options.resume else []
 
     untuned, written = beside("untuned")
@@ -302,7 +312,10 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     check_context(model, windows.shape[1])
     check_complete(file)
     encoder = recorded_encoder(file).removesuffix("+tune")
-    return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
+    with locked(output):
+        files = tune_file(model, path, windows, tuning, output, session, encoder=encoder)
+        remove_work(output)
+    return files
 
 
 def _moments_of(stats: StatsFile | None, session: Session) -> SecondMoments | None:

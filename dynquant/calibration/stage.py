@@ -46,6 +46,7 @@ from dynquant.running.weights import add_layer_ahead
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside, written_path
+from dynquant.storage.work_files import remove_work
 
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
@@ -291,6 +292,8 @@ def run_calibration(
         if options.hessians == "none":
             path_beside(output).unlink(missing_ok=True)
         _tell_result(result, inputs, path_beside(output), statistics, session)
+    for folder in filter(None, (output.parent, options.spill)):
+        remove_work(folder / output.name)
     return file
 
 
@@ -319,6 +322,7 @@ def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
         moments.check_finite()
         in_background = in_background and moments.num_bytes < free_memory_of("cpu")
         path_beside(output).unlink(missing_ok=True)  # never those of another calibration beside these statistics
+        remove_work(path_beside(output))
         thread = ThreadPoolExecutor(1)
         writing = thread.submit(moments.write, path_beside(output), stop)
         thread.shutdown(wait=not in_background)

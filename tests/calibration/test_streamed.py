@@ -327,6 +327,18 @@ def test_an_export_that_calibrates_keeps_the_limit_too(tiny_moe, tmp_path):
     assert "layers" in made[1].stdout + made[1].stderr
 
 
+def test_hidden_states_of_an_interrupted_run_go_when_a_run_without_a_limit_ends(moe_model, tmp_path):
+    for folder in (tmp_path, tmp_path / "spill"):
+        for name in (".s.safetensors.streaming", ".other.safetensors.streaming"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "states").write_text("of gigabytes")
+    (tmp_path / ".s.hessians.safetensors.0123abcd.partial").write_text("a part")
+    run_calibration(moe_model, CalibrationOptions(spill=tmp_path / "spill", **OPTIONS), tmp_path / "s.safetensors")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"s.safetensors", "s.hessians.safetensors", "spill", ".other.safetensors.streaming"}
+    assert [path.name for path in (tmp_path / "spill").iterdir()] == [".other.safetensors.streaming"]
+
+
 def test_a_limit_is_a_size(moe_model, tmp_path):
     run_calibration(
         moe_model, CalibrationOptions(max_memory="8GB", hessians="none", **OPTIONS), tmp_path / "s.safetensors"
