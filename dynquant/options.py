@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 from dynquant.errors import OptionError
-from dynquant.resources import parse_size
+from dynquant.resources import parse_size, parse_tokens
 
 LARGEST = 2**31 - 1
 """Largest number of an option without a maximum of its own, and of a C int, which counts tokens in llama.cpp."""
@@ -39,6 +39,8 @@ class Flag:
     max: float = LARGEST
     is_size: bool = False
     """A text such as `140GB`."""
+    is_tokens: bool = False
+    """A number of tokens, which may be typed as `16k`."""
     parse: Callable[[str], Any] | None = None
     """Makes the value of what was typed; a field of type tuple[str, ...] is split at commas without it."""
 
@@ -48,10 +50,18 @@ class Flag:
 
     @property
     def range(self) -> str:
-        """The range in words, or nothing where everybody expects it."""
+        """The range in words, or nothing where everybody expects it; and what k is of tokens."""
+        tokens = " 16k is 16,384." * self.is_tokens
         if self.min is None or (self.max == LARGEST and self.min <= 1):
-            return ""
-        return f"At least {self.min:,}." if self.max == LARGEST else f"From {self.min:,} to {self.max:,}."
+            return tokens.strip()
+        return (f"At least {self.min:,}." if self.max == LARGEST else f"From {self.min:,} to {self.max:,}.") + tokens
+
+    def tokens(self, typed: str, field: str) -> int:
+        """Return the number of tokens that was typed, or raise OptionError for none."""
+        try:
+            return parse_tokens(typed)
+        except OptionError as error:
+            raise OptionError(f"{self.option(field)}: {error}") from error
 
     def check(self, value: Any, field: str, *, is_whole: bool) -> None:
         """Raise OptionError for a number or size outside the range."""
@@ -267,7 +277,7 @@ CalibrationText = Annotated[
 Strict = Annotated[
     bool, Flag("With --data: refuse images that cannot be decoded instead of skipping them.", ("--strict",))
 ]
-Window = Annotated[int, Flag("Tokens in a window.", min=2)]
+Window = Annotated[int, Flag("Tokens in a window.", min=2, is_tokens=True)]
 Ray = Annotated[
     str | None,
     Flag(

@@ -1,4 +1,4 @@
-"""Resources of a run: the device, CPU cores and sizes that were asked for, and what the process has used so far.
+"""Resources of a run: the device, cores, sizes and tokens that were asked for, and what the process has used so far.
 
 Bytes read and written are those of the process's own reads and writes as Linux counts them, cached or not, plus tensors
 taken from memory-mapped files, which the kernel does not count: whoever maps a file calls `count_mapped`.
@@ -16,6 +16,7 @@ from dynquant.errors import DeviceError, OptionError
 
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kMGT]i?)?B?\s*", re.IGNORECASE | re.ASCII)
 _POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
+_TOKENS = re.compile(r"\s*([+-]?\d+)(?:\.(\d+))?\s*([km]?)\s*", re.IGNORECASE | re.ASCII)
 _STATUS = Path("/proc/self/status")
 _IO = Path("/proc/self/io")
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
@@ -98,6 +99,17 @@ def parse_size(text: str) -> int:
             "less than 8 EiB."
         )
     return int(size)
+
+
+def parse_tokens(text: str) -> int:
+    """Return the tokens of `16384`, `16k` or `1m`, or raise OptionError for no number; k is 1,024, as contexts are
+    called by it."""
+    match = _TOKENS.fullmatch(text)
+    whole, fraction, unit = match.groups("") if match else ("0", "1", "")
+    number, rest = divmod(int(whole + fraction) * 1024 ** _POWER.get(unit.lower(), 0), 10 ** len(fraction))
+    if rest:
+        raise OptionError(f"`{text:.40}` is no number of tokens; give one as 16384, 16k, 1.5k or 1m, where k is 1,024.")
+    return number
 
 
 def human_bytes(count: int) -> str:

@@ -26,7 +26,8 @@ from torch import Tensor
 from dynquant import __version__
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
-from dynquant.errors import AdapterError, ExportError
+from dynquant.errors import AdapterError
+from dynquant.exporters.gguf import check_output
 from dynquant.families.common.config import Config, quantization_of, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.strided_maps import RowBlock, StridedMap, row_blocks
@@ -105,8 +106,7 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
         ExportError: an output that is no GGUF file, or cannot be written.
     """
     adapter, output = Path(adapter), Path(output)
-    if output.is_dir() or output.suffix != ".gguf":
-        raise ExportError(f"The output {output} is not the name of a .gguf file; name it {output}.gguf.")
+    check_output(output)
     saved = SavedAdapter(adapter)
     model = _open_base(saved, Path(base or saved.config.base_model_name_or_path or ""))
     adapted = {_parameter_of(saved, weight, model): weight for weight in saved.weights}

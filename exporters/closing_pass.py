@@ -20,6 +20,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
 from dynquant.encoding.interface import Encoder
 from dynquant.errors import ExportError
+from dynquant.evaluation.statistics import shown_kl
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.output import Encoding
@@ -28,6 +29,7 @@ from dynquant.families.common.conversion import ConvertedSource
 from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
+from dynquant.storage.work_files import work_path
 
 _FEW_HELD_TOKENS = 2048
 _WRITTEN_NAME = "written.safetensors"
@@ -57,7 +59,7 @@ def tune_file(
     check_original(model, source, path)
     where = {"dtype": torch.float32, "device": chosen_device(session.device)}
     hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
-    written = shared / _WRITTEN_NAME if shared else output.with_name(f".{output.stem}.{_WRITTEN_NAME}")
+    written = shared / _WRITTEN_NAME if shared else work_path(output, _WRITTEN_NAME)
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
         more = {"original": original, "written_file": written, "progress": progress}
         tuned = tune(model, hf_model, source, windows, options, **more)
@@ -72,9 +74,10 @@ def tune_file(
 def _outcome(tuned: Tuned) -> str:
     """Return what the closing pass changed, on windows held out."""
     before, after = tuned.before, tuned.after
-    change = f"KL {before.kl:.4f} -> {after.kl:.4f} nats on {tuned.held_tokens:,} tokens held out"
+    change = f"KL {shown_kl(before.kl)} -> {shown_kl(after.kl)} nats on {tuned.held_tokens:,} tokens held out"
     if len(before.kls) > 1:
-        change += "".join(f", {before.kls[kind]:.4f} -> {after.kls[kind]:.4f} on {kind}" for kind in before.kls)
+        of_kinds = ((kind, shown_kl(before.kls[kind]), shown_kl(after.kls[kind])) for kind in before.kls)
+        change += "".join(f", {first} -> {then} on {kind}" for kind, first, then in of_kinds)
     change += f"; most likely token kept {before.agreement:.1%} -> {after.agreement:.1%}"
     if before.rerouted:
         change += f"; tokens that go to other experts, mean over layers, {before.rerouted:.1%} -> {after.rerouted:.1%}"

@@ -29,6 +29,7 @@ from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.resources import free_memory
 from dynquant.session import Progress
+from dynquant.storage.work_files import work_path
 from dynquant.workers import side_by_side
 
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
@@ -54,7 +55,7 @@ def export_compressed_tensors(
         tensors_of_checkpoint(checkpoint, schemes_of(plan)), shard_max_bytes or directory.SHARD_BYTES
     )
     documents = _documents(encoding, checkpoint, shards)
-    staging = output.with_name(f".{output.name}.partial")
+    staging = work_path(output, "partial")
     if staging.is_symlink():
         staging.unlink()  # files there are not ours to replace
     places, header_hash = directory.places_of(staging, documents, shards), directory.files_hash(documents, shards)

@@ -10,7 +10,7 @@ mmproj-NAME.gguf beside it. The latter is small, so it comes first: a run that i
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -89,7 +89,6 @@ def _encodings(encoding: Encoding) -> list[tuple[Encoding, bool]]:
 
 def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) -> list[Path]:
     encoding.check()
-    _check_output(encoding.model, output)
     files = _layout(encoding, split_max_bytes)
     parts = encoding.parts()
     sizes = dict(zip(gguf_layout.split_paths(output, len(files)), (file.total_bytes for file in files), strict=True))
@@ -130,13 +129,19 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout
     return files if split_max_bytes is None else lay_out(split_max_bytes=split_max_bytes)
 
 
-def _check_output(model: Model, output: Path) -> None:
+def check_output(output: Path, read: Iterable[Path] = ()) -> None:
+    """Refuse a name that is none of a GGUF file, or that of a file which is `read`, before any work. Raises
+    ExportError."""
     if output.is_dir():
         raise ExportError(f"{output} is a directory; give the name of the .gguf file to write.")
+    if not output.suffix:
+        raise ExportError(
+            f"{output} (--output) reads like the name of a folder, and a GGUF file is written. Give a name that ends "
+            f"in .gguf, as {output / 'model.gguf'}."
+        )
     if output.suffix != ".gguf":
         raise ExportError(f"The output {output} does not end in .gguf, which llama.cpp expects; name it {output}.gguf.")
-    inputs = getattr(model.source, "files", ())
-    if output.exists() and any(output.samefile(file) for file in inputs):
+    if output.exists() and any(output.samefile(file) for file in read):
         raise ExportError(f"{output} is the model that is being read; export to another name.")
 
 

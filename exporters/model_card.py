@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import prod
 
 from dynquant import __version__
+from dynquant.evaluation.statistics import shown_kl
 from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.recipes.plan import Plan, PlanEntry
@@ -99,10 +100,14 @@ Checkpoint `{plan.fingerprint}`, plan `{plan.hash}`, statistics `{plan.stats_has
 def _damage(plan: Plan, tasks: str) -> str:
     measured, predicted, lines = plan.selected_kl, plan.predicted_kl, []
     if measured is not None:
-        lines.append(f"- KL divergence to the original on the selection text, measured: {measured:.4f} nats a token")
+        lines.append(
+            f"- KL divergence to the original on the selection text, measured: {shown_kl(measured)} nats a token"
+        )
     if predicted is not None:
-        spread = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se is not None else ""
-        lines.append(f"- KL divergence as the plan predicts it, not measured: {predicted:.4f}{spread} nats a token")
+        spread = f" ± {shown_kl(plan.predicted_kl_se)}" if plan.predicted_kl_se is not None else ""
+        lines.append(
+            f"- KL divergence as the plan predicts it, not measured: {shown_kl(predicted)}{spread} nats a token"
+        )
     if measured is None:
         command = f"dynquant eval PATH --reference ORIGINAL --tasks {tasks}"
         lines.append(f"- Not measured on this file. Measure it: `{command}`")

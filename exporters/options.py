@@ -78,6 +78,7 @@ class ClosingPassOptions(Options):
             "Tokens that the original writes itself, for the closing pass beside the text. Default: three times as "
             "many as the text has on a GPU, where they take seconds to minutes, else none.",
             min=0,
+            is_tokens=True,
         ),
     ] = None
     tune_parts: Annotated[
@@ -122,6 +123,7 @@ class ExportOptions(Options):
             "Both models run six times, a layer at a time, on the text of the second moments, which it needs; the "
             "dynquant encoder alone does it. 0 for none.",
             min=0,
+            is_tokens=True,
         ),
     ] = 0
     tune: Annotated[
@@ -132,6 +134,7 @@ class ExportOptions(Options):
             "dynquant encoder, "
             "where the model fits in memory.",
             min=0,
+            is_tokens=True,
         ),
     ] = None
     closing: ClosingPassOptions = field(default_factory=ClosingPassOptions)
@@ -183,11 +186,13 @@ class TuneFileOptions(Options):
     ]
     text: CalibrationText = None
     tokens: Annotated[
-        int, Flag("Train on at most this many tokens; fewer when the held-out KL stops falling.", min=1)
+        int,
+        Flag("Train on at most this many tokens; fewer when the held-out KL stops falling.", min=1, is_tokens=True),
     ] = 131072
     closing: ClosingPassOptions = field(default_factory=ClosingPassOptions)
     step_tokens: Annotated[
-        int | None, Flag("Tokens in a step. Default: so many that there are about 128, 1024 to 4096.", min=1)
+        int | None,
+        Flag("Tokens in a step. Default: so many that there are about 128, 1024 to 4096.", min=1, is_tokens=True),
     ] = None
     window: Window = 512
 

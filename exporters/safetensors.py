@@ -35,7 +35,7 @@ from dynquant.recipes.plan import Plan
 from dynquant.running.load import empty_hf
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
-_WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 
 
 def export_safetensors(
@@ -82,7 +82,7 @@ def export_safetensors(
                 target.write(part.key, directory.tensor_bytes(values))
         files = target.commit()
     for path in output.glob("model*"):
-        # Weights of an older export in the same directory, which the new index does not name.
+        # Weights of an older or interrupted export in the same directory, which the new index does not name.
         if _WEIGHTS_NAME.fullmatch(path.name) and path not in sizes:
             path.unlink()
     return files

@@ -1,5 +1,6 @@
 """The stage that writes files: what belongs to a plan or preset is gathered, the exporter runs, scales are tuned."""
 
+import glob
 import hashlib
 import json
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from dynquant.evaluation.agreement.same_computation import SameComputation, chec
 from dynquant.exporters.asymmetric.stream import asymmetric
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, obstacle, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
-from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
+from dynquant.exporters.gguf import check_output, check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.modelfile import write_modelfile
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
 from dynquant.exporters.output import Encoding, Exported
@@ -48,6 +49,8 @@ from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
+from dynquant.storage.lock import locked
+from dynquant.storage.work_files import remove_work, work_path
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -61,6 +64,13 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     `mmproj_type`.
     """
     _check(options)
+    with locked(options.output):
+        exported = _exported(options, session)
+        remove_work(options.output)
+    return exported
+
+
+def _exported(options: ExportOptions, session: Session) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
@@ -172,6 +182,8 @@ def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tupl
     else:
         mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
         model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    if options.format == "gguf":
+        check_output(options.output, getattr(model.source, "files", ()))
     folder = None if options.plan is None else options.plan.parent
     if plan is not None and folder is not None:
         model = open_pruned(model, plan.pruned, folder, session)
@@ -195,11 +207,6 @@ def _check(options: ExportOptions) -> None:
         raise ExportError(
             f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
             "Give another name, or another --format."
-        )
-    if options.format == "gguf" and not (options.output.suffix or options.output.is_dir()):
-        raise ExportError(
-            f"{options.output} (--output) reads like the name of a folder, and --format gguf writes a file. Give a "
-            f"name that ends in .gguf, as {options.output / 'model.gguf'}."
         )
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
@@ -270,8 +277,8 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     def beside(kind: str, *identity: object) -> tuple[Path, list[Path]]:
         """Return a name of what is made on the way, and its files that a stopped run has left."""
         digest = hashlib.sha256(json.dumps([encoding.identity("any"), split, *identity]).encode()).hexdigest()[:12]
-        path = output.with_name(f".{output.stem}.{kind}-{digest}.gguf")
-        files = sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf")) or [path] * path.exists()
+        path = work_path(output, f"{kind}-{digest}.gguf")
+        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*-of-*.gguf")) or [path] * path.exists()
         return path, files if options.resume else []
 
     untuned, written = beside("untuned")
@@ -292,9 +299,8 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
 def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
     path, output = options.file, options.output
-    if output.exists() and output.samefile(path):
-        raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
     file = GGUFSource(path)
+    check_output(output, file.files)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     model = open_language_model(options.reference, session)
     check_original(path, model)
@@ -306,7 +312,10 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     check_context(model, windows.shape[1])
     check_complete(file)
     encoder = recorded_encoder(file).removesuffix("+tune")
-    return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
+    with locked(output):
+        files = tune_file(model, path, windows, tuning, output, session, encoder=encoder)
+        remove_work(output)
+    return files
 
 
 def _moments_of(stats: StatsFile | None, session: Session) -> SecondMoments | None:

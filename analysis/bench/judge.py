@@ -45,7 +45,7 @@ from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import model_fingerprint
 from dynquant.evaluation.report import EvalReport, markdown
 from dynquant.evaluation.runners import LLAMA_CPP, TRANSFORMERS
-from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired
+from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired, shown_kl
 from dynquant.exporters.options import ClosingPassOptions, ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import locate_model, open_model
@@ -382,7 +382,7 @@ def _stock_bytes(path: Path, recipes: Sequence[str]) -> dict[str, int]:
 
 
 def _in_short(measured: Mapping[str, Any]) -> str:
-    values = [f"{name} {metric['value']:.4f}" for name, metric in measured["metrics"].items() if "KL 99" not in name]
+    values = [f"{name} {shown_kl(of['value'])}" for name, of in measured["metrics"].items() if "KL 99" not in name]
     return f"{measured['bytes']:,} bytes, {', '.join(values)}, {sum(measured['seconds'].values()):.1f} s"
 
 
@@ -466,7 +466,7 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
         side = _compared(row, base) if "bytes" in base and method != DEFAULT else None
         for text in texts:
             kl, ratio = row["metrics"][f"KL {text}"], side and side.ratios.get(text)
-            cells.append(f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]")
+            cells.append(Estimate(**kl).shown(shown_kl))
             cells.append(f"{_percent(ratio.value)} [{_percent(ratio.low)}, {_percent(ratio.high)}]" if ratio else "")
         for metric in others:
             cells.append(f"{100 * row['metrics'][metric]['value']:.1f}")

@@ -34,7 +34,7 @@ from dynquant.analysis.plots.errors import draw_errors
 from dynquant.analysis.plots.super_weights import draw_super_weights
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.evaluation.report import ChoiceScores, EvalReport, markdown
-from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired
+from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired, shown_kl
 from dynquant.families.open import open_model
 from dynquant.recipes.folder import load_super_weights
 from dynquant.recipes.plan import Plan
@@ -120,7 +120,7 @@ def _divergences(rows: Sequence[Row], weights: int) -> str:
         other = _stock(rows, row)
         for text, base in zip(row.report.texts, other.report.texts, strict=True):
             ratio = bootstrap_ratio(np.array(text.kl.block_sums), np.array(base.kl.block_sums))
-            cells += [text.kl.mean.shown(".4f"), "" if row is other else _percent(ratio)]
+            cells += [text.kl.mean.shown(shown_kl), "" if row is other else _percent(ratio)]
             cells.append(_percent(text.kl.top1_agreement))
         lines.append(cells)
     tokens = ", ".join(f"{text.scored_tokens:,} of {text.name}" for text in rows[0].report.texts)

@@ -23,6 +23,7 @@ from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.encoding.interface import Sides
 from dynquant.encoding.parts import TensorPart
 from dynquant.errors import ClusterError, DynquantError, PlanError, WriteError
+from dynquant.evaluation.statistics import shown_kl
 from dynquant.session import Session
 from dynquant.storage.journal import Journal, Record
 
@@ -94,7 +95,7 @@ class WrittenErrors:
     def _described(self, before: ErrorTable, after: ErrorTable, count: int) -> str:
         types = {name: stored for name, stored in self.types.items() if stored in before.tensors().get(name, {})}
         costs = (table.price_of(types) for table in (before, after))
-        now = " -> ".join(f"{cost.kl:.4f} ± {cost.se:.4f}" for cost in costs)
+        now = " -> ".join(f"{shown_kl(cost.kl)} ± {shown_kl(cost.se)}" for cost in costs)
         return (
             f"{self.table_path} has the exact errors of {count} tensors as they were written, in place of estimates; "
             f"{before.cost_name} of these: {now}"

@@ -14,7 +14,7 @@ class SuperWeightOptions(Options):
     text: Annotated[
         str | None, Flag("Text to run, as --calibration of plan takes it. Default: dynquant-mix-2, which ships.")
     ] = None
-    tokens: Annotated[int, Flag("Tokens of the text to run.", min=2)] = 512
+    tokens: Annotated[int, Flag("Tokens of the text to run.", min=2, is_tokens=True)] = 512
     min_effect: Annotated[
         float, Flag("Least mean change of a token's log-probability, in nats, where a weight is zeroed.", min=0)
     ] = 0.1

@@ -11,7 +11,7 @@ from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.stand_outs import StandOut
 from dynquant.analysis.plots.sizes import role_sizes
 from dynquant.checkpoints.tensor_roles import layer_of
-from dynquant.evaluation.statistics import Estimate
+from dynquant.evaluation.statistics import Estimate, shown_kl
 from dynquant.planning.selection import Candidate, Selection
 from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan, PlanEntry
@@ -178,7 +178,7 @@ def _candidates(caption: str, plans: Sequence[Candidate]) -> str:
     columns: Columns = {
         "Plan": lambda plan: plan.label,
         "Bytes": lambda plan: number(plan.bytes, _GROUPED),
-        "Prices added up": lambda plan: number(plan.predicted_kl, "{:.4f}".format),
+        "Prices added up": lambda plan: number(plan.predicted_kl, shown_kl),
         "Measured KL": lambda plan: _estimate(plan.kl, 1),
         "Same top token, %": lambda plan: _estimate(plan.top1, 100),
     }

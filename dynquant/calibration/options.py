@@ -41,13 +41,14 @@ class CalibrationOptions(Options):
         ),
     ] = None
     strict: Strict = False
-    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.", min=0)] = 131072
+    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.", min=0, is_tokens=True)] = 131072
     sampled_tokens: Annotated[
         int,
         Flag(
             "Calibrate also on this many tokens that the original writes itself, in its chat template too where it has "
             "one; with --tokens 0 on nothing else.",
             min=0,
+            is_tokens=True,
         ),
     ] = 0
     window: Window = 512

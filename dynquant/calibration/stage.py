@@ -46,6 +46,7 @@ from dynquant.running.weights import add_layer_ahead
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside, written_path
+from dynquant.storage.work_files import remove_work
 
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
@@ -283,13 +284,7 @@ def run_calibration(
                 gc.collect()  # hooks and model hold each other: weights would stay beside those of later stages
     file = _saved(result, output, in_background) if limit is None else StatsFile(output, result.stats)
     with file.guarded():
-        for kind in KINDS:
-            if kind in result.by_kind:
-                result.by_kind[kind].save(kind_path(output, kind))
-            else:  # left by an earlier calibration
-                kind_path(output, kind).unlink(missing_ok=True)
-        if options.hessians == "none":
-            path_beside(output).unlink(missing_ok=True)
+        _save_beside(result, output, options)
         _tell_result(result, inputs, path_beside(output), statistics, session)
     return file
 
@@ -319,6 +314,7 @@ def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
         moments.check_finite()
         in_background = in_background and moments.num_bytes < free_memory_of("cpu")
         path_beside(output).unlink(missing_ok=True)  # never those of another calibration beside these statistics
+        remove_work(path_beside(output))
         thread = ThreadPoolExecutor(1)
         writing = thread.submit(moments.write, path_beside(output), stop)
         thread.shutdown(wait=not in_background)
@@ -328,6 +324,17 @@ def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
     with file.guarded():
         result.stats.save(output)
     return file
+
+
+def _save_beside(result: Calibration, output: Path, options: CalibrationOptions) -> None:
+    """Write statistics of kinds of tokens, and remove what earlier or interrupted calibrations left."""
+    for kind, stats in result.by_kind.items():
+        stats.save(kind_path(output, kind))
+    old = [kind_path(output, kind) for kind in KINDS if kind not in result.by_kind]
+    for path in [*old, *([path_beside(output)] if options.hessians == "none" else [])]:
+        path.unlink(missing_ok=True)
+    for folder in filter(None, (output.parent, options.spill)):
+        remove_work(folder / output.name)
 
 
 def _check_kinds(output: Path) -> None:
@@ -449,8 +456,7 @@ def _with_written(
     places = torch.cat([(torch.arange(len(part)) + 0.5) / max(len(part), 1) for part in (given, written)])
     samples = torch.cat([given, written])[places.argsort(stable=True)]
     name = f"{inputs.name} and text that the original wrote" if len(given) else "text that the original wrote"
-    sha256 = hashlib.sha256(written.numpy().tobytes()).hexdigest()
-    sampled = {"sampled_tokens": options.sampled_tokens, "sampled_hash": sha256}
+    sampled = {"sampled_tokens": options.sampled_tokens, "sampled_hash": hashlib.sha256(written.numpy()).hexdigest()}
     return replace(inputs, samples=samples, name=name), sampled
 
 

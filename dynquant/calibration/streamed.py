@@ -39,6 +39,7 @@ from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
 from dynquant.storage.file_names import path_beside
 from dynquant.storage.journal import Journal, Record
+from dynquant.storage.work_files import work_path
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def calibrate_streamed(
         "dtype": str(streaming.dtype), "device": streaming.device, "hessians": options.hessians,
         "hessian_bytes": options.hessian_bytes,
     }  # fmt: skip
-    directory = (streaming.spill or output.parent) / f".{output.name}.streaming"
+    directory = work_path((streaming.spill or output.parent) / output.name, "streaming")
     journal = _journal_in(directory, identity)
     run = _Run(stream, collector, split, journal)
     first_stage = len(journal.records)

@@ -56,7 +56,9 @@ class RecipeQuestions(QuestionOptions):
     """Inputs that recipes are compared on: text and questions, no pictures."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl", "ppl")
-    max_tokens: Annotated[int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2)] = 8192
+    max_tokens: Annotated[
+        int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2, is_tokens=True)
+    ] = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class CompareEncodersOptions(Options):
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
-    tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0)] = 131072
+    tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0, is_tokens=True)] = 131072
     variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
     keep: Keep = False
 
@@ -211,7 +213,7 @@ def _settings(options: CompareOptions | CompareEncodersOptions) -> dict[str, Any
 
 def _measure_plan(name: str, target: Target, options: CompareOptions, results: _Results) -> int:
     """Plan, export and score one recipe unless its row is there; return the file's bytes."""
-    from dynquant.planning.stage import make_plan
+    from dynquant.planning.stage import make_plans
 
     row = results.rows.get(name, {"measured": [], "metrics": {}})
     if name in results.rows and results.asked <= {*row["measured"]}:
@@ -219,7 +221,7 @@ def _measure_plan(name: str, target: Target, options: CompareOptions, results: _
     console.note(name)
     folder, search = options.output / "plan", SearchOptions(select=options.select and target.preset is None)
     calibration = replace(options.calibration, hessians="activations" if options.encoder == "dynquant" else "none")
-    plan = make_plan(
+    (plan,) = make_plans(
         PlanOptions(
             model=options.model,
             output=folder,
@@ -228,11 +230,13 @@ def _measure_plan(name: str, target: Target, options: CompareOptions, results: _
             encoder=options.encoder,
             search=search,
         ),
+        (target,),
         results.session,
     )
     file = options.output / f"{name.replace(' ', '-')}.gguf"
-    plan.save(options.output / f"{file.stem}.plan.json")
-    results.export(file, options.encoder, plan=folder / "plan.json")
+    path = folder / f"{file.stem}.plan.json"
+    plan.save(path)
+    results.export(file, options.encoder, plan=path)
 
     report = results.score(file)
     size = {"bytes": plan.predicted_bytes, "bits_per_weight": plan.bits_per_weight}
@@ -304,21 +308,25 @@ def recipe_table(rows: dict[str, dict]) -> str:
     lines = []
     for name, row in sorted(rows.items(), key=lambda item: (item[1]["bytes"] // 20_000, item[0])):
         shown = f"**{name}**" if name.startswith(PLAN_PREFIX) else name
-        cells = [_cell(row["metrics"].get(column)) for column in columns]
+        cells = [_cell(row["metrics"].get(column), is_kl=column.startswith("KL ")) for column in columns]
         lines.append([shown, f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}", *cells])
     return markdown(["recipe", "bytes", "bpw", *columns], lines)
 
 
-def _cell(metric: dict | None) -> str:
+def _cell(metric: dict | None, *, is_kl: bool) -> str:
+    from dynquant.evaluation.statistics import shown_kl
+
     if metric is None:
         return ""
-    interval = f" [{metric['low']:.3f}, {metric['high']:.3f}]" if "low" in metric else ""
-    return f"{metric['value']:.3f}{interval}"
+    shown = shown_kl if is_kl else "{:.3f}".format
+    interval = f" [{shown(metric['low'])}, {shown(metric['high'])}]" if "low" in metric else ""
+    return f"{shown(metric['value'])}{interval}"
 
 
 def encoder_table(rows: dict[str, dict]) -> str:
     """Return one line a file; changes of KL are against ggml's file of the same recipe, with paired 95 % intervals."""
     from dynquant.evaluation.report import markdown  # here, since `--help` imports this module
+    from dynquant.evaluation.statistics import shown_kl
 
     texts = list(dict.fromkeys(name for row in rows.values() for name in row["kl_blocks"]))
     names = dict.fromkeys(name for row in rows.values() for name in row["metrics"])
@@ -328,7 +336,7 @@ def encoder_table(rows: dict[str, dict]) -> str:
         base, metrics = rows.get(f"{row['recipe']} {BASE}"), row["metrics"]
         cells = [row["recipe"], f"{row['bytes']:,}", row["variant"]]
         for text in texts:
-            cells += [f"{metrics[f'KL {text}']['value']:.4f}", _change(row, base, text)]
+            cells += [shown_kl(metrics[f"KL {text}"]["value"]), _change(row, base, text)]
             cells.append(f"{100 * metrics[f'top-1 {text}']['value']:.1f}")
         lines.append(cells + [f"{100 * metrics[name]['value']:.1f}" if name in metrics else "" for name in others])
     columns = [part for text in texts for part in (f"KL {text}", "change", "top-1 %")]

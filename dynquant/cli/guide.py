@@ -16,12 +16,15 @@ _INTRODUCTION = """# All commands and options
 This page is made from the command line: `python -m dynquant.cli.guide > reports/guides/commands.md`. Every command also
 takes `--json-progress FILE` (`-` is stderr; [what it writes](progress-json.md)), `--llama-cpp DIR` (the source tree
 whose converter opens architectures that dynquant does not convert by itself; [models](models.md)) and `--debug`. Exit
-status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 interrupted.
+status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 interrupted. Options that count tokens also
+take `16k`, `128k` or `1m`: k is 1,024 and m 1,048,576, as lengths of context are called.
 
 While a command runs, its outputs are locked (`.NAME.lock` beside each): a second one that would write them is refused
 with the process and start time of the first; locks of dead processes do not count. An output that is one of the files
-that the command reads, also through links, is refused before any work. Who reads the command's output or progress
-through a pipe may go; the command goes on.
+that the command reads, also through links, is refused before any work. What an interrupted export leaves lies beside
+its output (`.NAME.untuned-...`, `NAME.journal`, `NAME.partial` and the like): the same command goes on from it, and one
+with other settings that finishes this output removes it. Who reads the command's output or progress through a pipe may
+go; the command goes on.
 """
 
 

@@ -34,7 +34,8 @@ def plan(
     """Decide a quant type for every tensor, and show why.
 
     Without a budget: the smallest file that keeps every floor, and 5 % more. Statistics and errors already in the
-    output directory are reused, so another budget costs seconds.
+    output directory are reused, so another budget costs seconds, or with --select minutes; the plan of the one before
+    stays there as bpw-2.5.plan.json or the like.
 
     Example: dynquant plan ./model --calibration text.jsonl --bpw 2.0 -o plan/
 
@@ -108,11 +109,15 @@ def print_plan(plan: "Plan", directory: Path) -> None:
             console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
     _print_remarks(plan)
     if plan.predicted_kl is not None:
-        error = f" ± {plan.predicted_kl_se:.4f} (sampling error alone)" if plan.predicted_kl_se else ""
-        measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f} on the text of the choice"
+        from dynquant.evaluation.statistics import shown_kl  # here, since `--help` imports this module
+
+        error = f" ± {shown_kl(plan.predicted_kl_se)} (sampling error alone)" if plan.predicted_kl_se else ""
+        measured = (
+            "" if plan.selected_kl is None else f", measured {shown_kl(plan.selected_kl)} on the text of the choice"
+        )
         whole = plan.pruned is None or plan.selected_kl is not None  # a prediction alone prices only what is left
         compared = "the original" if whole else "the model without these experts"
-        console.say(f"  KL to {compared}, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
+        console.say(f"  KL to {compared}, nats per token: predicted {shown_kl(plan.predicted_kl)}{error}{measured}")
     console.say(
         f"{human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / 'plan.json'}"

@@ -32,7 +32,9 @@ class QuestionOptions(Options):
             "with --data kl and vqa."
         ),
     ] = ("kl", "ppl")
-    max_tokens: Annotated[int, Flag("Tokens of each text.", ("--tokens",), min=2), Former("--max-tokens")] = 8192
+    max_tokens: Annotated[
+        int, Flag("Tokens of each text.", ("--tokens",), min=2, is_tokens=True), Former("--max-tokens")
+    ] = 8192
     prompts: Annotated[
         int,
         Flag(
@@ -41,7 +43,10 @@ class QuestionOptions(Options):
         ),
     ] = 64
     new_tokens: Annotated[
-        int, Flag("Tokens that both models write: for generate, and in place of a harness task's own.", min=1)
+        int,
+        Flag(
+            "Tokens that both models write: for generate, and in place of a harness task's own.", min=1, is_tokens=True
+        ),
     ] = 128
     mmlu_data: Annotated[
         str | None, Flag("Questions, .jsonl, .json, .parquet or a datasets id. Default: cais/mmlu.")
@@ -110,6 +115,7 @@ class EvalOptions(Options):
             f"Lengths of context in place of --window, as 512,4096,16384: the last {CONTEXT_SCORED} tokens of each are "
             "scored, which are the same. Those longer than the models' are left out.",
             show_default=False,
+            is_tokens=True,
         ),
     ] = ()
     reference_cache: Annotated[Path | None, Flag("Keep the reference's distributions here.")] = None

@@ -14,6 +14,7 @@ from dynquant.evaluation.statistics import (
     bootstrap_mean,
     compare_paired,
     only_one,
+    shown_kl,
     wilson_interval,
 )
 from dynquant.evaluation.tasks.generation import GenerationResult
@@ -211,7 +212,7 @@ class PictureReport(FrozenRecord):
         share = f"{self.candidate_bytes / self.reference_bytes:.1%}"
         rows = [("bytes", f"{self.reference_bytes:,}", f"{self.candidate_bytes:,}", share)]
         if self.kl is not None and self.top1_agreement is not None:
-            rows.append(("mean KL (nats per token)", "0", self.kl.shown(".4f"), ""))
+            rows.append(("mean KL (nats per token)", "0", self.kl.shown(shown_kl), ""))
             rows.append(("same top token", "100 %", self.top1_agreement.shown(".2%"), ""))
         if self.questions is not None:
             asked = self.questions

@@ -4,7 +4,7 @@ Neighbouring tokens are correlated, so means over tokens are resampled in blocks
 the same questions are compared pair by pair. Multiple-testing corrections are left to the reader.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 
 import numpy as np
@@ -17,6 +17,11 @@ _PICKS_AT_ONCE = 1 << 22  # a long text has more blocks than memory for all resa
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
+def shown_kl(nats: float) -> str:
+    """Return a KL with four decimals, or with two digits where those would show fewer: `0.0926`, `3.2e-05`."""
+    return f"{nats:.2g}" if abs(nats) < 0.00095 else f"{nats:.4f}"
+
+
 class Estimate(FrozenRecord):
     """A value with its 95 % interval."""
 
@@ -24,9 +29,12 @@ class Estimate(FrozenRecord):
     low: float
     high: float
 
-    def shown(self, form: str) -> str:
-        """Return the value with its interval, all in a format as `.4f`."""
-        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+    def shown(self, form: str | Callable[[float], str]) -> str:
+        """Return the value with its interval, all in a format as `.4f`, or as a function shows them."""
+        value, low, high = (
+            f"{each:{form}}" if isinstance(form, str) else form(each) for each in (self.value, self.low, self.high)
+        )
+        return f"{value} [{low}, {high}]"
 
 
 def block_sums(values: np.ndarray, window_lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:

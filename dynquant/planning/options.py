@@ -161,6 +161,11 @@ class FitOptions(Options):
     ] = None
     context: Annotated[
         int | None,
-        Flag("Tokens of KV cache. Default: 8192, or what the model was trained for.", min=1, show_default=False),
+        Flag(
+            "Tokens of KV cache. Default: 8192, or what the model was trained for.",
+            min=1,
+            show_default=False,
+            is_tokens=True,
+        ),
     ] = None
     kv_type: Annotated[str, Flag("Type of the KV cache: f16, q8_0 or q4_0.")] = "f16"

@@ -18,6 +18,7 @@ from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.evaluation.agreement.same_computation import check_computation
+from dynquant.evaluation.statistics import shown_kl
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
@@ -25,7 +26,7 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_scheme, vllm_scheme
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
-from dynquant.planning.options import PlanOptions, SearchOptions
+from dynquant.planning.options import CLOSED_FORM, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
 from dynquant.planning.pruning import (
     linears_without_experts,
@@ -39,7 +40,7 @@ from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.command_line import recipe_types
-from dynquant.recipes.folder import SuperWeight, SuperWeights, load_super_weights
+from dynquant.recipes.folder import SuperWeight, SuperWeights, load_super_weights, save_plan
 from dynquant.recipes.held_types import held_types
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
@@ -53,7 +54,8 @@ _CLEARLY_LESS = 0.9  # of the predicted KL: then a plan with mixed experts is wo
 
 
 def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
-    """Choose a type for every tensor; write stats.safetensors, errors.json and plan.json into a folder.
+    """Choose a type for every tensor; write stats.safetensors, errors.json and plan.json into a folder, in which the
+    plan of another budget stays under the name of that.
 
     Types that are asked for one by one (a preset, recipe or like file) need no choice, and no search.
     """
@@ -63,7 +65,7 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
         plan = _plan_schemes(options, session)
     else:
         (plan,) = make_plans(options, (options.target,), session)
-    plan.save(options.output / file_names.PLAN_NAME)
+    save_plan(plan, options.output / file_names.PLAN_NAME, session)
     return plan
 
 
@@ -191,7 +193,8 @@ def _tell_gain(one_scheme: float, mixed: float, session: Session) -> None:
     if mixed < _CLEARLY_LESS * one_scheme:
         session.note(
             f"one scheme for the routed experts of all layers costs KL here: with --mixed-experts the same bytes are "
-            f"predicted to have a KL of {mixed:.4f} instead of {one_scheme:.4f}; vLLM loads that, transformers does not"
+            f"predicted to have a KL of {shown_kl(mixed)} instead of {shown_kl(one_scheme)}; vLLM loads that, "
+            "transformers does not"
         )
 
 
@@ -270,13 +273,33 @@ def _search_of(options: PlanOptions) -> SearchOptions | None:
 def _check_runs(model: Model, options: PlanOptions, search: SearchOptions, session: Session) -> None:
     """Refuse a model that a search cannot run as a whole, and a text of which calibration leaves it too little."""
     if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
-        raise PlanError(
-            f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
-            f"takes {human_bytes(4 * model.num_weights)} on a CPU and half of it on a GPU. Plan with --sensitivity "
-            "closed-form, which is streamed, or on a machine with that much memory and without --max-memory."
-        )
+        raise PlanError(_why_not_streamed(model, options))
     if search.select and options.calibration.data is None and (options.stats is None or options.prune_experts):
         check_selection_text(model, search, options.calibration, session)
+
+
+def _why_not_streamed(model: Model, options: PlanOptions) -> str:
+    """Say which options need a model that is in memory whole, and all that would be left out without it."""
+    search, limit = options.search, options.calibration.max_memory
+    asked = search.changed("select", "frontier", "check_plans")
+    if not {*search.methods} <= {CLOSED_FORM}:
+        asked.append(f"--sensitivity {','.join(search.methods)}")
+    asked += [f"--effort {options.effort}"] * (options.effort != "normal")
+    if options.calibration.sampled_tokens:
+        asked += options.calibration.changed("sampled_tokens")
+    whole, without = (_listed(flags) for flags in (asked, [*asked, *search.changed("text", "probes")]))
+    is_streamed = "there is less memory here" if limit is None else f"with --max-memory {limit} it is streamed"
+    return (
+        f"{whole} run{'s' * (len(asked) == 1)} {model.name} as a whole, which takes "
+        f"{human_bytes(4 * model.num_weights)} on a CPU and half of it on a GPU, and {is_streamed}. Without "
+        f"{without}, plans are priced by the closed form, which is streamed, too. Otherwise plan on a machine that has "
+        f"the memory{', without --max-memory' * (limit is not None)}."
+    )
+
+
+def _listed(flags: Sequence[str]) -> str:
+    *others, last = flags
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _check_budgets(

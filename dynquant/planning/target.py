@@ -38,7 +38,7 @@ class Target(Options):
             is_size=True,
         ),
     ] = None
-    context: Annotated[int, Flag("Tokens of KV cache, with --fits.", min=1)] = 8192
+    context: Annotated[int, Flag("Tokens of KV cache, with --fits.", min=1, is_tokens=True)] = 8192
     kv_type: Annotated[str, Flag("Type of the KV cache, with --fits: f16, q8_0 or q4_0.")] = "f16"
     couple: Annotated[
         tuple[str, ...],

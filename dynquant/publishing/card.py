@@ -13,6 +13,7 @@ from dynquant.analysis.plots.style import PlotFiles
 from dynquant.checkpoints.model import Model
 from dynquant.errors import hub_failures
 from dynquant.evaluation.report import EvalReport, markdown
+from dynquant.evaluation.statistics import shown_kl
 from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes
 from dynquant.planning.memory.placement import COMMON_CARDS, Placement, fit_common_cards
 from dynquant.publishing.options import REPORTS_NAME, ReleaseOptions
@@ -121,7 +122,7 @@ def _files(record: Release, reports: Mapping[str, EvalReport], besides: int) -> 
         cells = [name, human_bytes(row.bytes), f"{row.bits_per_weight:.2f}", fits if row.is_released else ""]
         report = reports.get(row.name)
         for text in report.texts if report else ():
-            cells += [text.kl.mean.shown(".4f"), text.kl.top1_agreement.shown(".1%")] if text.kl else ["", ""]
+            cells += [text.kl.mean.shown(shown_kl), text.kl.top1_agreement.shown(".1%")] if text.kl else ["", ""]
             cells.append(text.perplexity_ratio.shown(".3f"))
         cells += [result.candidate.accuracy.shown(".1%") for result in report.multiple_choice] if report else []
         for result in report.generated if report else ():

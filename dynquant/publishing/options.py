@@ -41,7 +41,9 @@ class ReleaseQuestions(QuestionOptions):
         tuple[Path, ...],
         Flag("Text that every file is measured on. May be repeated. Default: what calibration left of its own."),
     ] = ()
-    max_tokens: Annotated[int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2)] = 8192
+    max_tokens: Annotated[
+        int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2, is_tokens=True)
+    ] = 8192
     mmlu_data: Annotated[
         str | None, Flag("Multiple-choice questions for accuracies, .jsonl, .json, .parquet or a datasets id.")
     ] = None
@@ -49,7 +51,7 @@ class ReleaseQuestions(QuestionOptions):
     prompts: Annotated[
         int, Flag("Also let every file go on from so many starts of each text: divergence@N and loops.", min=0)
     ] = 0
-    new_tokens: Annotated[int, Flag("With --prompts: tokens that it writes after each.", min=1)] = 128
+    new_tokens: Annotated[int, Flag("With --prompts: tokens that it writes after each.", min=1, is_tokens=True)] = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,8 @@ class ReleaseOptions(Options):
     bpw: Annotated[tuple[str, ...], Flag("Sizes in bits per weight, as 1.8,2.1,2.5,3.0,4.5.")] = ()
     fits: Annotated[tuple[str, ...], Flag("Sizes as device memories that a file should fit in, as 8GB,16GB,24GB.")] = ()
     context: Annotated[
-        int, Flag("Tokens of context that memories are told for, and that --fits leaves room for.", min=1)
+        int,
+        Flag("Tokens of context that memories are told for, and that --fits leaves room for.", min=1, is_tokens=True),
     ] = 8192
     kv_type: Annotated[str, Flag("Type of the KV cache in these memories: f16, q8_0 or q4_0.")] = "f16"
     types: Types = ()
@@ -76,7 +79,12 @@ class ReleaseOptions(Options):
     select: Annotated[bool, Flag("Choose every size among several plans by its KL, as plan --select.")] = False
     encoder: EncoderName = "dynquant"
     tune: Annotated[
-        int, Flag("Tokens of export's closing pass for every file, which lowers the KL in minutes a file.", min=0)
+        int,
+        Flag(
+            "Tokens of export's closing pass for every file, which lowers the KL in minutes a file.",
+            min=0,
+            is_tokens=True,
+        ),
     ] = 0
     effort: Effort = "normal"
     like: Annotated[

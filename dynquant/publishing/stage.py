@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,7 +63,7 @@ from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, write_atomically
 from dynquant.storage.documents import recorded_settings
-from dynquant.storage.file_names import STATS_NAME
+from dynquant.storage.file_names import STATS_NAME, request_in_name
 
 _SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
 _MEASURING = {option for _, option, *_ in shown_values(ReleaseQuestions())}
@@ -303,7 +302,7 @@ class _Making:
         return paths
 
     def plan_path(self, request: str) -> Path:
-        return self.work / f"{_in_file_name(request)}.plan.json"
+        return self.work / f"{request_in_name(request)}.plan.json"
 
     def _has_files(self, record: Release, request: str) -> bool:
         row = record.row(request)
@@ -324,7 +323,7 @@ class _Making:
             request=request,
             name=_file_name(self.options.name or self.model.name, plan, record)
             if is_released
-            else f"{_in_file_name(request)}.gguf",
+            else f"{request_in_name(request)}.gguf",
             bytes=plan.predicted_bytes,
             bits_per_weight=plan.bits_per_weight,
             types=plan.histogram(),
@@ -385,10 +384,6 @@ class _Making:
         plot = _draw(record, reports, self.folder)
         write_atomically(self.folder / CARD_NAME, release_card(record, reports, self.model, options, plot))
         return record
-
-
-def _in_file_name(request: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", request)
 
 
 def _command(options: ReleaseOptions, session: Session) -> tuple[str, ...]:

@@ -1,13 +1,21 @@
 """The folder that `plan` leaves behind: what other steps read from it. Its names are in `storage.file_names`."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
 
 from dynquant.calibration.stage import StatsFile
-from dynquant.errors import StatsError
+from dynquant.errors import PlanError, StatsError
+from dynquant.recipes.plan import Plan
+from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 from dynquant.storage.documents import FrozenRecord, read_document
+from dynquant.storage.file_names import PLAN_NAME, request_in_name
+
+_LONGEST_REQUEST = 100
+"""Characters of a request in a file name; coupled tensors and names of files are in some."""
 
 
 class SuperWeight(FrozenRecord):
@@ -46,6 +54,34 @@ def load_super_weights(path: Path) -> SuperWeights:
     if not path.is_file():
         return SuperWeights()
     return read_document(path, SuperWeights, "a list of super weights", "Delete it and plan again.")
+
+
+def save_plan(plan: Plan, path: Path, session: Session) -> None:
+    """Write plan.json; one of another request that was there stays beside it, named by that, and the note says so."""
+    try:
+        former = read_document(path, Plan, "a plan", "") if path.is_file() else plan
+    except PlanError:  # damaged, or of another version
+        former = plan
+    if (former.recipe, former.target) != (plan.recipe, plan.target):
+        kept = _kept(former, path)
+        is_usable = former.stats_hash == plan.stats_hash
+        also = (
+            "`export --plan` takes it as well"
+            if is_usable
+            else "its statistics were replaced, so it cannot be exported"
+        )
+        session.note(f"{path} was the plan of {former.recipe}, which is kept as {kept}; {also}")
+    plan.save(path)
+
+
+def _kept(plan: Plan, path: Path) -> Path:
+    """Copy a plan to the first name of its request that is free, or has it already; return that."""
+    stem, content = request_in_name(plan.recipe)[:_LONGEST_REQUEST].strip("-."), path.read_bytes()
+    stem += "-vllm" * (plan.target == "vllm")
+    names = (path.with_name(f"{stem}{f'-{number}' * (number > 1)}.{PLAN_NAME}") for number in count(1))
+    kept = next(name for name in names if not name.exists() or name.read_bytes() == content)
+    write_atomically(kept, content)
+    return kept
 
 
 def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:

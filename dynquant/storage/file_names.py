@@ -1,5 +1,6 @@
 """Names of the files that steps leave for each other: statistics and what lies beside them, and a plan's folder."""
 
+import re
 from pathlib import Path
 
 STATS_NAME = "stats.safetensors"
@@ -42,6 +43,11 @@ def files_beside(stats: Path) -> list[Path]:
 def table_beside(errors: Path) -> Path:
     """Return the file of the rows of an error table as csv, beside the table."""
     return errors.with_suffix(".csv")
+
+
+def request_in_name(request: str) -> str:
+    """Return what was asked of a plan, `bpw 2.5`, as a part of file names: `bpw-2.5`."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", request)
 
 
 def files_of_plan(folder: Path) -> list[Path]:

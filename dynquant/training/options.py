@@ -101,14 +101,18 @@ class HealData(Options):
     """Text to train on and text to measure on. Without `text`, the part of the data that was kept apart is measured."""
 
     data: Annotated[str | None, Flag("Text to train on, as --calibration takes it. Default: dynquant-mix-2.")] = None
-    tokens: Annotated[int, Flag("Train on at most this many tokens of it.", min=2)] = 524_288
-    sampled_tokens: Annotated[int, Flag("Also train on this many tokens that the original writes itself.", min=0)] = 0
+    tokens: Annotated[int, Flag("Train on at most this many tokens of it.", min=2, is_tokens=True)] = 524_288
+    sampled_tokens: Annotated[
+        int, Flag("Also train on this many tokens that the original writes itself.", min=0, is_tokens=True)
+    ] = 0
     window: Window = 512
     text: Annotated[
         tuple[Path, ...],
         Flag("Held-out text to measure on, likewise. May be repeated. Default: a part of the data, kept apart."),
     ] = ()
-    max_tokens: Annotated[int, Flag("Tokens of each --text; --tokens are those to train on.", min=2)] = 8192
+    max_tokens: Annotated[
+        int, Flag("Tokens of each --text; --tokens are those to train on.", min=2, is_tokens=True)
+    ] = 8192
     mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, as eval takes them.")] = None
     shots: Annotated[str | None, Flag("Few-shot questions, in the same forms.")] = None
     num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
@@ -134,7 +138,7 @@ class FinetuneOptions(Options):
         Flag('.jsonl, .json, .csv or .parquet with "messages", "prompt" and "completion", or "text" in each record.'),
     ]
     held_out: Annotated[float, Flag("Share of the lines that is held out.", min=0, max=0.9)] = 0.1
-    max_length: Annotated[int, Flag("Tokens of an example; longer ones are cut.", min=2)] = 1024
+    max_length: Annotated[int, Flag("Tokens of an example; longer ones are cut.", min=2, is_tokens=True)] = 1024
     base: Annotated[
         str | None,
         Flag(

@@ -48,6 +48,7 @@ from dynquant.running.streaming.layer_stream import LayerStream
 from dynquant.running.streaming.staged_passes import StagedPasses
 from dynquant.running.streaming.stream_memory import MOST_TOKENS_AT_ONCE
 from dynquant.running.weight_inputs import weight_inputs
+from dynquant.storage.work_files import work_path
 
 _STEPS = (
     (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_QKV, Role.ATTN_GATE, Role.MLA_Q_A, Role.MLA_KV_A, Role.SSM_IN,
@@ -142,7 +143,7 @@ def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encodi
     encoding, windows = replace(encoding, asymmetric=tokens), encoding.moments.tokens
     count = min(len(windows), -(-tokens // windows.shape[1]))
     digest = hashlib.sha256(json.dumps(encoding.identity("any")).encode()).hexdigest()[:12]
-    directory = output.with_name(f".{output.name}.asymmetric-{digest}")
+    directory = work_path(output, f"asymmetric-{digest}")
     for other in output.parent.glob(f".{glob.escape(output.name)}.asymmetric-*"):  # of a call with other options
         if other != directory or not encoding.resume:
             shutil.rmtree(other, ignore_errors=True)

@@ -312,7 +312,7 @@ def test_a_streamed_plan_is_that_of_a_whole_model(tiny_moe, tmp_path):
         plans[name] = json.loads((tmp_path / name / "plan.json").read_text())
     assert plans["whole"] == plans["streamed"]
     refused = run("plan", tiny_moe, "--bpw", "5", "--select", "--max-memory", "8GB", "-o", tmp_path / "whole")
-    assert refused.returncode == 1 and "--sensitivity closed-form" in refused.stderr
+    assert refused.returncode == 1 and "Without --select, plans are priced by the closed form" in refused.stderr
 
 
 @pytest.mark.nightly
@@ -325,6 +325,18 @@ def test_an_export_that_calibrates_keeps_the_limit_too(tiny_moe, tmp_path):
     assert all(one.returncode == 0 for one in made), made[-1].stderr
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "streamed.gguf").read_bytes()
     assert "layers" in made[1].stdout + made[1].stderr
+
+
+def test_hidden_states_of_an_interrupted_run_go_when_a_run_without_a_limit_ends(moe_model, tmp_path):
+    for folder in (tmp_path, tmp_path / "spill"):
+        for name in (".s.safetensors.streaming", ".other.safetensors.streaming"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "states").write_text("of gigabytes")
+    (tmp_path / ".s.hessians.safetensors.0123abcd.partial").write_text("a part")
+    run_calibration(moe_model, CalibrationOptions(spill=tmp_path / "spill", **OPTIONS), tmp_path / "s.safetensors")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"s.safetensors", "s.hessians.safetensors", "spill", ".other.safetensors.streaming"}
+    assert [path.name for path in (tmp_path / "spill").iterdir()] == [".other.safetensors.streaming"]
 
 
 def test_a_limit_is_a_size(moe_model, tmp_path):

@@ -14,7 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.cli.compare import encoder_table, recipe_table
 from dynquant.cli.demo import continuation
+from dynquant.cli.plan import print_plan
+from dynquant.evaluation.statistics import Estimate, shown_kl
+from dynquant.exporters.model_card import packed_card
 from dynquant.families.open import open_model
 from dynquant.recipes.plan import Plan
 from dynquant.storage.atomic import file_hash
@@ -62,11 +66,16 @@ def test_plan_crushes_experts_and_keeps_the_rest(planned):
 
 
 def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
-    """Also in a folder that was copied, with times in any order."""
+    """Also in a folder that was copied, with times in any order; the plan before stays, by what was asked for it."""
+    path, former = planned / "plan.json", (planned / "plan.json").read_bytes()
+    asked = Plan.load(path).recipe
     files = [planned / name for name in ("stats.safetensors", "errors.json", "super_weights.json")]
     os.utime(files[2], (0, 0))
     before = [file.stat().st_mtime_ns for file in files]
-    succeed("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", planned, "--size", "6.5MB", "--no-report")
+    again = ("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", planned, "--size", "6.5MB", "--no-report")
+    said, kept = succeed(*again), planned / f"{asked.replace(' ', '-')}.plan.json"
+    assert f"{path} was the plan of {asked}, which is kept as {kept}; `export --plan` takes it as well" in said
+    assert kept.read_bytes() == former and "which is kept" not in succeed(*again)
     assert [file.stat().st_mtime_ns for file in files] == before
     assert json.loads(files[2].read_text())["stats_hash"] == file_hash(files[0])
     assert 6_300_000 < Plan.load(planned / "plan.json").predicted_bytes <= 6_500_000
@@ -85,6 +94,28 @@ def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned,
     for layer in range(1, 6):
         assert types[f"blk.{layer}.ffn_gate_exps.weight"] == types[f"blk.{layer}.ffn_up_exps.weight"]
     assert "smallest plan" in refused(*common, "--fits", "573MB")
+
+
+def test_a_kl_near_none_keeps_two_digits_wherever_it_is_shown(planned, tmp_path, capfd):
+    kls = {"predicted_kl": 3.21e-5, "predicted_kl_se": 4.4e-6, "selected_kl": 2.96e-5}
+    plan = Plan.load(planned / "plan.json").model_copy(update=kls)
+    print_plan(plan, planned)
+    printed = capfd.readouterr().out
+    assert "predicted 3.2e-05 ± 4.4e-06 (sampling error alone), measured 3e-05 on the text" in printed
+    card = packed_card(plan, encoder="ggml", stored_bytes=1)
+    assert "measured: 3e-05 nats" in card and "not measured: 3.2e-05 ± 4.4e-06 nats" in card
+    metric = {"value": 4.1e-4, "low": 0.0, "high": 0.00123}
+    metrics = {"KL t": metric, "top-1 t": metric, "KL 99.9 % t": {"value": 0.5}}
+    row = {"recipe": "r", "variant": "ggml", "bytes": 9, "bits_per_weight": 8.5, "metrics": metrics}
+    assert "0.00041 [0, 0.0012] | 0.000 [0.000, 0.001] | 0.5000 |" in recipe_table({"r": row})
+    assert "| 0.00041 |" in encoder_table({"r ggml": row | {"kl_blocks": {"t": [1.0]}}})
+    assert Estimate(value=0.0926, low=0.00051, high=1.4961).shown(shown_kl) == "0.0926 [0.00051, 1.4961]"
+    assert [shown_kl(nats) for nats in (0.000998, 0.00096, 0.000949, -3.21e-5)] == [
+        "0.0010",
+        "0.0010",
+        "0.00095",
+        "-3.2e-05",
+    ]
 
 
 def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_path):

@@ -19,9 +19,9 @@ from dynquant.errors import OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.families.open import open_model
-from dynquant.options import Flag
+from dynquant.options import Flag, command_words
 from dynquant.planning.options import PlanOptions
-from dynquant.resources import parse_size
+from dynquant.resources import parse_size, parse_tokens
 from dynquant.session import Session
 from tests.conftest import CALIBRATION_16M
 from tests.helpers.commands import linked_copy, refused, succeed
@@ -113,6 +113,46 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(OptionError, match="is not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "text, number", [("0", 0), ("16384", 16384), ("16k", 16384), (" 1.5K ", 1536), ("1m", 1 << 20), ("-4k", -4096)]
+)
+def test_numbers_of_tokens(text, number):
+    assert parse_tokens(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.5", "0.3k", "1e3", "16kB", "16g", "1,024", "\u0661", HUGE + "x", "0x10"])
+def test_no_numbers_of_tokens(text):
+    with pytest.raises(OptionError, match="is no number of tokens; give one as 16384, 16k"):
+        parse_tokens(text)
+
+
+def test_every_option_that_counts_tokens_takes_them_by_the_thousand(tmp_path):
+    counts = {
+        name: flag
+        for command in COMMANDS
+        for name, (parameter, flag) in shown(command).items()
+        if flag is not None and int in kinds_of(parameter) and "oken" in flag.help
+    }
+    others = {name for name, flag in counts.items() if not flag.is_tokens}
+    assert others == {"probes", "prompts"}, "they count windows and starts"
+    assert all("16k is 16,384." in flag.range for name, flag in counts.items() if name not in others)
+    asked = parsed(
+        ExportOptions, ("m", "-o", "o", "--preset", "p", *["--tune", "16k", "--tune-sampled", "1m", "--tokens", "8K"])
+    )
+    assert (asked.tune, asked.closing.tune_sampled, asked.calibration.tokens) == (16384, 1 << 20, 8192)
+    assert {"8192", "16384", "1048576"} < {*command_words(asked, ())}
+    assert parsed(EvalOptions, ("c", "--reference", "r", "--text", "t", "--contexts", "1k,600")).contexts == (
+        "1024",
+        "600",
+    )
+    said = refused("calibrate", "model", "--sampled-tokens", "16kB", "-o", tmp_path / "stats.safetensors")
+    assert said == (
+        "error: --sampled-tokens: `16kB` is no number of tokens; give one as 16384, 16k, 1.5k or 1m, where k is 1,024."
+    )
+    said = refused("calibrate", "model", "--window", "3m", "--tokens", "9999m", "-o", tmp_path / "stats.safetensors")
+    assert said.startswith("error: --tokens 10484711424 is out of range")
 
 
 @pytest.mark.parametrize(

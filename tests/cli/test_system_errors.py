@@ -170,6 +170,12 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("export {m} --preset f16 -f safetensors -o {t}/file", "is a file"),
         ("export {m} --preset f16 -f safetensors -o {t}/a.gguf", "writes a directory, and"),
         ("export {m} --preset f16 -o {t}/a.safetensors", "does not end in .gguf"),
+        ("export {m} --preset f16 --split-max-size 9MB -o {t}/a.bin", "name it {t}/a.bin.gguf"),
+        ("export {m} --preset uniform-iq2_xxs -o {t}/a.bin", "name it {t}/a.bin.gguf"),
+        ("export {m} --preset uniform-iq2_xxs --tune 9 -o {t}/a.bin", "name it {t}/a.bin.gguf"),
+        ("export {m} --preset uniform-iq2_xxs --asymmetric 9 -o {t}/a.bin", "name it {t}/a.bin.gguf"),
+        ("tune {g} --reference {m} -o {t}/a.bin", "name it {t}/a.bin.gguf"),
+        ("export-adapter {m} -o {t}/a.bin", "name it {t}/a.bin.gguf"),
         ("finetune {m} --data {t}/file -o {t}/file2/adapter --json-progress {t}/folder", "is a directory"),
         ("measure-machine -o {t}/folder", "is a directory"),
         ("demo -o {t}/file", "is a file"),
@@ -193,7 +199,7 @@ def test_paths_of_the_wrong_kind_are_named_before_any_work(arguments, words, sma
         (tmp_path / name).mkdir()
     names = {"m": small_moe, "g": exported, "t": tmp_path, "long": "x" * 300, "name": "x" * 240}
     message = refused(*(word.format(**names) for word in arguments.split()))
-    assert words in message and "corrupt" not in message
+    assert words.format(**names) in message and "corrupt" not in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "folder.gguf"]
 
 

@@ -13,6 +13,7 @@ from dynquant.checkpoints.gguf_layout import file_type_of
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import ExportError, PlanError, StatsError
+from dynquant.exporters.gguf import check_output
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
@@ -183,11 +184,12 @@ def test_outputs_that_cannot_be_are_refused(tmp_path):
     model = tiny_model()
     plan = tiny_plan(model)
     (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=GGML)
-    again = replace(model, path=path, source=GGUFSource(path), gguf_file=path)
     (tmp_path / "d.gguf").mkdir()
-    for output, words in [(tmp_path / "d.gguf", "directory"), (tmp_path / "x.bin", r"\.gguf"), (path, "being read")]:
+    refused = {"d.gguf": "directory", "x": "reads like", "x.bin": r"name it .*x\.bin\.gguf", "a.gguf": "being read"}
+    for name, words in refused.items():
         with pytest.raises(ExportError, match=words):
-            export_gguf(again, tiny_plan(again), None, output, encoder=GGML)
+            check_output(tmp_path / name, [path])
+    check_output(tmp_path / "b.gguf", [path])
 
 
 def test_a_tensor_larger_than_a_part_and_a_name_llama_cpp_cannot_load_are_refused(tmp_path):

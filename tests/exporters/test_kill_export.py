@@ -1,11 +1,15 @@
 """The command line under SIGKILL, and the memory of an export, each in processes of their own."""
 
+import contextlib
 import re
 import subprocess
 import sys
 
 import pytest
 
+from dynquant.exporters import stage
+from dynquant.exporters.options import ExportOptions
+from dynquant.storage.resumable_output import ResumableOutput
 from tests.conftest import REPOSITORY
 from tests.examples.kill_export import run
 
@@ -16,6 +20,38 @@ def test_killed_exports_end_with_the_bytes_of_an_undisturbed_one(small_moe, tmp_
     arguments = [str(small_moe), "--preset", "uniform-q8_0", "--encoder", "ggml", "--tune", "0", "-f", format]
     counts = run([*arguments, "--max-memory", "1.001GiB"], tmp_path, kills=2, seed=2, each_ends=True)
     assert counts["kills"] == 2 and counts["kills with parts kept"] >= 1 and counts["finished"] >= 2
+
+
+def test_an_export_with_other_settings_leaves_no_work_of_an_interrupted_one(
+    small_moe, calibrated_16m, tmp_path, monkeypatch
+):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def left(**others: object) -> set[str]:
+        options = {"model": str(small_moe), "output": tmp_path / "m.gguf", "preset": "uniform-q8_0", "tune": 0}
+        with contextlib.suppress(KeyboardInterrupt):
+            stage.export(ExportOptions(**options | others))
+        return {path.name for path in tmp_path.iterdir()}
+
+    tuned = {"stats": calibrated_16m / "stats.safetensors", "tune": 512}
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "tune_file", interrupt)
+        (untuned,) = left(**tuned)
+        assert untuned.startswith(".m.gguf.untuned-") and untuned.endswith(".gguf")
+        patch.setattr(ResumableOutput, "commit", interrupt)
+        assert left() == {untuned, "m.gguf.journal", "m.gguf.partial"}
+        split = left(split_max_size="9MB")
+        assert len(split) > 5
+    assert left(encoder="ggml", resume=False) == {"m.gguf"}
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableOutput, "commit", interrupt)
+        assert left(split_max_size="9MB") == {"m.gguf"} | {name for name in split if "-of-" in name}
+        left(output=tmp_path / "m", format="compressed-tensors", preset="uniform-w8a16", **tuned | {"tune": None})
+        left(output=tmp_path / "m", format="safetensors", split_max_size="4MB")
+    assert left() == {".m.partial", "m", "m.gguf"}
+    assert left(output=tmp_path / "m", format="safetensors", resume=False) == {"m.gguf", "m"}
+    assert not [path.name for path in (tmp_path / "m").iterdir() if "partial" in path.name or "journal" in path.name]
 
 
 @pytest.mark.nightly

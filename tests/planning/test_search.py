@@ -1,6 +1,7 @@
 """Prices measured by running the bundled model, and the plan that is chosen among several by its KL on other text."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dynquant.analysis.bench.judge import parsed
 from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.sensitivity.unit_kl import refine, unit_worth
@@ -29,7 +31,7 @@ from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import Rules, plan_types
 from dynquant.planning.search import _proposed, encoded_store
 from dynquant.planning.selection import Fit
-from dynquant.planning.stage import make_plan
+from dynquant.planning.stage import _check_runs, make_plan
 from dynquant.planning.target import Target
 from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
@@ -377,6 +379,29 @@ def test_a_selection_that_cannot_run_is_refused_before_calibration(small_moe, tm
     with pytest.raises((PlanError, StatsError), match=reason):
         make_plan(options)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--select",),
+        ("--effort high",),
+        ("--frontier 2:4",),
+        ("--select", "--sensitivity closed-form"),
+        ("--select", "--sensitivity fisher-probe", "--probes 9", "--selection-text t", "--sampled-tokens 1k"),
+        ("--effort high", "--select", "--check-plans 9"),
+    ],
+)
+def test_one_message_says_all_that_a_streamed_plan_goes_without(moe_model, asked):
+    def options(*flags):
+        return parsed(PlanOptions, " ".join(("m --bpw 3 --max-memory 4GB", *flags)).split())
+
+    with pytest.raises(PlanError, match="with --max-memory 4GB it is streamed") as refused:
+        _check_runs(moe_model, options(*asked), options(*asked).search, SILENT)
+    without = re.search("Without (.*), plans are priced by the closed form", str(refused.value)).group(1)
+    named = [flag.split()[0] for flag in re.split(", | and ", without)]
+    left = options(*(flag for flag in asked if flag.split()[0] not in named))
+    assert not left.search.runs_model and not left.calibration.sampled_tokens
 
 
 def test_a_level_for_vision_is_refused_where_the_model_has_none(small_moe, tmp_path):

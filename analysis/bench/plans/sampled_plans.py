@@ -17,7 +17,7 @@ from dynquant.calibration.stage import StatsFile
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
-from dynquant.evaluation.statistics import bootstrap_mean
+from dynquant.evaluation.statistics import bootstrap_mean, shown_kl
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
@@ -70,7 +70,7 @@ def main() -> None:
             scores.append(inputs.score()[0].numpy())
         kls = [bootstrap_mean(values, inputs.lengths) for values in (*scores, scores[1] - scores[0])]
         changed = sum(entry.type != twin.type for entry, twin in zip(exact.entries, drawn.entries, strict=True))
-        table.add(f"{bits:g}", f"{changed} of {len(exact.entries)}", *(estimate.shown(".4f") for estimate in kls))
+        table.add(f"{bits:g}", f"{changed} of {len(exact.entries)}", *(estimate.shown(shown_kl) for estimate in kls))
 
 
 def print_tables(drawn: Path, exact: Path) -> None:

@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 
 from dynquant.analysis.bench.random_models import SHAPES, write_headers
+from dynquant.analysis.bench.readers import interpreter
 from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.model import Model
-from dynquant.errors import DynquantError, LibraryError
+from dynquant.errors import DynquantError
 from dynquant.exporters.compressed_config import served_config
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
@@ -41,7 +42,7 @@ def main() -> None:
     changed = {"num_hidden_layers": asked.layers, "vocab_size": asked.vocabulary}
     batches = asked.batch or ["1", "16", "64"]
     try:
-        python = interpreter(asked.python)
+        python = str(interpreter("vllm", asked.python))
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder) / "checkpoint"
             write_headers(asked.shape, checkpoint, **{key: value for key, value in changed.items() if value})
@@ -53,17 +54,6 @@ def main() -> None:
                 table.add(name, *cells(run_vllm(python, folder, batches), len(batches)))
     except DynquantError as error:
         sys.exit(f"error: {error}")
-
-
-def interpreter(asked: str | None) -> str:
-    """Return the Python that has vLLM. Raises LibraryError: none is set up."""
-    python = Path(asked or Path(os.environ.get("DYNQUANT_READERS") or ".readers") / "vllm" / "bin" / "python")
-    if not python.is_file():
-        raise LibraryError(
-            f"{python} is not there: `.ci/readers` sets vLLM up in .readers or where DYNQUANT_READERS says, and "
-            "--python names another interpreter that has it."
-        )
-    return str(python)
 
 
 def scheme_config(model: Model, name: str) -> dict[str, object]:

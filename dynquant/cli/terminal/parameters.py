@@ -9,7 +9,7 @@ A command is a function of options, of a session and of what only the terminal k
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import Parameter, Signature, signature
 from keyword import iskeyword
 from pathlib import Path
@@ -117,7 +117,7 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
             # The longest flag names the parameter, so that two options may have fields of one name.
             name = flag.option(field.name).lstrip("-").replace("-", "_")
             name = f"{name}_" if iskeyword(name) else name
-            typer_kind, value = _reading(kind, flag, field.default)
+            typer_kind, value = _reading(kind, flag, field)
             parameters.append(_parameter(name, typer_kind, flag, field.default, notes))
             parameter_of[field.name] = name
             builds[field.name] = lambda typed, name=name, value=value: value(typed.values[name])  # type: ignore[misc]
@@ -133,15 +133,16 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
     return opened
 
 
-def _reading(kind: Any, flag: Flag, default: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _reading(kind: Any, flag: Flag, field: Field) -> tuple[Any, Callable[[Any], Any]]:
     """The type that typer reads, and what makes the field's value of what it has read."""
-    text = str if default else str | None  # as typed, before it is parsed or split
+    text = str if field.default else str | None  # as typed, before it is parsed or split
     if flag.parse is not None:
         return text, lambda typed: None if typed is None else flag.parse(typed)
     if get_origin(kind) is tuple and get_args(kind)[0] is Path:  # the flag may be repeated
         return list[Path] | None, lambda paths: tuple(paths or ())
     if get_origin(kind) is tuple:
-        return text, lambda typed: tuple(part.strip() for part in (typed or "").split(",") if part.strip())
+        read = (lambda part: str(flag.tokens(part, field.name))) if flag.is_tokens else str.strip
+        return text, lambda typed: tuple(read(part) for part in (typed or "").split(",") if part.strip())
     return text if get_origin(kind) is Literal else kind, lambda typed: typed
 
 
@@ -150,5 +151,8 @@ def _parameter(name: str, kind: Any, flag: Flag, default: Any, notes: tuple[Any,
         default = ",".join(default) or None
     default = Parameter.empty if default is MISSING else default
     make = typer.Argument if flag.is_argument else typer.Option
-    info = make(*flag.names, help=f"{flag.help} {flag.range}".strip(), show_default=flag.show_default)
+    tokens: dict[str, Any] = {}
+    if flag.is_tokens and int in (kind, *get_args(kind)):
+        tokens = {"parser": lambda typed: flag.tokens(str(typed), name), "metavar": "<tokens>"}
+    info = make(*flag.names, help=f"{flag.help} {flag.range}".strip(), show_default=flag.show_default, **tokens)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info, *notes])

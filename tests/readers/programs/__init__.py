@@ -1,11 +1,12 @@
 """Programs that are not ours, each in an environment that `.ci/readers` sets up; files here run inside those."""
 
-import os
 import shutil
 from pathlib import Path
 
+from dynquant.analysis.bench import readers
+from dynquant.errors import LibraryError
+
 HERE = Path(__file__).resolve().parent
-READERS = Path(os.environ.get("DYNQUANT_READERS") or HERE.parents[2] / ".readers")
 
 
 class Missing(Exception):
@@ -14,10 +15,10 @@ class Missing(Exception):
 
 def interpreter(name: str) -> Path:
     """Return the Python of an environment. Raises Missing."""
-    python = READERS / name / "bin" / "python"
-    if not python.is_file():
-        raise Missing(f"{python} is not there: `.ci/readers` sets it up, or DYNQUANT_READERS says where it is")
-    return python
+    try:
+        return readers.interpreter(name)
+    except LibraryError as error:
+        raise Missing(str(error)) from error
 
 
 def program(name: str) -> Path:
@@ -27,7 +28,7 @@ def program(name: str) -> Path:
 
 def node_folder(package: str) -> Path:
     """Return the folder whose node_modules has a package. Raises Missing."""
-    folder = READERS / "node"
+    folder = readers.readers_folder() / "node"
     if not (folder / "node_modules" / package).is_dir() or shutil.which("node") is None:
         raise Missing(f"{package} is not in {folder}/node_modules: `.ci/readers` sets it up, which needs npm")
     return folder

@@ -1,0 +1,61 @@
+"""The folder of a plan: the plan of another request stays there when a new one is written."""
+
+import pytest
+
+from dynquant.recipes.folder import save_plan
+from dynquant.recipes.plan import Plan
+from dynquant.session import Session
+from tests.helpers.tiny_gguf import tiny_model, tiny_plan
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save plans of these requests, one after the other, to one plan.json; returns what was said."""
+    plan = tiny_plan(tiny_model())
+
+    def save(*requests, **fields):
+        said = []
+        for request in requests:
+            changed = plan.model_copy(update={"recipe": request, **fields})
+            save_plan(changed, tmp_path / "plan.json", Session(note=said.append))
+        return said
+
+    return save
+
+
+def in_folder(folder):
+    return {path.name: Plan.load(path).recipe for path in folder.iterdir()}
+
+
+def test_plans_of_other_requests_stay_under_their_names(saved, tmp_path):
+    said = saved("bpw 2.5", "bpw 2.5", "fits 8, context 9", "bpw 2.5", "bpw 3")
+    plans = {"plan.json": "bpw 3", "bpw-2.5.plan.json": "bpw 2.5", "fits-8-context-9.plan.json": "fits 8, context 9"}
+    assert in_folder(tmp_path) == plans and len(said) == 3
+    path, kept = tmp_path / "plan.json", tmp_path / "bpw-2.5.plan.json"
+    assert said[0] == f"{path} was the plan of bpw 2.5, which is kept as {kept}; `export --plan` takes it as well"
+
+
+def test_no_plan_that_was_kept_is_replaced(saved, tmp_path):
+    saved("bpw 2.5", "bpw 3")
+    before = (tmp_path / "bpw-2.5.plan.json").read_bytes()
+    assert "bpw-2.5-2.plan.json" in saved("bpw 2.5", "bpw 3", predicted_kl=0.5)[-1]
+    assert (tmp_path / "bpw-2.5.plan.json").read_bytes() == before
+    assert Plan.load(tmp_path / "bpw-2.5-2.plan.json").predicted_kl == 0.5
+
+
+def test_a_plan_without_its_statistics_is_kept_and_told(saved, tmp_path):
+    saved("bpw 2", stats_hash="0" * 64)
+    assert "its statistics were replaced, so it cannot be exported" in saved("bpw 3", stats_hash="1" * 64)[0]
+    assert (tmp_path / "bpw-2.plan.json").is_file()
+
+
+def test_plans_for_both_runtimes_and_of_long_requests_have_names(saved, tmp_path):
+    saved("bpw 2", target="vllm")
+    saved("bpw 2", f"bpw 2, coupled{' gate-up' * 50}", "floors")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert "bpw-2-vllm.plan.json" in names and "bpw-2.plan.json" in names and max(map(len, names)) < 120
+
+
+def test_what_is_no_plan_is_replaced(saved, tmp_path):
+    (tmp_path / "plan.json").write_text('{"tool_version": 1}')
+    assert not saved("bpw 2") and in_folder(tmp_path) == {"plan.json": "bpw 2"}
