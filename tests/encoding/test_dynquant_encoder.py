@@ -94,7 +94,8 @@ def test_weighted_error_is_never_above_ggmls(name, kind):
     weights, weight_of = WEIGHTS[kind](), importance()
     theirs = decode(name, ggml_encode(QUANT_TYPES[name], weights, weight_of))
     ours = decode(name, ENCODER.encode(QUANT_TYPES[name], weights, weight_of))
-    floor = 1e-10 * weighted_error(weights, torch.zeros_like(weights), weight_of)  # a constant row is met to rounding
+    # A constant row is met to the rounding of its scale to float16.
+    floor = 1e-7 * weighted_error(weights, torch.zeros_like(weights), weight_of)
     assert weighted_error(weights, ours, weight_of) <= weighted_error(weights, theirs, weight_of) + floor
 
 
@@ -180,7 +181,7 @@ def test_matrices_and_stacks_give_the_same_bytes():
         assert torch.equal(matrix, ENCODER.encode(QUANT_TYPES[name], weights[None], weight_of)[0])
 
 
-@pytest.mark.parametrize("name", ["F16", "Q8_0", "IQ4_NL", "Q5_0"])
+@pytest.mark.parametrize("name", ["F16", "Q8_0", "NVFP4"])
 def test_other_types_are_ggmls(name):
     weights, weight_of = noise(4, 64), torch.exp(noise(64))
     assert torch.equal(

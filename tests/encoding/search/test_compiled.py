@@ -50,7 +50,8 @@ def test_bytes_are_those_of_the_plain_form(name, has_hessian):
     options = {"hessian": hessian} if has_hessian else {}
     importance = hessian.diagonal(dim1=-2, dim2=-1)
     ours, plain = (e.encode(QUANT_TYPES[name], weights, importance, **options) for e in (COMPILED, PLAIN))
-    assert (ours != plain).double().mean() < 0.05
+    most = 0.08 if LAYOUTS[name].has_plain_minimum else 0.05  # a sixth of the bytes are last bits of scales there
+    assert (ours != plain).double().mean() < most
     metric = hessian if has_hessian else torch.diag_embed(importance)
     errors = [weights - decode(name, packed) for packed in (ours, plain)]
     here, there = (float(((e @ metric) * e).sum()) for e in errors)
