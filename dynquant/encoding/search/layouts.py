@@ -176,13 +176,12 @@ def _plain(name: str, half_range: int, write: Callable[..., Tensor]) -> BlockLay
     return BlockLayout(name, book, 32, (1.0,), pack, fractions=(0.8, 1.05), tries_negative_scales=True)
 
 
-def _plain_affine(name: str, high: int, lowest_share: float, write: Callable[..., Tensor]) -> BlockLayout:
+def _plain_affine(name: str, high: int, shares: tuple[float, float], write: Callable[..., Tensor]) -> BlockLayout:
     def pack(f: Fields, values: Tensor) -> Tensor:
         assert f.dmin is not None
         return write(f.d, -f.dmin, values.to(torch.int64))
 
-    fractions = lowest_share, 1.0
-    return BlockLayout(name, Integers(0, high), 32, (1.0,), pack, num_mins=2, line_fractions=fractions)
+    return BlockLayout(name, Integers(0, high), 32, (1.0,), pack, num_mins=2, line_fractions=shares)
 
 
 def _iq4_nl() -> BlockLayout:
@@ -278,8 +277,8 @@ LAYOUTS: dict[str, BlockLayout] = {
         _plain_ternary("TQ2_0", codebook_quants.pack_tq2_0),
         _plain("Q4_0", 8, plain_quants.pack_q4_0),
         _plain("Q5_0", 16, plain_quants.pack_q5_0),
-        _plain_affine("Q4_1", 15, 0.75, plain_quants.pack_q4_1),
-        _plain_affine("Q5_1", 31, 0.85, plain_quants.pack_q5_1),
+        _plain_affine("Q4_1", 15, (0.8, 1.04), plain_quants.pack_q4_1),
+        _plain_affine("Q5_1", 31, (0.9, 1.04), plain_quants.pack_q5_1),
         _iq4_nl(),
         _q2_0(),
         _q1_0(),
