@@ -16,7 +16,7 @@ from dynquant.errors import DeviceError, OptionError
 
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kMGT]i?)?B?\s*", re.IGNORECASE | re.ASCII)
 _POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
-_TOKENS = re.compile(r"\s*([+-]?\d+)(?:\.(\d+))?\s*([km]?)\s*", re.IGNORECASE | re.ASCII)
+_TOKENS = re.compile(r"\s*([+-]?\d{1,99})(?:\.(\d{1,99}))?\s*([km]?)\s*", re.IGNORECASE | re.ASCII)
 _STATUS = Path("/proc/self/status")
 _IO = Path("/proc/self/io")
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}

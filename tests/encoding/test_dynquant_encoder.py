@@ -99,6 +99,20 @@ def test_weighted_error_is_never_above_ggmls(name, kind):
     assert weighted_error(weights, ours, weight_of) <= weighted_error(weights, theirs, weight_of) + floor
 
 
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+@pytest.mark.parametrize("middle", [0.15, -0.15, 1000.0])
+def test_plain_minimums_serve_weights_of_one_sign(name, middle):
+    """A block is a line between its own ends, on either side of zero and far from it."""
+    weights, hessian = middle + 0.02 * noise(EXPERTS, ROWS, COLUMNS), correlated(COLUMNS, 64)
+    theirs = decode(name, ggml_encode(QUANT_TYPES[name], weights))
+    alone = decode(name, ENCODER.encode(QUANT_TYPES[name], weights))
+    plain = decode(name, DynquantEncoder("cpu", is_plain=True).encode(QUANT_TYPES[name], weights))
+    fed_back = decode(name, ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian))
+    assert (weights - alone).square().sum() <= (weights - theirs).square().sum()
+    assert (weights - plain).square().sum() <= (weights - theirs).square().sum()
+    assert loss(weights, fed_back, hessian) < 0.65 * loss(weights, theirs, hessian)
+
+
 @pytest.mark.parametrize("name", represented_by(QUICK_IN_GGML, [n for n in ASKED if n not in ("TQ1_0", "MXFP4")]))
 def test_error_feedback_lowers_the_loss_on_correlated_inputs(name):
     """On rows of two super-blocks, whose scales are refitted together."""

@@ -92,7 +92,7 @@ class BlockLayout:
 
     @property
     def has_plain_minimum(self) -> bool:
-        """Whether the minimum is `dmin` itself, as the scale is `d`: the code of each is 1."""
+        """Tell whether the minimum is `dmin` itself, as the scale is `d`: the code of each is 1."""
         return self.num_mins > 0 and not self.has_zero_points and len(self.multipliers) == 1
 
     @property

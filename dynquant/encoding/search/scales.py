@@ -145,6 +145,12 @@ def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
     x = rows.x.unflatten(-1, (-1, layout.sub_block))  # [E, R, S, n]
     w = metric.unflatten(-1, (-1, layout.sub_block)).unsqueeze(1)  # [E, 1, S, n]
     fractions = torch.linspace(*layout.line_fractions, max(2, candidates // 2)).tolist()
+    apart = torch.zeros_like(x[..., 0])
+    if layout.has_plain_minimum:  # lines are those of ranges around zero: weights of one sign are brought there
+        low, top = x.amin(-1), x.amax(-1)
+        apart = torch.where((low > 0) | (top < 0), (low + top) / 2, 0.0)
+        x = x - apart.unsqueeze(-1)
+        rows = replace(rows, x=x.flatten(-2))
     if (kernels := _kernels_for(rows)) is not None:
         a, b, curvature = kernels.free_lines(rows, metric, fractions)
     else:
@@ -158,9 +164,9 @@ def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
     for _ in range(2):
         q = torch.where(a != 0, (x + b.unsqueeze(-1)) / a, 0.0).round_().clamp_(0, layout.codebook.peak)
         b = ((w * (a * q - x)).sum(-1) / w.sum(-1).clamp_min(_TINY)).clamp_min(0)
-    dmin, mins = round_scales(rows, b, w.sum(-1).expand_as(b))
     if layout.has_plain_minimum:
-        mins = torch.ones_like(mins)
+        return replace(fields, dmin=rows.rounded(b - apart), mins=torch.ones_like(scales))
+    dmin, mins = round_scales(rows, b, w.sum(-1).expand_as(b))
     return replace(fields, dmin=dmin, mins=mins)
 
 
@@ -284,7 +290,7 @@ def _refit(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> Fields
         return fields
     ups = rows.wide(rows.scales(fields)) * values
     dmin = _least_squares(rows.x - ups, *downs, metric, layout.super_block, fields.dmin)
-    return replace(fields, dmin=rows.rounded(dmin.clamp_min(0)))
+    return replace(fields, dmin=rows.rounded(dmin if layout.has_plain_minimum else dmin.clamp_min(0)))
 
 
 def _least_squares(x: Tensor, units: Tensor, metric: Tensor, width: int, otherwise: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _step(hessian, spread, first, slope, values, new, steps):
 
 @inner
 def _add_minimums(links, out, folded, minimums, line, first, stop):
-    """Add to the lines of `out` [C, ROWS] from `line` on what minimums of some sub-blocks give, however many."""
+    """Add to the lines of `out` [C, ROWS] from `line` on what minimums give, of any number of sub-blocks."""
     fours = first + (stop - first) // 4 * 4
     if fours > first:
         product_of(links, (out, folded, minimums, line, out.shape[0], first, fours, 0, 0))

@@ -315,7 +315,7 @@ class _Tile:
             return fields
         ups = self._scales(fields).repeat(width, axis=0) * values - self._x
         dmin = self._least_squares(ups, fields.mins.astype(np.float32).repeat(width, axis=0), fields.dmin)
-        return replace(fields, dmin=self._rounded(np.maximum(dmin, 0)))
+        return replace(fields, dmin=self._rounded(dmin if self._layout.has_plain_minimum else np.maximum(dmin, 0)))
 
     def _least_squares(self, x: Array, units: Array, otherwise: Array) -> Array:
         product, square = fits.moments(x, units, self._loss.metric, self._layout.super_block)
@@ -337,17 +337,23 @@ class _Tile:
         layout, metric = self._layout, self._loss.metric
         width, high = layout.sub_block, np.float32(layout.codebook.peak)
         fractions = torch.linspace(*layout.line_fractions, max(2, candidates // 2)).numpy()
-        a, b, curvature = fits.fit_affine(self._x, metric, width, high, fractions)
+        x, apart = self._x, _NONE
+        if layout.has_plain_minimum:  # lines are those of ranges around zero: weights of one sign are brought there
+            blocks = x.reshape(-1, width, ROWS)
+            low, top = blocks.min(1), blocks.max(1)
+            apart = np.where((low > 0) | (top < 0), (low + top) / 2, np.float32(0))
+            x = x - apart.repeat(width, axis=0)
+        a, b, curvature = fits.fit_affine(x, metric, width, high, fractions)
         if layout.has_zero_points:
             groups = (torch.from_numpy(t).unflatten(0, (-1, width)) for t in (self._x, metric[:, None]))
             lines = (torch.from_numpy(t) for t in (a, b))
             a, zeros = (t.numpy() for t in zero_points(*(t.movedim(1, -1) for t in groups), *lines, float(high)))
             return _Fields(*self._round_scales(a, curvature), _NONE, _NONE, zeros.astype(np.int32))
         fields = _Fields(*self._round_scales(a, curvature), _NONE, _NONE, _NONE.astype(np.int32))
-        weights = fits.fit_minimums(self._x, metric, width, high, self._scales(fields), b)
-        dmin, mins = self._round_scales(b, np.repeat(weights[:, None], ROWS, axis=1))
+        weights = fits.fit_minimums(x, metric, width, high, self._scales(fields), b)
         if layout.has_plain_minimum:
-            mins = np.ones_like(mins)
+            return replace(fields, dmin=self._rounded(b - apart), mins=np.ones(b.shape, np.int32))
+        dmin, mins = self._round_scales(b, np.repeat(weights[:, None], ROWS, axis=1))
         return replace(fields, dmin=dmin, mins=mins)
 
     def _round_scales(self, free: Array, curvature: Array) -> tuple[Array, Array]:
