@@ -19,7 +19,7 @@ _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 def shown_kl(nats: float) -> str:
     """Return a KL with four decimals, or with two digits where those would show fewer: `0.0926`, `3.2e-05`."""
-    return f"{nats:.2g}" if abs(nats) < 0.00095 else f"{nats:.4f}"
+    return f"{nats:.2g}" if abs(nats) <= 0.00095 else f"{nats:.4f}"
 
 
 class Estimate(FrozenRecord):

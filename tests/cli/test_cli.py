@@ -110,9 +110,10 @@ def test_a_kl_near_none_keeps_two_digits_wherever_it_is_shown(planned, tmp_path,
     assert "0.00041 [0, 0.0012] | 0.000 [0.000, 0.001] | 0.5000 |" in recipe_table({"r": row})
     assert "| 0.00041 |" in encoder_table({"r ggml": row | {"kl_blocks": {"t": [1.0]}}})
     assert Estimate(value=0.0926, low=0.00051, high=1.4961).shown(shown_kl) == "0.0926 [0.00051, 1.4961]"
-    assert [shown_kl(nats) for nats in (0.000998, 0.00096, 0.000949, -3.21e-5)] == [
+    assert [shown_kl(nats) for nats in (0.000998, 0.00096, 0.00095, 0.000949, -3.21e-5)] == [
         "0.0010",
         "0.0010",
+        "0.00095",
         "0.00095",
         "-3.2e-05",
     ]
