@@ -113,6 +113,16 @@ def test_plain_minimums_serve_weights_of_one_sign(name, middle):
     assert loss(weights, fed_back, hessian) < 0.65 * loss(weights, theirs, hessian)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_weights_that_lie_on_few_levels_are_met(name):
+    """Of ternary checkpoints, and of those that were trained for, or decoded from, four bits."""
+    hessian, draw = correlated(COLUMNS, 64), torch.Generator().manual_seed(7)
+    for low, high, share in (-1, 2, 1e-6), (-7, 8, 3e-4):
+        weights = 0.03 * torch.randint(low, high, (EXPERTS, ROWS, COLUMNS), generator=draw).float()
+        ours = decode(name, ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian))
+        assert loss(weights, ours, hessian) < share * loss(weights, torch.zeros_like(weights), hessian)
+
+
 @pytest.mark.parametrize("name", represented_by(QUICK_IN_GGML, [n for n in ASKED if n not in ("TQ1_0", "MXFP4")]))
 def test_error_feedback_lowers_the_loss_on_correlated_inputs(name):
     """On rows of two super-blocks, whose scales are refitted together."""

@@ -168,12 +168,12 @@ def _symmetric(name: str, half_scales: int, half_range: int, write: Callable[...
     return BlockLayout(name, Integers(-half_range, half_range - 1), 16, multipliers, pack, fractions=fractions)
 
 
-def _plain(name: str, half_range: int, write: Callable[..., Tensor]) -> BlockLayout:
+def _plain(name: str, half_range: int, highest_share: float, write: Callable[..., Tensor]) -> BlockLayout:
     def pack(f: Fields, values: Tensor) -> Tensor:
         return write(f.d, values.to(torch.int64))
 
     book = Integers(-half_range, half_range - 1)
-    return BlockLayout(name, book, 32, (1.0,), pack, fractions=(0.8, 1.05), tries_negative_scales=True)
+    return BlockLayout(name, book, 32, (1.0,), pack, fractions=(0.8, highest_share), tries_negative_scales=True)
 
 
 def _plain_affine(name: str, high: int, shares: tuple[float, float], write: Callable[..., Tensor]) -> BlockLayout:
@@ -275,9 +275,9 @@ LAYOUTS: dict[str, BlockLayout] = {
         _iq4_xs(),
         _plain_ternary("TQ1_0", codebook_quants.pack_tq1_0),
         _plain_ternary("TQ2_0", codebook_quants.pack_tq2_0),
-        _plain("Q4_0", 8, plain_quants.pack_q4_0),
-        _plain("Q5_0", 16, plain_quants.pack_q5_0),
-        _plain_affine("Q4_1", 15, (0.8, 1.04), plain_quants.pack_q4_1),
+        _plain("Q4_0", 8, 1.15, plain_quants.pack_q4_0),
+        _plain("Q5_0", 16, 1.05, plain_quants.pack_q5_0),
+        _plain_affine("Q4_1", 15, (0.8, 1.075), plain_quants.pack_q4_1),
         _plain_affine("Q5_1", 31, (0.9, 1.04), plain_quants.pack_q5_1),
         _iq4_nl(),
         _q2_0(),
