@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoConfig
 
-from dynquant.analysis.bench.llama_speed import LlamaModel, write_random_gguf
+from dynquant.analysis.bench.llama_speed.__main__ import LlamaModel
+from dynquant.analysis.bench.llama_speed.random_files import write_random_gguf
 from dynquant.llama_library import is_installed
 from tests.analysis.bench.test_generation_speed import SHAPE
 

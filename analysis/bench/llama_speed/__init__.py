@@ -1,0 +1,1 @@
+"""Speed of llama.cpp on one GPU, on files of random weights."""
