@@ -333,8 +333,7 @@ def _save_beside(result: Calibration, output: Path, options: CalibrationOptions)
     old = [kind_path(output, kind) for kind in KINDS if kind not in result.by_kind]
     for path in [*old, *([path_beside(output)] if options.hessians == "none" else [])]:
         path.unlink(missing_ok=True)
-    for folder in filter(None, (output.parent, options.spill)):
-        remove_work(folder / output.name)
+    remove_work(output)  # what lies in --spill may be an interrupted run of another folder's output
 
 
 def _check_kinds(output: Path) -> None:
