@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynquant.encoding.dynquant_encoder import DynquantEncoder
-from dynquant.encoding.search.compiled import jit, words
+from dynquant.encoding.search.compiled import jit, tiles, words
 from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.layouts import LAYOUTS
 from dynquant.errors import EncodeError
@@ -56,6 +56,16 @@ def test_bytes_are_those_of_the_plain_form(name, has_hessian):
     errors = [weights - decode(name, packed) for packed in (ours, plain)]
     here, there = (float(((e @ metric) * e).sum()) for e in errors)
     assert here <= there * (1 + 5e-3)  # a choice more or less moves the sum of so few rows by that
+
+
+def test_scales_of_wide_rows_are_refitted_in_groups(monkeypatch):
+    weights, hessian = 0.02 * noise(1, 9, 640), correlated(1, 640)
+    losses = []
+    for at_once in (1 << 20, 12):
+        monkeypatch.setattr(tiles, "_SCALES_AT_ONCE", at_once)
+        errors = weights - decode("Q5_1", COMPILED.encode(QUANT_TYPES["Q5_1"], weights, hessian=hessian))
+        losses.append(float(((errors @ hessian) * errors).sum()))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.06)
 
 
 @pytest.mark.parametrize("name", ["IQ2_XS", "Q4_K"])

@@ -314,24 +314,29 @@ def keep_better_scales(matrix, right, present, new):
 
 
 @compiled
-def follow_scales(links, units, pulled, changes, slope, hessian, folded, width, sub_block):
-    """Bring `slope` to where scales changed by `changes` [n, ROWS] put it; `pulled` as kept by `scale_terms`."""
+def follow_scales(links, units, pulled, changes, slope, matrices, widths, blocks):
+    """Bring `slope` to where scales changed by `changes` [n, ROWS] in some super-blocks put it.
+
+    `pulled` as kept by `scale_terms`; `matrices` are the hessian and `folded`, `widths` those of super- and sub-blocks,
+    `blocks` the first super-block and the one after the last.
+    """
     scaled, minimums = units
-    columns, blocks = scaled.shape[0], scaled.shape[0] // width
+    hessian, folded = matrices
+    width, sub_block = widths
     if pulled.shape[0] == changes.shape[0]:
         for row in range(changes.shape[0]):
-            for c in range(columns):
+            for c in range(scaled.shape[0]):
                 for t in range(ROWS):
                     slope[c, t] -= changes[row, t] * pulled[row, c, t]
         return
-    steps = np.empty_like(scaled)
-    for c in range(columns):
+    steps, start, stop = np.empty_like(scaled), blocks[0] * width, blocks[1] * width
+    for c in range(start, stop):
         for t in range(ROWS):
             steps[c, t] = -changes[c // width, t] * scaled[c, t]
-    product_of(links, (slope, hessian, steps, 0, columns, 0, columns, 0, 0))
+    product_of(links, (slope, hessian, steps, 0, scaled.shape[0], start, stop, 0, 0))
     if minimums.shape[0]:
-        lines = np.empty_like(minimums)
-        for s in range(minimums.shape[0]):
+        lines, count = np.empty_like(minimums), scaled.shape[0] // width
+        for s in range(start // sub_block, stop // sub_block):
             for t in range(ROWS):
-                lines[s, t] = -changes[blocks + s * sub_block // width, t] * minimums[s, t]
-        _add_minimums(links, slope, folded, lines, 0, 0, minimums.shape[0])
+                lines[s, t] = -changes[count + s * sub_block // width, t] * minimums[s, t]
+        _add_minimums(links, slope, folded, lines, 0, start // sub_block, stop // sub_block)
