@@ -168,12 +168,16 @@ def _symmetric(name: str, half_scales: int, half_range: int, write: Callable[...
     return BlockLayout(name, Integers(-half_range, half_range - 1), 16, multipliers, pack, fractions=fractions)
 
 
-def _plain(name: str, half_range: int, highest_share: float, write: Callable[..., Tensor]) -> BlockLayout:
+def _plain(
+    name: str, low: int, high: int, width: int, fractions: tuple[float, float], write: Callable[..., Tensor]
+) -> BlockLayout:
     def pack(f: Fields, values: Tensor) -> Tensor:
         return write(f.d, values.to(torch.int64))
 
-    book = Integers(-half_range, half_range - 1)
-    return BlockLayout(name, book, 32, (1.0,), pack, fractions=(0.8, highest_share), tries_negative_scales=True)
+    is_lopsided = low != -high
+    return BlockLayout(
+        name, Integers(low, high), width, (1.0,), pack, fractions=fractions, tries_negative_scales=is_lopsided
+    )
 
 
 def _plain_affine(name: str, high: int, shares: tuple[float, float], write: Callable[..., Tensor]) -> BlockLayout:
@@ -208,20 +212,6 @@ def _mxfp4() -> BlockLayout:
 
     powers = tuple(2.0 ** (e - 128) for e in range(MXFP4_FIRST, 255))  # the stored values are doubled
     return BlockLayout("MXFP4", Values("MXFP4"), 32, powers, pack, has_power_of_two_scale=True, fractions=(0.6, 1.1))
-
-
-def _plain_ternary(name: str, write: Callable[..., Tensor]) -> BlockLayout:
-    def pack(f: Fields, values: Tensor) -> Tensor:
-        return write(f.d, values.to(torch.int64))
-
-    return BlockLayout(name, Integers(-1, 1), 256, (1.0,), pack, fractions=(0.15, 0.8))
-
-
-def _q2_0() -> BlockLayout:
-    def pack(f: Fields, values: Tensor) -> Tensor:
-        return plain_quants.pack_q2_0(f.d, values.to(torch.int64))
-
-    return BlockLayout("Q2_0", Integers(-1, 2), 64, (1.0,), pack, fractions=(0.5, 1.0), tries_negative_scales=True)
 
 
 def _q1_0() -> BlockLayout:
@@ -273,14 +263,14 @@ LAYOUTS: dict[str, BlockLayout] = {
         _symmetric("Q3_K", 32, 4, k_quants.pack_q3_k),
         _symmetric("Q6_K", 128, 32, k_quants.pack_q6_k),
         _iq4_xs(),
-        _plain_ternary("TQ1_0", codebook_quants.pack_tq1_0),
-        _plain_ternary("TQ2_0", codebook_quants.pack_tq2_0),
-        _plain("Q4_0", 8, 1.15, plain_quants.pack_q4_0),
-        _plain("Q5_0", 16, 1.05, plain_quants.pack_q5_0),
+        _plain("TQ1_0", -1, 1, 256, (0.15, 0.8), codebook_quants.pack_tq1_0),
+        _plain("TQ2_0", -1, 1, 256, (0.15, 0.8), codebook_quants.pack_tq2_0),
+        _plain("Q4_0", -8, 7, 32, (0.8, 1.15), plain_quants.pack_q4_0),
+        _plain("Q5_0", -16, 15, 32, (0.8, 1.05), plain_quants.pack_q5_0),
         _plain_affine("Q4_1", 15, (0.8, 1.075), plain_quants.pack_q4_1),
         _plain_affine("Q5_1", 31, (0.9, 1.04), plain_quants.pack_q5_1),
         _iq4_nl(),
-        _q2_0(),
+        _plain("Q2_0", -1, 2, 64, (0.5, 1.0), plain_quants.pack_q2_0),
         _q1_0(),
         _mxfp4(),
     )
