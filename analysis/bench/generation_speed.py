@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.analysis.bench.random_models import MODEL_SHAPES, random_model, random_packed, shape_config
-from dynquant.kernels.bench.harness import MarkdownTable, device_name, measured, options, release_memory
+from dynquant.kernels.bench.harness import MarkdownTable, device_name, measured, numbers, options, release_memory
 from dynquant.packed.load_gguf import load
 
 RANDOM_SHAPE = "random"
@@ -51,12 +51,12 @@ def main() -> None:
         before = torch.cuda.memory_allocated()
         model = build()
         held = torch.cuda.memory_allocated() - before
-        prompts, batches = _numbers(asked.prompts), _numbers(asked.batches)
+        prompts, batches = numbers(asked.prompts), numbers(asked.batches)
         for prompt, batch in itertools.product(prompts, batches):
             lengths = batch, prompt, asked.tokens
             speeds = [
                 f"{generate_speed(model, *lengths, **how):.1f}"
-                if prompt == prompts[0] and batch in (batches if some is None else _numbers(some)) else ""
+                if prompt == prompts[0] and batch in (batches if some is None else numbers(some)) else ""
                 for some, how in ((asked.generate, {}), (asked.compiled, COMPILED))
             ]  # fmt: skip
             cache, read, peak = read_prompt(model, batch, prompt)
@@ -67,10 +67,6 @@ def main() -> None:
             release_memory()
         del model
         release_memory()
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 def _models(asked: Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:

@@ -10,11 +10,9 @@ expert a slot (`pairs`) and sorted (`tiles`). The file is rewritten after every 
 """
 
 import itertools
-import multiprocessing
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +27,7 @@ from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels import ops
 from dynquant.kernels.bench.gemv import ERROR_LIMIT, ROTATED_BYTES, ceilings, finite_blocks
-from dynquant.kernels.bench.harness import JsonReport, Row, graph_time, options
+from dynquant.kernels.bench.harness import JsonReport, Row, graph_time, numbers, options, precompile
 from dynquant.kernels.planes import pack_planes
 from dynquant.kernels.triton import grouped
 
@@ -173,26 +171,15 @@ def _compile(job: tuple[str, Stack, int]) -> None:
         run(call, weight, type_name, is_grad)
 
 
-def precompile(jobs: list[tuple[str, Stack, int]], workers: int) -> None:
-    """Compile kernels in processes of their own; they are read back from Triton's cache."""
-    began = time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
-        pending = {executor.submit(_compile, job): job for job in jobs}
-        for future in as_completed(pending):
-            if future.exception() is not None:
-                print(f"compiling {pending[future]} failed: {future.exception()}", flush=True)
-    print(f"compiled for {len(jobs)} cases in {time.perf_counter() - began:.0f} s", flush=True)
-
-
 def main() -> None:
     """Parse, compile, measure, write JSON after every row."""
     asked = options(
         __doc__, out=Path, types=TYPES, models=MODELS, tokens="1,4,16,64,256,1024,4096", workers=12, tune=False,
         seconds=(300.0, "stop measuring after this time"),
     )  # fmt: skip
-    all_tokens = [int(number) for number in asked.tokens.split(",")]
+    all_tokens = numbers(asked.tokens)
     types, every = asked.types.split(","), [stack for model in asked.models.split(",") for stack in stacks(model)]
-    precompile([(name, s, t) for s, t, name in itertools.product(every, all_tokens, types)], asked.workers)
+    precompile(_compile, [(name, s, t) for s, t, name in itertools.product(every, all_tokens, types)], asked.workers)
     began = time.perf_counter()
     report = JsonReport(asked.out, ceilings())
     for row in _rows(asked, every, types, all_tokens, report.head["read_gbps"]):

@@ -11,10 +11,8 @@ The file is rewritten after every row. Kernels are compiled ahead by worker proc
 
 import functools
 import itertools
-import multiprocessing
 import time
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,16 @@ from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.scale_fields import num_scales, with_scales
 from dynquant.kernels import ops
-from dynquant.kernels.bench.harness import JsonReport, Row, device_name, eager_time, graph_time, options
+from dynquant.kernels.bench.harness import (
+    JsonReport,
+    Row,
+    device_name,
+    eager_time,
+    graph_time,
+    numbers,
+    options,
+    precompile,
+)
 from dynquant.kernels.planes import pack_planes
 from dynquant.kernels.triton import gemv
 from dynquant.kernels.triton.activations import quantize_activations
@@ -171,21 +178,11 @@ def _compile(job: _Job) -> None:
     )
 
 
-def precompile(jobs: list[_Job], workers: int) -> None:
-    """Compile kernels in processes of their own; they are read back from Triton's cache.
-
-    Those of `gemv` do not depend on the rows of W. Jobs of one kernel differ in rows of activations and are far apart.
-    """
-    began = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        jobs = dict.fromkeys((name, m, n if c is None else 1024, k, act, c) for name, m, n, k, act, c in jobs)
-        jobs = sorted(jobs, key=lambda job: (job[2], job[1]))
-        pending = {executor.submit(_compile, job): job for job in jobs}
-        for future in as_completed(pending):
-            if future.exception() is not None:
-                print(f"compiling {pending[future]} failed: {future.exception()}", flush=True)
-    print(f"compiled {len(jobs)} kernels in {time.perf_counter() - began:.0f} s", flush=True)
+def kernels_of(jobs: list[_Job]) -> list[_Job]:
+    """Return a job for every kernel. Those of `gemv` do not depend on the rows of W. Jobs of one kernel differ in rows
+    of activations and are far apart, so that two processes do not compile it at once."""
+    every = dict.fromkeys((name, m, n if c is None else 1024, k, act, c) for name, m, n, k, act, c in jobs)
+    return sorted(every, key=lambda job: (job[2], job[1]))
 
 
 def add_row(report: JsonReport, row: Row, bf16_us: float) -> None:
@@ -215,14 +212,14 @@ def main() -> None:
         tune=(False, "sweep tilings instead of using `gemv_config`"), pdl=(int, "1, 0: force dependent launch on, off"),
         seconds=(300.0, "stop measuring after this time"),
     )  # fmt: skip
-    rows = [int(m) for m in asked.m.split(",")]
+    rows = numbers(asked.m)
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in asked.shapes.split(",")]
     jobs = [
         (name, m, n, k, act, config)
         for name, act, m, (n, k) in itertools.product(asked.types.split(","), asked.acts.split(","), rows, shapes)
         for config in _configs(name, act, m, asked)
     ]
-    precompile(jobs, asked.workers)
+    precompile(_compile, kernels_of(jobs), asked.workers)
     began = time.perf_counter()
     report = JsonReport(asked.out, ceilings())
     pool = torch.randint(0, 256, (POOL_BYTES,), dtype=torch.uint8, device="cuda")

@@ -15,11 +15,9 @@ not there is listed with its reason. FOLDER gets gguf_plugin.json, whole after e
 import importlib
 import importlib.util
 import itertools
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +30,16 @@ from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels import ops
 from dynquant.kernels.bench.gemv import ROTATED_BYTES, finite_blocks
-from dynquant.kernels.bench.harness import JsonReport, Row, device_name, graph_time, options, release_memory
+from dynquant.kernels.bench.harness import (
+    JsonReport,
+    Row,
+    device_name,
+    graph_time,
+    numbers,
+    options,
+    precompile,
+    release_memory,
+)
 from dynquant.kernels.planes import pack_planes
 from dynquant.kernels.triton import gemv
 
@@ -74,10 +81,11 @@ def main() -> None:
     )  # fmt: skip
     began = time.perf_counter()
     names = (*TYPES, *OTHER_TYPES) if asked.types == "all" else asked.types.split(",")
-    sizes = [("matrix", int(m)) for m in asked.rows.split(",")] + [("experts", int(t)) for t in asked.tokens.split(",")]
+    texts = ("matrix", asked.rows), ("experts", asked.tokens)
+    sizes = [(product, number) for product, text in texts for number in numbers(text)]
     cases = [Case(name, *size) for name, size in itertools.product(names, sizes)]
     asked.output.mkdir(parents=True, exist_ok=True)
-    precompile(cases, asked.workers)
+    precompile(_compile, cases, asked.workers)
     head = {"device": device_name(), "torch": torch.__version__, "compiled_s": time.perf_counter() - began}
     report = JsonReport(asked.output / "gguf_plugin.json", head)
     for case in cases:
@@ -289,17 +297,6 @@ def _compile(case: Case) -> None:
         except Exception as error:  # `measure` meets it again and lists it
             print(f"{case}, {side}: {type(error).__name__}", flush=True)
     torch.cuda.synchronize()
-
-
-def precompile(cases: list[Case], workers: int) -> None:
-    """Compile kernels in processes of their own, which leave them in Triton's cache."""
-    began = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(cases)), mp_context=context) as executor:
-        for case, future in [(case, executor.submit(_compile, case)) for case in cases]:
-            if future.exception() is not None:
-                print(f"{case}: {future.exception()}", flush=True)
-    print(f"compiled for {len(cases)} rows in {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def table(rows: list[Row]) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 import gc
 import json
+import multiprocessing
 import statistics
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -33,6 +35,11 @@ def options(doc: str | None, positional: str = "", choices: Iterable[str] | None
         short = ["-o"] if name == "output" else []
         parser.add_argument(*short, f"--{name.replace('_', '-')}", help=text, **words)
     return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    """Return the numbers of a flag as `1,8,32`."""
+    return [int(number) for number in text.split(",")]
 
 
 def device_name(device: str = "cuda") -> str:
@@ -77,6 +84,17 @@ def graph_time(calls: list[Callable[[], object]], replays: int = 15) -> tuple[fl
             stop.synchronize()
             times.append(start.elapsed_time(stop))
     return statistics.median(times[2:]) * 1000 / len(calls), results  # the first two warm up
+
+
+def precompile(compile_one: Callable, jobs: Sequence, workers: int) -> None:
+    """Compile the kernels of all jobs in processes of their own; they are read back from Triton's cache."""
+    began = time.perf_counter()
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+        pending = {executor.submit(compile_one, job): job for job in jobs}
+        for future in as_completed(pending):
+            if future.exception() is not None:
+                print(f"compiling {pending[future]} failed: {future.exception()}", flush=True)
+    print(f"compiled for {len(jobs)} cases in {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def release_memory() -> None:

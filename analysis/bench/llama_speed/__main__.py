@@ -21,7 +21,7 @@ from dynquant.analysis.bench.llama_speed.random_files import write_random_gguf
 from dynquant.analysis.bench.random_models import MODEL_SHAPES, shape_config
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.llama_cpp import llama_log
-from dynquant.kernels.bench.harness import MarkdownTable, options
+from dynquant.kernels.bench.harness import MarkdownTable, numbers, options
 from dynquant.llama_library import library_path, llama_cpp
 
 _BATCH_TOKENS = 2048
@@ -44,8 +44,7 @@ def main() -> None:
         file = asked.output / f"{asked.shape}.gguf"
         write_random_gguf(config, types, file)
         model = LlamaModel(file)
-        numbers = ([int(number) for number in text.split(",")] for text in (asked.prompts, asked.batches))
-        for prompt, batch in itertools.product(*numbers):
+        for prompt, batch in itertools.product(numbers(asked.prompts), numbers(asked.batches)):
             read, decoded = model.speeds(batch, prompt, asked.tokens)
             table.add(types, batch, prompt, f"{read:.0f}", f"{decoded:.1f}", f"{file.stat().st_size / 2**30:.2f}")
         model.close()
