@@ -152,6 +152,7 @@ class LlamaCpp:
         self._path = library_path("llama")
         self._context = self._fitting("llama_context_default_params", _CONTEXTS)
         self._fitting("llama_model_default_params", [_MODEL])
+        self._load_backends()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in _FUNCTIONS:
@@ -173,6 +174,13 @@ class LlamaCpp:
     def mtmd_context_params_default(self) -> Any:
         """Return the library's defaults."""
         return self._defaults("mtmd_context_params_default", self._fitting("mtmd_context_params_default", [_MTMD]))
+
+    def _load_backends(self) -> None:
+        """Load what computes, where it lies beside the library in files of its own, as in llama.cpp's releases."""
+        for path in (self._path, _in_folder(self._path.parent, "ggml")):
+            library = path and _opened(path)
+            if hasattr(library, "ggml_backend_load_all_from_path") and not library.ggml_backend_reg_count():
+                library.ggml_backend_load_all_from_path(os.fsencode(self._path.parent))
 
     def _symbol(self, name: str) -> Any:
         path = library_path("mtmd") if name.startswith("mtmd") else self._path

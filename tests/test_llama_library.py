@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,20 @@ def test_the_variable_goes_before_llama_cpp_python_and_that_before_xllamacpp(fre
     with pytest.raises(LibraryError, match="Neither llama-cpp-python nor xllamacpp is installed"):
         library_path("llama")
     assert not llama_library.is_installed()
+
+
+def test_what_computes_is_loaded_where_it_lies_in_files_of_its_own(fresh, tmp_path):
+    (tmp_path / "libggml.so").touch()
+    for name, built_in in (("releases", 0), ("a build in one piece", 3)):
+        loaded = []
+        ggml = SimpleNamespace(
+            ggml_backend_load_all_from_path=loaded.append, ggml_backend_reg_count=lambda count=built_in: count
+        )
+        fresh.setattr(llama_library, "_opened", lambda path, ggml=ggml: ggml if path.stem == "libggml" else object())
+        fresh.setattr(LlamaCpp, "_fitting", lambda *_: None)
+        fresh.setattr(llama_library, "library_path", lambda _: tmp_path / "libllama.so")
+        LlamaCpp()
+        assert loaded == ([] if built_in else [os.fsencode(tmp_path)]), name
 
 
 def test_structures_of_another_layout_are_refused(fresh):
