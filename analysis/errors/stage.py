@@ -24,7 +24,6 @@ from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.remote import EncoderChoice, StoredFiles
 from dynquant.encoding.stream import encoder_version, load_encoder
-from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
@@ -38,9 +37,7 @@ _FIRST_ROWS_ON_GPU = 512
 
 
 def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
-    """Write errors.json and errors.csv. Raises PlanError: the name of the CSV, which would replace the table."""
-    if options.output.suffix.lower() == ".csv":
-        raise PlanError(f"{options.output} is what the same table as CSV is called; name a .json file.")
+    """Write errors.json and errors.csv."""
     model = open_and_announce(options.model, session, base_gguf=options.table.base_gguf)
     stats = StatsFile(options.stats).of(model)
     return _measured(_meter(model, stats, options.table, session), stats, options.output, options.table, session)
