@@ -201,8 +201,12 @@ def test_a_file_in_a_folder_that_is_being_planned_is_not_written(small_moe, tmp_
             assert planning.poll() is None
             time.sleep(0.01)
         os.kill(planning.pid, signal.SIGSTOP)
-        for name in ("stats.safetensors", "errors.json"):
-            message = refused("calibrate", small_moe, "--calibration", text, "-o", tmp_path / "plan" / name)
+        stats = tmp_path / "plan" / "stats.safetensors"
+        for name, how in (
+            (stats.name, ("calibrate", small_moe, "--calibration", text)),
+            ("errors.json", ("analyze", small_moe, "--stats", stats)),
+        ):
+            message = refused(*how, "-o", tmp_path / "plan" / name)
             assert f"{name} is being written by process {planning.pid} on " in message
     finally:
         planning.kill()
