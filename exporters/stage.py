@@ -12,7 +12,7 @@ from dynquant.analysis.errors.stage import written_errors
 from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, statistics_at
-from dynquant.checkpoints.gguf_layout import recorded_encoder
+from dynquant.checkpoints.gguf_layout import mmproj_path, recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import mtp_layers
@@ -51,7 +51,8 @@ from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 from dynquant.storage.lock import locked
-from dynquant.storage.work_files import remove_work, work_path
+from dynquant.storage.resumable_output import unfinished
+from dynquant.storage.work_files import check_work, remove_work, work_path
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -206,6 +207,8 @@ def _check(options: ExportOptions) -> None:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
     if options.format == "gguf":
         check_ending(options.output, ".gguf", "--output")
+        check_work(options.output)
+        unfinished([mmproj_path(options.output)])
     else:
         check_folder_name(options.output, "--output")
     if options.mmproj_type is not None and options.format != "gguf":
@@ -299,6 +302,7 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
 def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
     path, output = options.file, options.output
+    check_work(output)
     file = GGUFSource(path)
     check_is_not_read(output, file.files)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")

@@ -17,7 +17,7 @@ from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter, schem
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sampling import Sampling
-from dynquant.analysis.errors.sums import ErrorJournal
+from dynquant.analysis.errors.sums import ErrorJournal, journal_path
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.stage import StatsFile
@@ -31,6 +31,7 @@ from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES
 from dynquant.resources import chosen_device
 from dynquant.running.cluster import StoredModel, open_ray
 from dynquant.session import SILENT, Session
+from dynquant.storage.journal import Journal
 
 _FIRST_ROWS_ON_GPU = 512
 """Rows of a tensor that are measured first; encoding a few takes a GPU as long."""
@@ -38,9 +39,15 @@ _FIRST_ROWS_ON_GPU = 512
 
 def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
     """Write errors.json and errors.csv."""
+    check_table_name(options.output)
     model = open_and_announce(options.model, session, base_gguf=options.table.base_gguf)
     stats = StatsFile(options.stats).of(model)
     return _measured(_meter(model, stats, options.table, session), stats, options.output, options.table, session)
+
+
+def check_table_name(path: Path) -> None:
+    """Raise WriteError, before any work, for something else that has the name of the journal of a table at `path`."""
+    Journal(journal_path(path)).check_own()
 
 
 def error_table(model: Model, stats: StatsFile, path: Path, options: TableOptions, session: Session) -> ErrorTable:

@@ -122,12 +122,13 @@ def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
 @contextmanager
 def _nothing_left_of_a_refusal(folder: Path) -> Iterator[None]:
     """Context manager: an error before anything was measured leaves the folder as it was before the release."""
-    is_begun = (folder / RECORD_NAME).is_file()
+    is_begun, had_work = (folder / RECORD_NAME).is_file(), (folder / WORK_NAME).exists()
     try:
         yield
     except DynquantError:
         if not is_begun and not (folder / WORK_NAME / STATS_NAME).is_file():
-            shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+            if not had_work:
+                shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
             (folder / RECORD_NAME).unlink(missing_ok=True)
             with suppress(OSError):  # something else is in it
                 folder.rmdir()

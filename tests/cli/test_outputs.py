@@ -71,7 +71,9 @@ def test_every_option_is_known_as_path_or_word():
         "export {m} --preset iq2_xxs -o {t}/h.gguf",
         "export {m} --preset f16 --base-gguf {t}/mmproj-text.gguf -o {t}/text.gguf",
         "compare {m} --presets f16,q4_k --text {t}/text.txt -o {t}/c",
+        "compare {m} --presets f16,q8 --text {t}/text.txt -o {t}/c",
         "compare-encoders {m} --presets r --text {t}/text.txt -o {t}/c",
+        "compare-encoders {m} --presets s --variants dynquant+tune --text {t}/text.txt -o {t}/c",
         "export {m} --plan {t}/plan.json -o {t}/plan.json",
         "export {m} --preset f16 --stats {t}/s -o {t}/s",
         "export {m} --preset f16 -f safetensors -o {m}",
@@ -103,7 +105,8 @@ def test_what_is_read_is_never_overwritten(arguments, model, tmp_path):
     for name in (
         "text.txt", "i.gguf", "s", "plan.json", "g.gguf", "p-00001-of-00002.gguf", "p-00002-of-00002.gguf", "e.csv",
         "text.csv", "hessians.safetensors", "own/x-text.safetensors", "page/report.html", "mmproj-text.gguf",
-        "h.hessians.safetensors", "c/q4_k.gguf", "c/r-dynquant+tune.gguf",
+        "h.hessians.safetensors", "c/q4_k.gguf", "c/r-dynquant+tune.gguf", "c/plan-at-q8.gguf",
+        "c/s-dynquant.gguf",
     ):  # fmt: skip
         (tmp_path / name).write_text(f"content of {name}")
     (tmp_path / "into").symlink_to(model)
@@ -278,6 +281,34 @@ def test_every_output_has_one_writer(arguments, small_moe, tmp_path, holder):  #
     message = refused(*(word.format(m=small_moe, t=tmp_path, o=tmp_path / "out") for word in arguments.split()))
     assert f"{output} is being written by process {process.pid} on " in message
     assert [path.name for path in tmp_path.iterdir()] == [f".{output.name}.lock"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("export {m} --preset f16 -o {t}/o.gguf", "o.gguf.partial"),
+        ("export {m} --preset f16 -o {t}/o.gguf --no-resume", "o.gguf.journal"),
+        ("export {m} --preset f16 -o {t}/o.gguf", "mmproj-o.gguf.partial"),
+        ("export {m} --preset iq2_xxs -o {t}/o.gguf", ".o.gguf.written.safetensors"),
+        ("export {m} --preset f16 -o {t}/o.gguf", ".o.gguf.lock"),
+        ("export {m} --preset f16 --split-max-size 20MB -o {t}/o.gguf", "o-00002-of-00002.gguf.partial"),
+        ("export {m} --preset f16 -f safetensors -o {t}/o", "o/model.safetensors.partial"),
+        ("export {m} --preset f16 -f safetensors -o {t}/o", "o/model-00001-of-00002.safetensors"),
+        ("export {m} --preset uniform-w8a16 -f compressed-tensors -o {t}/o", ".o.partial/config.json"),
+        ("tune {t}/none.gguf --reference {m} -o {t}/o.gguf", "o.gguf.journal"),
+        ("analyze {m} --stats {t}/none -o {t}/o.json", "o.json.journal"),
+        ("plan {m} -o {t}/o", "o/errors.json.journal"),
+        ("plan {m} --for vllm -o {t}/o", "o/serving_errors.json.journal"),
+        ("calibrate {m} --max-memory 4GB -o {t}/o.safetensors", ".o.safetensors.streaming/notes"),
+        ("calibrate {m} --max-memory 4GB --spill {t}/s -o {t}/o.safetensors", "s/.o.safetensors.streaming/notes"),
+    ],
+)
+def test_what_has_the_name_of_a_work_file_is_refused_and_stays(arguments, name, small_moe, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_text("mine")
+    message = refused(*(word.format(m=small_moe, t=tmp_path) for word in arguments.split()))
+    assert str(tmp_path / name).startswith(message.removeprefix("error: ").split(" ")[0])
+    assert contents(tmp_path) == {tmp_path / name: b"mine"}
 
 
 @pytest.mark.parametrize(
