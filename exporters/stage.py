@@ -51,7 +51,6 @@ from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 from dynquant.storage.lock import locked
-from dynquant.storage.resumable_output import unfinished
 from dynquant.storage.work_files import check_work, remove_work, work_path
 
 PROCESS_BYTES = 1 << 30
@@ -207,8 +206,8 @@ def _check(options: ExportOptions) -> None:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
     if options.format == "gguf":
         check_ending(options.output, ".gguf", "--output")
-        check_work(options.output)
-        unfinished([mmproj_path(options.output)])
+        for file in (options.output, mmproj_path(options.output)):
+            check_work(file)
     else:
         check_folder_name(options.output, "--output")
     if options.mmproj_type is not None and options.format != "gguf":

@@ -29,10 +29,10 @@ from dynquant.storage.lock import is_lock, locked
 from dynquant.storage.resumable_output import unfinished
 
 _OF_SPLIT = r"-\d{5}-of-\d{5}"
-WRITTEN, FOLDER, STREAMING = "written.safetensors", "partial", "streaming"
+WRITTEN, STAGING, STREAMING = "written.safetensors", "partial", "streaming"
 _KIND = (
     rf"(untuned|tuned)-[0-9a-f]{{12}}({_OF_SPLIT})?\.gguf(\.journal|\.partial)?|asymmetric-[0-9a-f]{{12}}|"
-    rf"{re.escape(WRITTEN)}|{FOLDER}|{STREAMING}"
+    rf"{re.escape(WRITTEN)}|{STAGING}|{STREAMING}"
 )
 _JOURNALS = ("*.journal", "progress.jsonl", "run.json")
 """Names of journals in folders of work."""
@@ -89,7 +89,7 @@ def _is_own(path: Path, kind: str) -> bool:
     """Return whether something with the hidden name of a work file, `.NAME.` before its kind, is ours."""
     if path.is_symlink():
         return True  # what it leads to stays
-    if kind in (FOLDER, STREAMING):
+    if kind in (STAGING, STREAMING):
         return _is_own_folder(path)
     if kind.endswith(".lock"):
         return is_lock(path)
