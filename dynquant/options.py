@@ -5,7 +5,8 @@
 `cli/terminal/parameters.py` turns such fields into parameters of a command, so that a flag, its default and its help
 stand once.
 A field without a `Flag` is for callers in Python; a field that is itself such a dataclass shows its fields, or those
-that `Only` names. `Options`, their base, checks numbers for the command line and for callers in Python alike.
+that `Only` names. `Options`, their base, checks numbers and names of outputs for the command line and for callers in
+Python alike.
 """
 
 import reprlib
@@ -23,6 +24,12 @@ from dynquant.resources import parse_size, parse_tokens
 
 LARGEST = 2**31 - 1
 """Largest number of an option without a maximum of its own, and of a C int, which counts tokens in llama.cpp."""
+
+_FILE_ENDINGS = frozenset({
+    ".bin", ".csv", ".dat", ".gguf", ".gz", ".html", ".json", ".jsonl", ".md", ".npz", ".parquet", ".pt", ".pth",
+    ".safetensors", ".txt", ".zip",
+})  # fmt: skip
+"""Ends of names, in lower case, that are of files; `.5` of `model-2.5` is no such."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,54 @@ class Flag:
         raise OptionError(f"{self.option(field)} {reprlib.repr(value)} is out of range; give {allowed}.")
 
 
+@dataclass(frozen=True)
+class Writes:
+    """Note on the path of an output: no other process writes it meanwhile, and it is none of what the command reads."""
+
+    kind: Literal["file", "folder", "new folder", "either"] = "file"
+    """A folder may hold inputs, too; a new folder is deleted and made again."""
+    unless: str = ""
+    """Parameter under which the command does not write it."""
+    beside: Callable[[Path, Mapping[str, Any]], Iterable[Path]] = lambda output, typed: ()
+    """Names the files that may be written beside it, or into it, by what was typed: they are guarded alike."""
+    reuses: tuple[str, ...] = ()
+    """Parameters that may name such a file, which is then left as it is."""
+    ending: str = ""
+    """The end of names of such files; another is refused."""
+
+    def check_name(self, output: Path, option: str) -> None:
+        """Raise OptionError for the name of a file where a folder is written, or of anything but such a file."""
+        if self.ending:
+            check_ending(output, self.ending, option)
+        if self.kind.endswith("folder"):
+            check_folder_name(output, option)
+
+
+def check_ending(output: Path, ending: str, option: str) -> None:
+    """Raise OptionError, with a name that would do, for one that does not end as such files do, or is of a folder."""
+    if output.is_dir():
+        raise OptionError(f"{output} ({option}) is a directory; give the name of the {ending} file to write.")
+    if output.suffix == ending:
+        return
+    if not output.suffix:
+        raise OptionError(
+            f"{output} ({option}) is to be a file, and its name reads like that of a folder. Give one that ends in "
+            f"{ending}, as {output / 'NAME'}{ending}."
+        )
+    is_known = output.suffix.lower() in _FILE_ENDINGS
+    name = output.with_suffix(ending) if is_known else output.with_name(output.name + ending)
+    raise OptionError(f"{output} ({option}) does not end in {ending}, as such files do; name it {name}.")
+
+
+def check_folder_name(output: Path, option: str) -> None:
+    """Raise OptionError for a folder, not there yet, that would have the name of a file."""
+    if output.suffix.lower() in _FILE_ENDINGS and not output.is_dir():
+        raise OptionError(
+            f"{output} ({option}) has the name of a file, and a folder is written. Give a name without "
+            f"{output.suffix}, as {output.with_suffix('')}."
+        )
+
+
 _TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 
 
@@ -94,7 +149,8 @@ def typed_fields(names: Iterable[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Options:
-    """Base of options dataclasses: whoever makes one, numbers lie in the ranges of their flags."""
+    """Base of options dataclasses: whoever makes one, numbers lie in the ranges of their flags, and outputs have names
+    of what they are."""
 
     _typed = frozenset[str]()  # no field: names of fields that stood on the command line, be it with their defaults
     _filled = frozenset[str]()  # no field: names of fields whose values are those of an effort
@@ -105,6 +161,9 @@ class Options:
             value = getattr(self, name)
             if flag.min is not None and value is not None:
                 flag.check(value, name, is_whole=int in (kind, *get_args(kind)))
+        for name, (flag, writes) in _outputs(type(self)).items():
+            if (output := getattr(self, name)) is not None:
+                writes.check_name(output, flag.option(name))
 
     def changed(self, *names: str) -> list[str]:
         """Return the flags of fields, among these or all, that were typed or have another value than their default."""
@@ -150,6 +209,17 @@ def flags(options: type) -> dict[str, tuple[Any, Flag]]:
     return shown
 
 
+@cache
+def _outputs(options: type) -> dict[str, tuple[Flag, Writes]]:
+    """Return flag and note of each field that is an output."""
+    noted = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        writes = next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Writes)), None)
+        if writes is not None:
+            noted[name] = flags(options)[name][1], writes
+    return noted
+
+
 def shown_values(options: Options) -> Iterator[tuple[Flag, str, Any, bool]]:
     """Yield flag, its name on the command line, value, and whether it was asked for, of options and nested ones."""
     shown = flags(type(options))
@@ -189,22 +259,6 @@ class Former:
     """Note on an option: a name that it had before, or that others have for the same; it works and is not shown."""
 
     name: str
-
-
-@dataclass(frozen=True)
-class Writes:
-    """Note on the path of an output: no other process writes it meanwhile, and it is none of what the command reads."""
-
-    kind: Literal["file", "folder", "new folder", "either"] = "file"
-    """A folder may hold inputs, too; a new folder is deleted and made again."""
-    unless: str = ""
-    """Parameter under which the command does not write it."""
-    beside: Callable[[Path, Mapping[str, Any]], Iterable[Path]] = lambda output, typed: ()
-    """Names the files that may be written beside it, or into it, by what was typed: they are guarded alike."""
-    reuses: tuple[str, ...] = ()
-    """Parameters that may name such a file, which is then left as it is."""
-    ending: str = ""
-    """The end of names of such files; a name without one is refused, since a folder was meant."""
 
 
 MODEL_HELP = "Hugging Face directory or hub id, or a .gguf file."

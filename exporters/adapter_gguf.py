@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from dynquant import __version__
-from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import AdapterError
-from dynquant.exporters.gguf import check_output
 from dynquant.families.common.config import Config, quantization_of, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.strided_maps import RowBlock, StridedMap, row_blocks
@@ -103,10 +102,9 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     Raises:
         AdapterError: no LoRA adapter, one of another model, or one that llama.cpp would not apply whole.
         CheckpointError: a base of an architecture that dynquant does not know.
-        ExportError: an output that is no GGUF file, or cannot be written.
+        WriteError: the output cannot be written.
     """
     adapter, output = Path(adapter), Path(output)
-    check_output(output)
     saved = SavedAdapter(adapter)
     model = _open_base(saved, Path(base or saved.config.base_model_name_or_path or ""))
     adapted = {_parameter_of(saved, weight, model): weight for weight in saved.weights}
@@ -120,7 +118,7 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
 
 
 def _open_base(saved: SavedAdapter, path: Path) -> _Base:
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         source = GGUFSource(path)
         try:
             return _of_family(path, config_from_gguf(source), whole_kv_b="blk.0.attn_kv_b.weight" in source.names())
@@ -226,7 +224,7 @@ def _check_whole_weights(saved: SavedAdapter, base: _Base) -> None:
     Only an original checkpoint can tell; beside a packed one, copies that PEFT makes unasked pass, and what
     `modules_to_save` lists counts as trained.
     """
-    if base.path.suffix == ".gguf" or quantization_of(base.path):
+    if is_gguf(base.path) or quantization_of(base.path):
         trained = next(iter(saved.whole), None)
     elif saved.copies or saved.whole:
         source = SafetensorsSource(base.path)

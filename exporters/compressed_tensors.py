@@ -29,7 +29,7 @@ from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.resources import free_memory
 from dynquant.session import Progress
-from dynquant.storage.work_files import work_path
+from dynquant.storage.work_files import STAGING, check_folder, work_path
 from dynquant.workers import side_by_side
 
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
@@ -55,7 +55,7 @@ def export_compressed_tensors(
         tensors_of_checkpoint(checkpoint, schemes_of(plan)), shard_max_bytes or directory.SHARD_BYTES
     )
     documents = _documents(encoding, checkpoint, shards)
-    staging = work_path(output, "partial")
+    staging = work_path(output, STAGING)
     if staging.is_symlink():
         staging.unlink()  # files there are not ours to replace
     places, header_hash = directory.places_of(staging, documents, shards), directory.files_hash(documents, shards)
@@ -81,9 +81,11 @@ def export_compressed_tensors(
 
 
 def check_is_free(output: Path) -> None:
-    """Raise ExportError for an output that exists."""
+    """Raise ExportError for an output that exists, and WriteError for something else where it would be prepared."""
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
+    if not (staging := work_path(output, STAGING)).is_symlink():
+        check_folder(staging)
 
 
 def encode_layer(

@@ -129,18 +129,8 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout
     return files if split_max_bytes is None else lay_out(split_max_bytes=split_max_bytes)
 
 
-def check_output(output: Path, read: Iterable[Path] = ()) -> None:
-    """Refuse a name that is none of a GGUF file, or that of a file which is `read`, before any work. Raises
-    ExportError."""
-    if output.is_dir():
-        raise ExportError(f"{output} is a directory; give the name of the .gguf file to write.")
-    if not output.suffix:
-        raise ExportError(
-            f"{output} (--output) reads like the name of a folder, and a GGUF file is written. Give a name that ends "
-            f"in .gguf, as {output / 'model.gguf'}."
-        )
-    if output.suffix != ".gguf":
-        raise ExportError(f"The output {output} does not end in .gguf, which llama.cpp expects; name it {output}.gguf.")
+def check_is_not_read(output: Path, read: Iterable[Path]) -> None:
+    """Raise ExportError, before any work, for a file that is `read`."""
     if output.exists() and any(output.samefile(file) for file in read):
         raise ExportError(f"{output} is the model that is being read; export to another name.")
 

@@ -33,6 +33,7 @@ from dynquant.packed.places import Layout, build_meta_model, build_meta_vision, 
 from dynquant.packed.traced_places import lay_out_traced, recorded
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import empty_hf
+from dynquant.storage.journal import Journal
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
 _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
@@ -89,8 +90,14 @@ def export_safetensors(
 
 
 def _check_is_free(output: Path) -> None:
-    """Raise ExportError for a directory that holds a checkpoint which was not packed here."""
-    if (output / "config.json").is_file() and quantization_of(output).get("quant_method") != "dynquant":
+    """Raise ExportError for a directory that holds a checkpoint, or weights, which were not packed here."""
+    weights = [path for path in output.glob("model*") if _WEIGHTS_NAME.fullmatch(path.name)]
+    is_unfinished = any(Journal(path).identity is not None for path in output.glob("*.journal"))
+    if (output / "config.json").is_file():
+        is_own = quantization_of(output).get("quant_method") == "dynquant"
+    else:
+        is_own = is_unfinished or not weights
+    if not is_own:
         raise ExportError(
             f"{output} holds another checkpoint, whose weights and config.json would be replaced. Export to a new "
             "directory."

@@ -12,7 +12,7 @@ from dynquant.analysis.errors.stage import written_errors
 from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, statistics_at
-from dynquant.checkpoints.gguf_layout import recorded_encoder
+from dynquant.checkpoints.gguf_layout import mmproj_path, recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import mtp_layers
@@ -25,7 +25,7 @@ from dynquant.evaluation.agreement.same_computation import SameComputation, chec
 from dynquant.exporters.asymmetric.stream import asymmetric
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, obstacle, tune_file, tune_options
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
-from dynquant.exporters.gguf import check_output, check_parts, export_gguf, with_mmproj_type
+from dynquant.exporters.gguf import check_is_not_read, check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.modelfile import write_modelfile
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
 from dynquant.exporters.output import Encoding, Exported
@@ -39,6 +39,7 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import MIX, pack_windows, read_text
+from dynquant.options import check_ending, check_folder_name
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, plan_of_rest, uniform_schemes
 from dynquant.recipes.folder import load_super_weights, stats_of_plan
@@ -50,7 +51,7 @@ from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 from dynquant.storage.lock import locked
-from dynquant.storage.work_files import remove_work, work_path
+from dynquant.storage.work_files import check_work, remove_work, work_path
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -183,7 +184,7 @@ def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tupl
         mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
         model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
     if options.format == "gguf":
-        check_output(options.output, getattr(model.source, "files", ()))
+        check_is_not_read(options.output, getattr(model.source, "files", ()))
     folder = None if options.plan is None else options.plan.parent
     if plan is not None and folder is not None:
         model = open_pruned(model, plan.pruned, folder, session)
@@ -203,11 +204,12 @@ def _check(options: ExportOptions) -> None:
         raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
     if options.format not in FORMATS:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
-    if options.format != "gguf" and options.output.suffix.lower() in (".gguf", ".safetensors"):
-        raise ExportError(
-            f"--format {options.format} writes a directory, and {options.output} (--output) has the name of a file. "
-            "Give another name, or another --format."
-        )
+    if options.format == "gguf":
+        check_ending(options.output, ".gguf", "--output")
+        for file in (options.output, mmproj_path(options.output)):
+            check_work(file)
+    else:
+        check_folder_name(options.output, "--output")
     if options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
     if options.modelfile and (options.format != "gguf" or options.split_max_size):
@@ -299,8 +301,9 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
 def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
     path, output = options.file, options.output
+    check_work(output)
     file = GGUFSource(path)
-    check_output(output, file.files)
+    check_is_not_read(output, file.files)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     model = open_language_model(options.reference, session)
     check_original(path, model)

@@ -33,6 +33,6 @@ class AnalyzeOptions(Options):
     output: Annotated[
         Path,
         Flag("Where errors.json (and errors.csv) go.", ("-o", "--output")),
-        Writes(beside=lambda output, typed: [table_beside(output)]),
+        Writes(beside=lambda output, typed: [table_beside(output)], ending=".json"),
     ] = Path(ERRORS_NAME)
     table: TableOptions = field(default_factory=TableOptions)

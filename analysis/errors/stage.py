@@ -17,14 +17,13 @@ from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter, schem
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sampling import Sampling
-from dynquant.analysis.errors.sums import ErrorJournal
+from dynquant.analysis.errors.sums import ErrorJournal, journal_path
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.remote import EncoderChoice, StoredFiles
 from dynquant.encoding.stream import encoder_version, load_encoder
-from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
@@ -32,18 +31,23 @@ from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES
 from dynquant.resources import chosen_device
 from dynquant.running.cluster import StoredModel, open_ray
 from dynquant.session import SILENT, Session
+from dynquant.storage.journal import Journal
 
 _FIRST_ROWS_ON_GPU = 512
 """Rows of a tensor that are measured first; encoding a few takes a GPU as long."""
 
 
 def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
-    """Write errors.json and errors.csv. Raises PlanError: the name of the CSV, which would replace the table."""
-    if options.output.suffix.lower() == ".csv":
-        raise PlanError(f"{options.output} is what the same table as CSV is called; name a .json file.")
+    """Write errors.json and errors.csv."""
+    check_table_name(options.output)
     model = open_and_announce(options.model, session, base_gguf=options.table.base_gguf)
     stats = StatsFile(options.stats).of(model)
     return _measured(_meter(model, stats, options.table, session), stats, options.output, options.table, session)
+
+
+def check_table_name(path: Path) -> None:
+    """Raise WriteError, before any work, for something else that has the name of the journal of a table at `path`."""
+    Journal(journal_path(path)).check_own()
 
 
 def error_table(model: Model, stats: StatsFile, path: Path, options: TableOptions, session: Session) -> ErrorTable:

@@ -124,6 +124,11 @@ def _of_rows(rows: torch.Tensor, metric: torch.Tensor, samples: torch.Tensor | N
 Sums = Mapping[str, ErrorSums]  # type -> sums of the same experts
 
 
+def journal_path(table: Path) -> Path:
+    """Return the name of the journal of an unfinished table."""
+    return table.with_name(f"{table.name}.journal")
+
+
 class ErrorJournal(Journal):
     """The journal of an unfinished table, which is to be written to `table_path`.
 
@@ -138,10 +143,11 @@ class ErrorJournal(Journal):
 
     Raises:
         PlanError: the journal cannot be written.
+        WriteError: something else has its name.
     """
 
     def __init__(self, table_path: Path, identity: Mapping[str, str]) -> None:
-        super().__init__(table_path.with_name(f"{table_path.name}.journal"))
+        super().__init__(journal_path(table_path))
         self._parts: dict[tuple[str, int, int], Sums] = {}
         records = self.records if self.belongs_to(identity) else []  # of the interrupted run
         with self._refusing():

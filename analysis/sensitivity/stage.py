@@ -3,7 +3,6 @@
 The model is loaded whole where it fits, and streamed layer by layer where it does not or a limit is given.
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +27,8 @@ from dynquant.running.streaming.stream_memory import (
 )
 from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import Session
+from dynquant.storage.journal import Journal
+from dynquant.storage.work_files import check_folder, remove_folder
 
 PROBE_TOKENS = 4096  # tokens of the backward pass that measures sensitivities
 
@@ -78,10 +79,16 @@ def run_probe(
 
 @contextmanager
 def _scratch(directory: Path) -> Iterator[Path]:
-    """Context manager: yields an empty directory that is deleted on exit."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    """Context manager: yields a directory for work that is deleted on exit, as is what a kill has left of it.
+
+    Raises:
+        WriteError: something else has its name.
+    """
+    check_folder(directory)
+    remove_folder(directory)
     try:
+        with Journal(directory / "run.json") as journal:
+            journal.start({"run": "probe"}, ())
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_folder(directory)

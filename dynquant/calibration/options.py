@@ -129,7 +129,9 @@ class CalibrateOptions(Options):
     base_gguf: BaseGguf = None
     allow_difference: AllowDifference = False
     imatrix: Annotated[Path | None, Flag("Import a llama.cpp imatrix GGUF instead of running the model.")] = None
-    imatrix_out: Annotated[Path | None, Flag("Also write the statistics as a llama.cpp imatrix GGUF."), Writes()] = None
+    imatrix_out: Annotated[
+        Path | None, Flag("Also write the statistics as a llama.cpp imatrix GGUF."), Writes(ending=".gguf")
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,6 @@ After each stage its statistics and the hidden states that it left are on the di
     states-00008.bin, gradients-00007.bin
 """
 
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -39,7 +38,7 @@ from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
 from dynquant.storage.file_names import path_beside
 from dynquant.storage.journal import Journal, Record
-from dynquant.storage.work_files import work_path
+from dynquant.storage.work_files import STREAMING, check_folder, remove_folder, work_path
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def calibrate_streamed(
         "dtype": str(streaming.dtype), "device": streaming.device, "hessians": options.hessians,
         "hessian_bytes": options.hessian_bytes,
     }  # fmt: skip
-    directory = work_path((streaming.spill or output.parent) / output.name, "streaming")
+    directory = work_path((streaming.spill or output.parent) / output.name, STREAMING)
     journal = _journal_in(directory, identity)
     run = _Run(stream, collector, split, journal)
     first_stage = len(journal.records)
@@ -91,7 +90,7 @@ def calibrate_streamed(
         run.all_stages(progress)
     calibration = run.join(output, options.hessians, first_stage)
     journal.close()
-    shutil.rmtree(directory)
+    remove_folder(directory)
     return calibration
 
 
@@ -100,12 +99,11 @@ def _journal_in(directory: Path, identity: dict[str, object]) -> Journal:
     try:
         if directory.is_symlink():
             directory.unlink()  # it would be emptied
-        directory.mkdir(parents=True, exist_ok=True)
+        check_folder(directory)
         journal = Journal(directory / "progress.jsonl")
         if not journal.belongs_to(identity):
-            for file in directory.iterdir():
-                file.unlink()
-            journal.remove()
+            remove_folder(directory)
+            journal.records = []
         journal.start(identity, takewhile(_is_stage, journal.records))
     except OSError as error:
         raise StatsError(

@@ -20,7 +20,7 @@ from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.resources import count_mapped
 
-_SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
+_SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 
 
 class GGUFSource:
@@ -102,6 +102,11 @@ class GGUFSource:
         self._file_of[name] = number
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a file has the name of a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
 def read_split(path: Path) -> list[GGUFHeader]:
     """Read the headers of a GGUF file, or of all files of a split when given the first.
 
@@ -138,7 +143,7 @@ def split_files(path: Path) -> list[Path]:
     stem, number, count = match[1], int(match[2]), int(match[3])
     if not 1 <= number <= count:
         raise CheckpointError(f"{path} is named as part {number} of {count}, which cannot be; check the file name.")
-    files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}{match[4]}") for i in range(1, count + 1)]
     if number != 1:
         raise CheckpointError(f"{path} is part {number} of a split GGUF; give the first part, {files[0].name}.")
     return files

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gguf
 
-from dynquant.checkpoints.gguf_source import read_split
+from dynquant.checkpoints.gguf_source import is_gguf, read_split
 from dynquant.checkpoints.published.packed_parts import CompressedMatrix, packed_tensors
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, checkpoint_spans, read_weight_map
@@ -107,9 +107,9 @@ def inspect(path: str | Path) -> FileSummary:
         CheckpointError: nothing is there, or a file is truncated, corrupt or of another kind.
     """
     path = Path(path)
-    if path.suffix == ".gguf" and not (path / "config.json").is_file():
+    if is_gguf(path) and not (path / "config.json").is_file():
         return _inspect_gguf(path)
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix.lower() == ".safetensors" and path.is_file():
         summary = _inspect_safetensors(path.parent, spans_of(path))
         return replace(summary, fault=_of_several(path) or summary.fault)
     if path.is_dir():

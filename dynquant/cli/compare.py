@@ -34,14 +34,25 @@ Keep = Annotated[bool, Flag("Keep the exported files.")]
 
 
 def _in_comparison(output: Path, typed: Mapping[str, Any]) -> list[Path]:
-    files = [output / f"{recipe}.gguf" for recipe in typed["presets"].split(",")]
+    files = [
+        output / _file_name(f"{prefix}{recipe}")
+        for prefix in ("", PLAN_PREFIX)
+        for recipe in typed["presets"].split(",")
+    ]
     return [*files, output / "compare.json", output / "compare.md", *files_of_plan(output / "plan")]
 
 
 def _in_comparison_of_encoders(output: Path, typed: Mapping[str, Any]) -> list[Path]:
-    names = product(typed["presets"].split(","), typed["variants"].split(","))
+    encoders = {variant.removesuffix(TUNED) for variant in typed["variants"].split(",")}
+    variants = sorted(f"{encoder}{tuned}" for encoder in encoders for tuned in ("", TUNED))  # a tuned one is from both
+    names = product(typed["presets"].split(","), variants)
     stats, files = output / STATS_NAME, [output / f"{recipe}-{variant}.gguf" for recipe, variant in names]
     return [*files, output / "encoders.json", output / "encoders.md", stats, *files_beside(stats)]
+
+
+def _file_name(name: str) -> str:
+    """Return the name of the file of a row of a comparison."""
+    return f"{name.replace(' ', '-')}.gguf"
 
 
 _COMPARISON = Writes("folder", beside=_in_comparison)
@@ -233,7 +244,7 @@ def _measure_plan(name: str, target: Target, options: CompareOptions, results: _
         (target,),
         results.session,
     )
-    file = options.output / f"{name.replace(' ', '-')}.gguf"
+    file = options.output / _file_name(name)
     path = folder / f"{file.stem}.plan.json"
     plan.save(path)
     results.export(file, options.encoder, plan=path)

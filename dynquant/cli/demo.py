@@ -1,5 +1,6 @@
 """Commands about the installation: `dynquant demo` and `dynquant fetch-llama-cpp`."""
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -8,18 +9,23 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.errors import OptionError
-from dynquant.options import Writes
+from dynquant.options import Flag, Options, Writes
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.file_names import files_of_plan
 
 
-def demo(
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    """The folder of a demonstration."""
+
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Directory for everything the demo makes."),
+        Flag("Directory for everything the demo makes.", ("-o", "--output")),
         Writes("folder", beside=lambda output, typed: [output / "eval.json", *files_of_plan(output / "plan")]),
-    ] = Path("demo-out"),
-) -> None:
+    ] = Path("demo-out")
+
+
+def demo(options: DemoOptions) -> None:
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""
     from dynquant.analysis.report.stage import write_plan_report
     from dynquant.analysis.report.tables import evaluation_table
@@ -34,7 +40,8 @@ def demo(
     from dynquant.planning.options import PlanOptions
     from dynquant.planning.stage import make_plan
 
-    session, folder = console.session(), output / "plan"
+    session, output = console.session(), options.output
+    folder = output / "plan"
     with resources.as_file(resources.files("dynquant") / "data") as data:
         model = str(data / "textbook-moe-16m")
         plan = make_plan(PlanOptions(model=model, output=folder, calibration=CalibrationOptions(tokens=16384)), session)

@@ -1,13 +1,12 @@
 """`dynquant eval`, and its tables."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from dynquant.cli.terminal import console
 from dynquant.evaluation.options import EvalOptions
-from dynquant.options import Former, Only, Writes
+from dynquant.options import Flag, Former, Only, Options, Writes
 from dynquant.session import Session
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.file_names import PLAN_NAME, REPORT_NAME
@@ -16,15 +15,22 @@ if TYPE_CHECKING:
     from dynquant.evaluation.report import EvalReport, PictureReport
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions(Options):
+    """The file of a result."""
+
+    output: Annotated[
+        Path | None,
+        Flag("Also write the result to this JSON file.", ("-o", "--output")),
+        Writes(ending=".json"),
+        Former("--json"),
+    ] = None
+
+
 def evaluate(
     options: EvalOptions,
     session: Annotated[Session, Only(("device", "threads", "seed"))],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Also write the result to this JSON file."),
-        Writes(),
-        Former("--json"),
-    ] = None,
+    result: ResultOptions,
 ) -> None:
     """Compare a quantized model with its original: KL divergence, perplexity, multiple choice; before and after.
 
@@ -40,9 +46,9 @@ def evaluate(
 
     report = compare(options, session)
     print_report(report)
-    if output is not None:
-        write_atomically(output, report.to_json())
-        console.note(f"wrote {output}")
+    if result.output is not None:
+        write_atomically(result.output, report.to_json())
+        console.note(f"wrote {result.output}")
     candidate = Path(options.candidate)
     directory = candidate if candidate.is_dir() else candidate.parent
     if all((directory / name).is_file() for name in (REPORT_NAME, PLAN_NAME)):

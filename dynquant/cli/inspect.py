@@ -1,6 +1,6 @@
 """`dynquant inspect`, `fit`, `recipe`, `diff` and `measure-machine`: the commands that look and make no model."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +8,7 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.parameters import AsJson
-from dynquant.options import MODEL_HELP, Writes
+from dynquant.options import MODEL_HELP, Flag, Options, Writes
 from dynquant.planning.options import FitOptions
 from dynquant.resources import human_bytes
 
@@ -137,11 +137,16 @@ def _placed(placement: "Placement", options: FitOptions) -> dict[str, object]:
     return asdict(placement) | totals | {"flags": placement.flags(options.kv_type)}
 
 
-def measure_machine(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the machine file goes."), Writes()] = Path(
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(Options):
+    """The file of what a machine does in a second."""
+
+    output: Annotated[Path, Flag("Where the machine file goes.", ("-o", "--output")), Writes(ending=".json")] = Path(
         "machine.json"
-    ),
-) -> None:
+    )
+
+
+def measure_machine(options: MachineOptions) -> None:
     """Measure this machine's CPU and disk for `plan --config-only DIR --machine FILE`: some minutes.
 
     Example: dynquant measure-machine -o machine.json
@@ -150,8 +155,8 @@ def measure_machine(
 
     with console.stage_progress("Nothing is kept: the measurement begins anew.") as progress:
         machine = measure(progress)
-    machine.save(output)
-    console.note(f"wrote {output}: {machine.name}, {machine.threads} threads")
+    machine.save(options.output)
+    console.note(f"wrote {options.output}: {machine.name}, {machine.threads} threads")
 
 
 def recipe(

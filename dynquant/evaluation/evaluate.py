@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dynquant.checkpoints.gguf_layout import mmproj_path
+from dynquant.checkpoints.gguf_source import is_gguf
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.encoding.store import ENCODED_NAME, open_store
@@ -41,7 +42,7 @@ from dynquant.evaluation.tasks.generation import Continuations, Prompts, check_f
 from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.families.common.settings import settings_note
 from dynquant.families.model_kind import check_same_kind, difference_of_kind
-from dynquant.families.open import is_gguf, locate_model, open_model, settings_of
+from dynquant.families.open import locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
@@ -381,12 +382,11 @@ class _Run:
 
 
 def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:
+    weights = [file for file in model_files(info.path) if is_gguf(file) or file.suffix == ".safetensors"]
     return reports.ModelIdentity(
         name=info.path.name,
         runner=info.kind,
-        file_bytes=sum(
-            file.stat().st_size for file in model_files(info.path) if file.suffix in {".gguf", ".safetensors"}
-        ),
+        file_bytes=sum(file.stat().st_size for file in weights),
         fingerprint=model_fingerprint(info.path),
     )
 
@@ -466,7 +466,7 @@ def _picture_candidate(
 ) -> Iterator[tuple[runners.PictureRunner, int]]:
     """Context manager: yields the running candidate and its bytes; a plan turns the original itself into it."""
     path = Path(options.candidate)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         mmproj = options.mmproj or mmproj_path(path)
         if not mmproj.is_file():
             raise EvaluationError(f"There is no {mmproj}, and {path.name} alone sees no pictures; give --mmproj FILE.")

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.llama_cpp import (
     IsDone,
@@ -34,7 +34,7 @@ from dynquant.evaluation.llama_cpp import (
 )
 from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
 from dynquant.families.from_gguf import NotUnderstoodError
-from dynquant.families.open import is_gguf, open_model
+from dynquant.families.open import open_model
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, neighbours_that, tree_batch
 from dynquant.inputs.model_inputs import Batch

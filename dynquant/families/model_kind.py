@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError, DynquantError
 from dynquant.families.common.config import read_json
 from dynquant.families.common.settings import settings_of_metadata
 from dynquant.families.converter.description import describe
 from dynquant.families.converter.source_tree import find_tree
-from dynquant.families.open import is_gguf
 from dynquant.families.text.registry import FAMILIES
 from dynquant.families.vision.checkpoint import has_tower
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import gguf
 
-from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField, split_files
+from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField, is_gguf, split_files
 from dynquant.checkpoints.model import Model, PrunedExperts
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource, refuse_quantized
 from dynquant.checkpoints.tensor_source import TensorSource
@@ -216,11 +216,6 @@ def _check_small_files(directory: Path) -> None:
             f"{config} names {weights!r:.200} as the weights that transformers reads (`transformers_weights`); "
             f"dynquant reads {SINGLE_NAME} or {INDEX_NAME}. Rename the file, and take the entry out of config.json."
         )
-
-
-def is_gguf(path: Path) -> bool:
-    """Return whether a file has the name of a GGUF file."""
-    return path.suffix.lower() == ".gguf"
 
 
 def check_original(path: Path, original: Model, option: str = "--reference") -> None:

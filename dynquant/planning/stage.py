@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dynquant.analysis.errors.options import DEFAULT_TYPES, TableOptions
-from dynquant.analysis.errors.stage import error_table, scheme_table
+from dynquant.analysis.errors.stage import check_table_name, error_table, scheme_table
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import write_token_errors
 from dynquant.analysis.sensitivity.stage import run_probe
@@ -77,6 +77,7 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     """
     target, directory, path = targets[0], options.output, options.output / file_names.ERRORS_NAME
     search = None if target.has_types else _search_of(options)  # before hours of measuring
+    check_table_name(path)
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
     if target.vision != "auto" and not model.has_vision:
         raise PlanError(f"--vision {target.vision} would do nothing: {model.name} has no vision tower. Leave it out.")
@@ -163,6 +164,7 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     """Choose a scheme for every linear layer; return the plan, and leave the table of their errors in the folder."""
     _check_vllm(options)
     target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
+    check_table_name(path)
     schemes = tuple(vllm_scheme(name).name for name in target.types) or _readable_schemes(session)
     whole, places = open_language_model(str(options.model), session), (target.tensor_parallel, target.group_size)
     if gone := options.prune_experts:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from dynquant.checkpoints.gguf_source import is_gguf
 from dynquant.errors import HubError, hub_failures
 from dynquant.publishing.options import CARD_NAME, PLOT_NAME, RECORD_NAME, REPORTS_NAME
 from dynquant.publishing.record import Release
@@ -49,7 +50,7 @@ def recipe_file(path: Path) -> Iterator[Path]:
     if path.exists():
         yield path
         return
-    if path.is_absolute() or len(path.parts) < 3 or path.suffix != ".gguf":
+    if path.is_absolute() or len(path.parts) < 3 or not is_gguf(path):
         raise HubError(
             f"--like {path} is no file here, and of the Hub a file is needed as OWNER/REPO/FILE.gguf: a repository has "
             "many recipes."

@@ -122,15 +122,21 @@ def release(options: ReleaseOptions, session: Session = SILENT) -> Released:
 @contextmanager
 def _nothing_left_of_a_refusal(folder: Path) -> Iterator[None]:
     """Context manager: an error before anything was measured leaves the folder as it was before the release."""
-    is_begun = (folder / RECORD_NAME).is_file()
+    is_begun, work = (folder / RECORD_NAME).is_file(), folder / WORK_NAME
+    before = {*work.iterdir()} if work.is_dir() else set()
     try:
         yield
     except DynquantError:
-        if not is_begun and not (folder / WORK_NAME / STATS_NAME).is_file():
-            shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+        if not is_begun and not (work / STATS_NAME).is_file():
+            for path in {*work.iterdir()} - before if work.is_dir() else ():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
             (folder / RECORD_NAME).unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it
-                folder.rmdir()
+            for each in (work, folder):
+                with suppress(OSError):  # something else is in it
+                    each.rmdir()
         raise
 
 

@@ -58,20 +58,38 @@ def load_super_weights(path: Path) -> SuperWeights:
 
 def save_plan(plan: Plan, path: Path, session: Session) -> None:
     """Write plan.json; one of another request that was there stays beside it, named by that, and the note says so."""
-    try:
-        former = read_document(path, Plan, "a plan", "") if path.is_file() else plan
-    except PlanError:  # damaged, or of another version
-        former = plan
-    if (former.recipe, former.target) != (plan.recipe, plan.target):
-        kept = _kept(former, path)
-        is_usable = former.stats_hash == plan.stats_hash
-        also = (
-            "`export --plan` takes it as well"
-            if is_usable
-            else "its statistics were replaced, so it cannot be exported"
-        )
-        session.note(f"{path} was the plan of {former.recipe}, which is kept as {kept}; {also}")
+    former = _read(path)
+    if former is not None and (former.recipe, former.target) != (plan.recipe, plan.target):
+        note = f"{path} was the plan of {former.recipe}, which is kept as {_kept(former, path)}"
+        is_usable = former.stats_hash in (None, plan.stats_hash)
+        session.note(f"{note}; `export --plan` takes it as well" if is_usable else note)
     plan.save(path)
+    if plan.stats_hash is not None:
+        note_lost_plans(path.parent, plan.stats_hash, session, before=former and former.stats_hash)
+
+
+def note_lost_plans(folder: Path, stats_hash: str, session: Session, *, before: str | None) -> None:
+    """Say which plans of a folder cannot be exported any more, now that its statistics are those of this hash.
+
+    `before` is the hash of those that were there, None where it is not known; plans of yet others were told earlier.
+    """
+    plans = {path.name: _read(path) for path in sorted({*folder.glob(PLAN_NAME), *folder.glob(f"*.{PLAN_NAME}")})}
+    hashes = {name: plan.stats_hash for name, plan in plans.items() if plan is not None}
+    lost = [name for name, of in hashes.items() if of not in (None, stats_hash) and before in (None, of)]
+    if lost:
+        it, were = ("they", "were") if len(lost) > 1 else ("it", "was")
+        session.note(
+            f"{', '.join(lost)} in {folder} {were} made from the statistics that were there before, so {it} cannot be "
+            "exported; plan again for the same request"
+        )
+
+
+def _read(path: Path) -> Plan | None:
+    """Return the plan of a file; None without one, or for one that is damaged or of another version."""
+    try:
+        return read_document(path, Plan, "a plan", "") if path.is_file() else None
+    except PlanError:
+        return None
 
 
 def _kept(plan: Plan, path: Path) -> Path:

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynquant.checkpoints.gguf_source import is_gguf
 from dynquant.checkpoints.inspect import TensorRecord, inspect
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
@@ -38,7 +39,7 @@ def read_types(path: Path) -> TypeList:
         PlanError: not a plan.
         CheckpointError: a GGUF that is missing, damaged, or holds types of a fork of llama.cpp.
     """
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         summary = inspect(path)
         if fault := summary.fault or fault_of(path):
             about = f"{path} is not a whole model: what lacks is in no recipe and no difference. {fault}"

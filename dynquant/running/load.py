@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.published.packed_parts import has_known_schemes
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
@@ -25,7 +25,6 @@ from dynquant.errors import CheckpointError
 from dynquant.families.common.config import names_value, quantization_of, refused_value
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.from_gguf import NotUnderstoodError, config_from_gguf
-from dynquant.families.open import is_gguf
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files

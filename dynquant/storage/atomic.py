@@ -67,8 +67,9 @@ def writing(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_folder(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
-    """Context manager: yields an empty folder beside `path`, and moves it there on exit; one that is there stays.
+def writing_folder(path: Path, way_out: str = _WAY_OUT, *, replace: bool = False) -> Iterator[Path]:
+    """Context manager: yields an empty folder beside `path`, and moves it there on exit; one that is there stays, or is
+    replaced.
 
     Raises:
         WriteError: no space, no permission, or a parent that is no directory.
@@ -77,6 +78,8 @@ def writing_folder(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        if replace and path.exists():
+            shutil.rmtree(path)
         if not path.exists():
             try:
                 temporary.rename(path)

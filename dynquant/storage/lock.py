@@ -1,6 +1,7 @@
 """One writer an output: a lock file beside it, which the system unlocks when its process ends, however it ends."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ def locked(output: Path) -> Iterator[None]:
     killed process left is taken over. File systems without locks have none.
 
     Raises:
-        WriteError: another process holds the lock; or nothing can be written there.
+        WriteError: another process holds the lock; something else has its name; or nothing can be written there.
     """
     path = output.resolve() if os.path.isdir(output) else output.parent.resolve() / output.name
     if path in _held:
@@ -67,6 +68,11 @@ def _acquired(path: Path) -> tuple[Path, int]:
         try:
             _lock(descriptor)
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                if not is_lock(file):
+                    raise WriteError(
+                        f"{file} is in the way: {path} is locked by a file of this name, and it holds something else, "
+                        "which would be lost. Move it, or give another name for the output."
+                    )
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, _this_process().encode())
                 return file, descriptor
@@ -81,6 +87,13 @@ def _acquired(path: Path) -> tuple[Path, int]:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def is_lock(file: Path) -> bool:
+    """Return whether a file is a lock, or empty."""
+    with file.open("rb") as opened:
+        start = opened.read(_OWNER_BYTES)
+    return not start or re.match(rb"process \d+ on ", start) is not None
 
 
 def _this_process() -> str:

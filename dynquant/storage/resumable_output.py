@@ -8,8 +8,8 @@ order of regions; a journal beside them names each region whose bytes have reach
     {"sealed": true}                            every region is there; files are being moved to their names
 
 A restart checks the bytes of journaled spans against their hashes and writes only regions that they do not cover, so
-that it may divide the files into other regions. The journal goes last: a kill between two renames is finished by the
-next run.
+that it may divide the files into other regions. The journal comes first, which makes NAME.partial ours, and goes last:
+a kill between two renames is finished by the next run.
 """
 
 import errno
@@ -17,14 +17,14 @@ import hashlib
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from dynquant.errors import ExportError
-from dynquant.storage.journal import Journal, Record, differing_key, write_all
+from dynquant.storage.journal import Journal, Record, differing_key, holds_something, in_the_way, write_all
 from dynquant.storage.lock import locked
 
 
@@ -49,6 +49,7 @@ class ResumableOutput:
     Raises:
         ExportError: an interrupted run with another identity, too little free space, or a directory that cannot be
             written to.
+        WriteError: another process writes it, or something else has the name of a partial file or of the journal.
     """
 
     def __init__(
@@ -56,15 +57,14 @@ class ResumableOutput:
     ) -> None:
         self.paths, self._sizes = list(files), list(files.values())
         self._regions = dict(regions)
-        self._partials = [path.with_name(f"{path.name}.partial") for path in files]
+        self._partials = [_partial(path) for path in files]
         self.finished: set[str] = set()
         """Names of the regions that need not be written again."""
         self._files: dict[int, BinaryIO] = {}
         self._lock = ExitStack()
         self._lock.enter_context(locked(self.paths[0]))
-        # Bytes that lost their line are written again, so that a line need not wait for the disk.
-        self._journal = Journal(self.paths[0].with_name(f"{self.paths[0].name}.journal"), sync=False)
         try:
+            self._journal = unfinished(self.paths)
             if not resume:
                 self.discard()
             self._open(dict(identity))
@@ -163,18 +163,21 @@ class ResumableOutput:
         self.finished = self._covered(intact)
         self._check_space()
         fresh = [path for path in self._partials if not path.exists()]
+        is_new = self._journal.identity is None
         try:
+            records = [_record(span, digest) for span, digest in intact.items()]
+            self._journal.start(identity, records + [{"sealed": True}] * is_sealed)
             for index, partial in enumerate(self._partials):
                 if index not in moved:
                     mode = "r+b" if partial.exists() else "x+b"
                     self._files[index] = open(partial, mode, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
                     self._files[index].truncate(self._sizes[index])
-            records = [_record(span, digest) for span, digest in intact.items()]
-            self._journal.start(identity, records + [{"sealed": True}] * is_sealed)
         except OSError as error:
             self.close()
             for path in fresh:
                 path.unlink(missing_ok=True)
+            if is_new:
+                self._journal.remove()
             raise ExportError(
                 f"{self.paths[0]} cannot be created: {error.strerror}. Choose a directory with space that can be "
                 "written to."
@@ -236,6 +239,25 @@ class ResumableOutput:
             f"{self._partials[0].name} and {self._journal.path.name}; {self._missing_bytes:,} bytes are missing. "
             "Repair the cause and run the same command again to go on, or delete these files."
         )
+
+
+def unfinished(files: Sequence[Path]) -> Journal:
+    """Return the journal of an unfinished output of these files, which need not be there.
+
+    Raises:
+        WriteError: something else has its name, or that of a partial file.
+    """
+    # Bytes that lost their line are written again, so that a line need not wait for the disk.
+    journal = Journal(files[0].with_name(f"{files[0].name}.journal"), sync=False)
+    journal.check_own()
+    for partial in map(_partial, files) if journal.identity is None else ():
+        if holds_something(partial):
+            raise in_the_way(partial)
+    return journal
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f"{file.name}.partial")
 
 
 def _bounds(region: Region) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dynquant.checkpoints.gguf_source import is_gguf
 from dynquant.errors import CheckpointError, TrainingError
 from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model
 from dynquant.families.common.config import quantization_of
-from dynquant.families.open import is_gguf
 from dynquant.packed.layers import PackedModule, choose_layout
 from dynquant.registration import QUANT_METHOD
 from dynquant.running.load import load_tokenizer

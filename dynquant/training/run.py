@@ -14,11 +14,12 @@ from pydantic import Field
 from dynquant import __version__
 from dynquant.analysis.plots.style import plot_settings, save_figure
 from dynquant.analysis.plots.training import draw_training
-from dynquant.errors import ExportError, TrainingError, WriteError
+from dynquant.errors import TrainingError, WriteError
 from dynquant.evaluation.statistics import Estimate
-from dynquant.storage.atomic import write_atomically
+from dynquant.storage.atomic import write_atomically, writing_folder
 from dynquant.storage.documents import FrozenRecord
 from dynquant.storage.journal import Journal, differing_key
+from dynquant.storage.work_files import check_folder, remove_folder, remove_work
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "training.json"
@@ -73,7 +74,7 @@ class RunDirectory:
 
     Raises:
         TrainingError: an unfinished run of another identity, or an output that is no adapter of an earlier run.
-        WriteError: the directory cannot be made.
+        WriteError: the directory cannot be made, or something else has its name.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, object], *, resume: bool) -> None:
@@ -85,9 +86,10 @@ class RunDirectory:
                 f"{output} exists and is not the adapter of an earlier run (it has no {REPORT_NAME}); it is left "
                 "alone. Choose another output directory."
             )
+        check_folder(self.checkpoints)
         with Journal(self.checkpoints / "run.json") as journal:
             if not resume or journal.identity is None or self.last_checkpoint() is None:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                remove_folder(self.checkpoints)
             elif key := differing_key(journal.identity, self.identity):
                 old, new = journal.identity.get(key, "nothing"), self.identity.get(key, "nothing")
                 raise TrainingError(
@@ -116,22 +118,12 @@ class RunDirectory:
         `measure` is what the losses are, with its unit.
         """
         report = TrainingReport(identity=self.identity, **fields)
-        partial = self.output.with_name(f".{self.output.name}.partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save(partial)
-            _write_report(partial, report, measure)
-            if self.output.exists():
-                shutil.rmtree(self.output)
-            partial.rename(self.output)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ExportError(
-                f"The adapter could not be written to {self.output}: {error.strerror or error}. Free some space and "
-                "run the same command again: checkpoints are kept."
-            ) from error
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        way_out = "Free some space and run the same command again: checkpoints are kept."
+        with writing_folder(self.output, way_out, replace=True) as folder:
+            save(folder)
+            _write_report(folder, report, measure)
+        remove_folder(self.checkpoints)
+        remove_work(self.output)
         return report
 
 

@@ -144,7 +144,7 @@ def asymmetric(encoding: Encoding, tokens: int, output: Path) -> Iterator[Encodi
     count = min(len(windows), -(-tokens // windows.shape[1]))
     digest = hashlib.sha256(json.dumps(encoding.identity("any")).encode()).hexdigest()[:12]
     directory = work_path(output, f"asymmetric-{digest}")
-    for other in output.parent.glob(f".{glob.escape(output.name)}.asymmetric-*"):  # of a call with other options
+    for other in output.parent.glob(f".{glob.escape(output.name)}.asymmetric-{'[0-9a-f]' * 12}"):  # with other options
         if other != directory or not encoding.resume:
             shutil.rmtree(other, ignore_errors=True)
     make_directory(directory)

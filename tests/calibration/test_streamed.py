@@ -332,6 +332,7 @@ def test_hidden_states_of_an_interrupted_run_go_when_a_run_without_a_limit_ends(
         for name in (".s.safetensors.streaming", ".other.safetensors.streaming"):
             (folder / name).mkdir(parents=True)
             (folder / name / "states").write_text("of gigabytes")
+            (folder / name / "progress.jsonl").write_text('{"identity": {}}\n')
     (tmp_path / ".s.hessians.safetensors.0123abcd.partial").write_text("a part")
     run_calibration(moe_model, CalibrationOptions(spill=tmp_path / "spill", **OPTIONS), tmp_path / "s.safetensors")
     left = {path.name for path in tmp_path.iterdir()}

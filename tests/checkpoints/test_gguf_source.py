@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
 from tests.helpers.gguf_writing import finish
@@ -69,6 +69,16 @@ def test_one_expert_is_the_slice_of_the_whole(valid, name):
     for expert in range(4):
         assert torch.equal(source.load(name, expert), source.load(name)[expert])
         assert torch.equal(source.load_packed(name, expert), source.load_packed(name)[expert])
+
+
+def test_endings_in_capitals_are_of_gguf_files_too(tmp_path):
+    write_gguf(tmp_path / "split.gguf", split=True)
+    parts = sorted(tmp_path.iterdir())
+    names = GGUFSource(parts[0]).names()
+    files = [path.rename(path.with_suffix(".GGUF")) for path in parts]
+    assert len(files) > 1 and is_gguf(files[0])
+    source = GGUFSource(files[0])
+    assert source.names() == names and list(source.files) == files
 
 
 def test_metadata_keeps_its_types_and_leaves_out_the_header(valid):

@@ -355,7 +355,7 @@ def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, 
         (("export", small_moe, "--preset", "uniform-q8_0", "-f", "safetensors", "-o", damaged), "another checkpoint"),
         (("calibrate", small_moe, "--tokens", 600, "-o", damaged / "model.safetensors"), "no earlier result"),
         (("calibrate", small_moe, "--tokens", 600, "-o", damaged / "config.json"), "no earlier result"),
-        (("analyze", small_moe, "--stats", stats, "-o", tmp_path / "errors.csv"), "name a .json file"),
+        (("analyze", small_moe, "--stats", stats, "-o", tmp_path / "errors.csv"), "does not end in .json"),
     ):
         assert words in refused(*arguments)
     assert (damaged / "model.safetensors").read_bytes() == weights

@@ -19,7 +19,7 @@ from dynquant.errors import OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.families.open import open_model
-from dynquant.options import Flag, command_words
+from dynquant.options import Flag, Writes, command_words
 from dynquant.planning.options import PlanOptions
 from dynquant.resources import parse_size, parse_tokens
 from dynquant.session import Session
@@ -71,7 +71,9 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
         line += ["--bpw", "3"] if command == "release" else []
         for other, (required, of_other) in shown(command).items():
             if other != name and (required.default is Parameter.empty or other == "output"):
-                place = "8GB" if of_other and of_other.is_size else str(tmp_path / f"{other}.file")
+                notes = get_args(required.annotation)
+                ending = next((note.ending for note in notes if isinstance(note, Writes)), "") or ".file"
+                place = "8GB" if of_other and of_other.is_size else str(tmp_path / f"{other}{ending}")
                 line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
         with pytest.raises(Exception) as refusal:
             COMMANDS[command].main(line, standalone_mode=False)
@@ -194,7 +196,9 @@ def test_every_option_that_counts_tokens_takes_them_by_the_thousand(tmp_path):
     ],
 )
 def test_options_that_would_do_nothing_are_refused(line, tmp_path):
-    output = [] if "--config-only" in line or line.startswith("eval") else ["-o", tmp_path / "out.file"]
+    command, *_ = line.split()
+    ending = {"calibrate": ".safetensors", "export": ".gguf" * ("-f" not in line)}.get(command, "")
+    output = [] if "--config-only" in line or command == "eval" else ["-o", tmp_path / f"out{ending}"]
     said = refused(*line.split(), *output)
     option = next(word for word in reversed(line.split()) if word.startswith("--"))
     assert said.startswith(f"error: {option} would do nothing: ") and not list(tmp_path.iterdir())

@@ -9,6 +9,10 @@ from typing import get_args
 
 import pytest
 
+from dynquant.errors import OptionError
+from dynquant.exporters.options import TuneFileOptions
+from dynquant.options import Writes
+from dynquant.planning.options import PlanOptions
 from dynquant.storage.atomic import save_tensors
 from tests.helpers.commands import command, linked_copy, refused, run, succeed
 from tests.storage.test_lock import holder  # noqa: F401
@@ -67,7 +71,9 @@ def test_every_option_is_known_as_path_or_word():
         "export {m} --preset iq2_xxs -o {t}/h.gguf",
         "export {m} --preset f16 --base-gguf {t}/mmproj-text.gguf -o {t}/text.gguf",
         "compare {m} --presets f16,q4_k --text {t}/text.txt -o {t}/c",
+        "compare {m} --presets f16,q8 --text {t}/text.txt -o {t}/c",
         "compare-encoders {m} --presets r --text {t}/text.txt -o {t}/c",
+        "compare-encoders {m} --presets s --variants dynquant+tune --text {t}/text.txt -o {t}/c",
         "export {m} --plan {t}/plan.json -o {t}/plan.json",
         "export {m} --preset f16 --stats {t}/s -o {t}/s",
         "export {m} --preset f16 -f safetensors -o {m}",
@@ -99,7 +105,8 @@ def test_what_is_read_is_never_overwritten(arguments, model, tmp_path):
     for name in (
         "text.txt", "i.gguf", "s", "plan.json", "g.gguf", "p-00001-of-00002.gguf", "p-00002-of-00002.gguf", "e.csv",
         "text.csv", "hessians.safetensors", "own/x-text.safetensors", "page/report.html", "mmproj-text.gguf",
-        "h.hessians.safetensors", "c/q4_k.gguf", "c/r-dynquant+tune.gguf",
+        "h.hessians.safetensors", "c/q4_k.gguf", "c/r-dynquant+tune.gguf", "c/plan-at-q8.gguf",
+        "c/s-dynquant.gguf",
     ):  # fmt: skip
         (tmp_path / name).write_text(f"content of {name}")
     (tmp_path / "into").symlink_to(model)
@@ -111,11 +118,67 @@ def test_what_is_read_is_never_overwritten(arguments, model, tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("arguments", ["calibrate {m} -o {t}/made/", "export {m} --preset f16 -o {t}/made/"])
-def test_a_file_with_the_name_of_a_folder_is_refused(arguments, model, tmp_path):
-    message = refused(*arguments.format(m=model, t=tmp_path).split())
-    assert "reads like" in message and re.search(r"made/\w+\.(gguf|safetensors)", message)
-    assert not (tmp_path / "made").exists()
+@pytest.mark.parametrize(
+    ("arguments", "ending"),
+    [
+        ("calibrate {m} -o {o}", ".safetensors"),
+        ("calibrate {m} -o {t}/s.safetensors --imatrix-out {o}", ".gguf"),
+        ("analyze {m} --stats {t}/s.safetensors -o {o}", ".json"),
+        ("eval {m} --reference {m} --text {t}/text.txt -o {o}", ".json"),
+        ("export {m} --preset f16 -o {o}", ".gguf"),
+        ("tune {m} --reference {m} -o {o}", ".gguf"),
+        ("export-adapter {m} -o {o}", ".gguf"),
+        ("measure-machine -o {o}", ".json"),
+    ],
+)
+def test_a_file_has_the_ending_of_its_kind(arguments, ending, small_moe, tmp_path):
+    def said(output):
+        places = {"m": small_moe, "t": tmp_path, "o": tmp_path / output}
+        return refused(*(word.format(**places) for word in arguments.split()))
+
+    for typed, advised in (("x.bin", f"x{ending}"), (f"x{ending.upper()}", f"x{ending}"), ("x-2.5", f"x-2.5{ending}")):
+        assert said(typed).endswith(f"does not end in {ending}, as such files do; name it {tmp_path / advised}.")
+    assert re.search(rf"reads like that of a folder.*made/NAME{ending}", said("made"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "plan {m} -o {o}",
+        "export {m} --preset f16 -f safetensors -o {o}",
+        "export {m} --preset f16 -f compressed-tensors -o {o}",
+        "release {m} -o {o} --bpw 3",
+        "finetune {m} --data {t}/text.txt -o {o}",
+        "heal {m} --reference {m} --data {t}/text.txt -o {o}",
+        "compare {m} --presets f16 --text {t}/text.txt -o {o}",
+        "compare-encoders {m} --presets f16 --text {t}/text.txt -o {o}",
+        "demo -o {o}",
+    ],
+)
+def test_a_folder_has_no_ending_of_a_file(arguments, small_moe, tmp_path):
+    for ending in (".json", ".GGUF"):
+        names = {"m": small_moe, "t": tmp_path, "o": tmp_path / f"plan-2.5{ending}"}
+        message = refused(*(word.format(**names) for word in arguments.split()))
+        assert message.endswith(f"Give a name without {ending}, as {tmp_path / 'plan-2.5'}.")
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_file_has_an_ending():
+    from dynquant.cli.app import app
+
+    for made in app.registered_commands:
+        notes = [note for hint in made.callback.__annotations__.values() for note in get_args(hint)]
+        assert all(note.ending for note in notes if isinstance(note, Writes) and note.kind == "file"), made.name
+
+
+def test_callers_in_python_hear_of_names_as_well(tmp_path):
+    with pytest.raises(OptionError, match=r"does not end in \.gguf"):
+        TuneFileOptions(file=tmp_path / "a.gguf", reference="model", output=tmp_path / "b.bin")
+    (tmp_path / "old.json").mkdir()
+    with pytest.raises(OptionError, match="has the name of a file"):
+        PlanOptions(model="model", output=tmp_path / "new.json")
+    assert PlanOptions(model="model", output=tmp_path / "old.json").output.is_dir(), "it is there, so it is meant"
 
 
 @pytest.mark.nightly
@@ -141,8 +204,12 @@ def test_a_file_in_a_folder_that_is_being_planned_is_not_written(small_moe, tmp_
             assert planning.poll() is None
             time.sleep(0.01)
         os.kill(planning.pid, signal.SIGSTOP)
-        for name in ("stats.safetensors", "errors.json"):
-            message = refused("calibrate", small_moe, "--calibration", text, "-o", tmp_path / "plan" / name)
+        stats = tmp_path / "plan" / "stats.safetensors"
+        for name, how in (
+            (stats.name, ("calibrate", small_moe, "--calibration", text)),
+            ("errors.json", ("analyze", small_moe, "--stats", stats)),
+        ):
+            message = refused(*how, "-o", tmp_path / "plan" / name)
             assert f"{name} is being written by process {planning.pid} on " in message
     finally:
         planning.kill()
@@ -192,28 +259,56 @@ def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):
     "arguments",
     [
         "plan {m} -o {o}",
-        "calibrate {m} -o {o}",
-        "calibrate {m} -o {t}/new.safetensors --imatrix-out {o}",
+        "calibrate {m} -o {o}.safetensors",
+        "calibrate {m} -o {t}/new.safetensors --imatrix-out {o}.gguf",
         "calibrate {m} -o {t}/new.safetensors --max-memory 4GB --spill {o}",
-        "analyze {m} --stats {t}/s -o {o}",
-        "eval {m} --reference {m} --text {t}/text.txt -o {o}",
+        "analyze {m} --stats {t}/s -o {o}.json",
+        "eval {m} --reference {m} --text {t}/text.txt -o {o}.json",
         "finetune {m} --data {t}/text.txt -o {o}",
         "heal {m} --reference {m} --data {t}/text.txt -o {o}",
-        "tune {t}/g.gguf --reference {m} -o {o}",
-        "export-adapter {t} -o {o}",
+        "tune {t}/g.gguf --reference {m} -o {o}.gguf",
+        "export-adapter {t} -o {o}.gguf",
         "compare {m} --presets f16 --text {t}/text.txt -o {o}",
         "compare-encoders {m} --presets f16 --text {t}/text.txt -o {o}",
-        "measure-machine -o {o}",
+        "measure-machine -o {o}.json",
         "demo -o {o}",
         "inspect {m} --json-progress {o}",
     ],
 )
 def test_every_output_has_one_writer(arguments, small_moe, tmp_path, holder):  # noqa: F811
-    output = tmp_path / "out.file"
+    output = tmp_path / f"out{arguments.rpartition('{o}')[2]}"
     process = holder(output)
-    message = refused(*(word.format(m=small_moe, t=tmp_path, o=output) for word in arguments.split()))
+    message = refused(*(word.format(m=small_moe, t=tmp_path, o=tmp_path / "out") for word in arguments.split()))
     assert f"{output} is being written by process {process.pid} on " in message
-    assert [path.name for path in tmp_path.iterdir()] == [".out.file.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".{output.name}.lock"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("export {m} --preset f16 -o {t}/o.gguf", "o.gguf.partial"),
+        ("export {m} --preset f16 -o {t}/o.gguf --no-resume", "o.gguf.journal"),
+        ("export {m} --preset f16 -o {t}/o.gguf", "mmproj-o.gguf.partial"),
+        ("export {m} --preset iq2_xxs -o {t}/o.gguf", ".o.gguf.written.safetensors"),
+        ("export {m} --preset f16 -o {t}/o.gguf", ".o.gguf.lock"),
+        ("export {m} --preset f16 --split-max-size 20MB -o {t}/o.gguf", "o-00002-of-00002.gguf.partial"),
+        ("export {m} --preset f16 -f safetensors -o {t}/o", "o/model.safetensors.partial"),
+        ("export {m} --preset f16 -f safetensors -o {t}/o", "o/model-00001-of-00002.safetensors"),
+        ("export {m} --preset uniform-w8a16 -f compressed-tensors -o {t}/o", ".o.partial/config.json"),
+        ("tune {t}/none.gguf --reference {m} -o {t}/o.gguf", "o.gguf.journal"),
+        ("analyze {m} --stats {t}/none -o {t}/o.json", "o.json.journal"),
+        ("plan {m} -o {t}/o", "o/errors.json.journal"),
+        ("plan {m} --for vllm -o {t}/o", "o/serving_errors.json.journal"),
+        ("calibrate {m} --max-memory 4GB -o {t}/o.safetensors", ".o.safetensors.streaming/notes"),
+        ("calibrate {m} --max-memory 4GB --spill {t}/s -o {t}/o.safetensors", "s/.o.safetensors.streaming/notes"),
+    ],
+)
+def test_what_has_the_name_of_a_work_file_is_refused_and_stays(arguments, name, small_moe, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_text("mine")
+    message = refused(*(word.format(m=small_moe, t=tmp_path) for word in arguments.split()))
+    assert str(tmp_path / name).startswith(message.removeprefix("error: ").split(" ")[0])
+    assert contents(tmp_path) == {tmp_path / name: b"mine"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dynquant.families.open import open_config
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
+from tests.helpers.commands import succeed
 
 
 def invoke(*arguments):
@@ -112,3 +113,12 @@ def test_a_plan_like_another_is_measured_and_exported_with_its_types(small_moe, 
     assert done.exit_code == 0, done.exception
     assert output.stat().st_size == plan.predicted_bytes
     assert {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(output).tensors} == dict(types(plan))
+
+
+def test_a_file_with_a_capital_ending_is_read_as_any(f32_moe, tmp_path):
+    lower, upper = tmp_path / "m.gguf", tmp_path / "m.GGUF"
+    lower.hardlink_to(f32_moe)
+    upper.hardlink_to(f32_moe)
+    for command in ("inspect", "fit", "recipe"):
+        assert succeed(command, upper).replace("m.GGUF", "m.gguf") == succeed(command, lower)
+    assert succeed("diff", lower, upper)

@@ -235,6 +235,13 @@ def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(tiny_moe, tmp_
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_a_refusal_leaves_a_folder_with_the_name_of_the_work_as_it_is(tiny_moe, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "notes").write_text("mine")
+    assert "bpw 0.2" in refused("release", tiny_moe, "--bpw", 0.2, "--tokens", 600, "-o", tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == ["work/notes"]
+
+
 def test_that_llama_cpp_is_missing_is_said_before_anything_is_planned(tiny_moe, text, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "llama_cpp", Mock(side_effect=LibraryError("Neither is installed.")))
     assert "Neither is installed." in refused("release", tiny_moe, "--bpw", 3, "--text", text, "-o", tmp_path / "out")

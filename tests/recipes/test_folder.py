@@ -5,6 +5,7 @@ import pytest
 from dynquant.recipes.folder import save_plan
 from dynquant.recipes.plan import Plan
 from dynquant.session import Session
+from tests.helpers.commands import succeed
 from tests.helpers.tiny_gguf import tiny_model, tiny_plan
 
 
@@ -43,10 +44,29 @@ def test_no_plan_that_was_kept_is_replaced(saved, tmp_path):
     assert Plan.load(tmp_path / "bpw-2.5-2.plan.json").predicted_kl == 0.5
 
 
-def test_a_plan_without_its_statistics_is_kept_and_told(saved, tmp_path):
-    saved("bpw 2", stats_hash="0" * 64)
-    assert "its statistics were replaced, so it cannot be exported" in saved("bpw 3", stats_hash="1" * 64)[0]
-    assert (tmp_path / "bpw-2.plan.json").is_file()
+def test_all_plans_whose_statistics_were_replaced_are_told_once(saved, tmp_path):
+    saved("bpw 1", stats_hash=None)  # needs none
+    saved("bpw 2", "bpw 3", "bpw 4", stats_hash="0" * 64)
+    kept, lost = saved("bpw 5", stats_hash="1" * 64)
+    assert kept.endswith(f"kept as {tmp_path / 'bpw-4.plan.json'}"), "of no use, so nothing is said of its use"
+    assert lost.startswith(f"bpw-2.plan.json, bpw-3.plan.json, bpw-4.plan.json in {tmp_path} were made from")
+    assert not saved("bpw 5", stats_hash="1" * 64)
+    assert not saved("bpw 5", stats_hash="2" * 64), "it is made anew, and the others were told"
+
+
+def test_plans_whose_request_is_planned_again_do_not_hide_the_others(saved):
+    saved("bpw 2", "bpw 3", stats_hash="0" * 64)
+    (lost,) = saved("bpw 3", stats_hash="1" * 64)
+    assert lost.startswith("bpw-2.plan.json in ") and "so it cannot be exported" in lost
+
+
+def test_calibrating_anew_tells_of_all_plans_in_the_folder(saved, small_moe, tmp_path):
+    saved("bpw 2", "bpw 3", stats_hash="0" * 64)
+    again = ("calibrate", small_moe, "--tokens", 600, "--window", 64, "--hessians", "none", "-o")
+    lost = f"bpw-2.plan.json, plan.json in {tmp_path} were made from the statistics that were there before"
+    assert lost in succeed(*again, tmp_path / "stats.safetensors")
+    assert "plan.json" not in succeed(*again, tmp_path / "stats.safetensors", "--seed", 1), "they were told"
+    assert "plan.json" not in succeed(*again, tmp_path / "others.safetensors")
 
 
 def test_plans_for_both_runtimes_and_of_long_requests_have_names(saved, tmp_path):

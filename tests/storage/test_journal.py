@@ -1,5 +1,8 @@
 """The journal of an unfinished run: kept, cut short, and of another run."""
 
+import pytest
+
+from dynquant.errors import WriteError
 from dynquant.storage.journal import Journal, differing_key
 
 IDENTITY = {"tokens": 8, "shape": (1, 2)}
@@ -35,8 +38,14 @@ def test_a_line_that_was_cut_short_does_not_count(tmp_path):
 
 def test_a_file_of_something_else_is_no_journal(tmp_path):
     for text in ("", "not a journal\n", "[1]\n", '{"identity": 3}\n', '{\n "indented": "json"\n}\n'):
-        (tmp_path / "journal").write_text(text)
-        assert Journal(tmp_path / "journal").identity is None
+        path = tmp_path / "journal"
+        path.write_text(text)
+        journal = Journal(path)
+        assert journal.identity is None
+        for change in (journal.remove, lambda journal=journal: journal.start(IDENTITY, ())) if text else ():
+            with pytest.raises(WriteError, match="is in the way"):
+                change()
+        assert path.read_text() == text
 
 
 def test_what_no_run_can_have_written_does_not_count(tmp_path):
@@ -48,6 +57,7 @@ def test_what_no_run_can_have_written_does_not_count(tmp_path):
         assert Journal(path).records == RECORDS[:1]
         path.write_text(line + "\n")
         assert Journal(path).identity is None
+        path.unlink()
 
 
 def test_differing_key():

@@ -10,6 +10,7 @@ import pytest
 
 from dynquant.errors import WriteError
 from dynquant.storage import lock
+from dynquant.storage.journal import Journal
 from dynquant.storage.lock import locked
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
@@ -85,6 +86,18 @@ def test_a_root_is_locked_within(tmp_path):
     assert file.name.endswith(".lock")
 
 
+def test_a_file_of_something_else_is_no_lock(tmp_path):
+    file = tmp_path / ".out.lock"
+    file.write_text("processes of which I keep a list")
+    with pytest.raises(WriteError, match=r"\.out\.lock is in the way"):
+        locked(tmp_path / "out").__enter__()
+    assert file.read_text() == "processes of which I keep a list"
+    file.write_bytes(b"")
+    with locked(tmp_path / "out"):
+        pass
+    assert not file.exists()
+
+
 def test_places_that_cannot_be_written_to_are_refused_with_the_reason(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=r"cannot be written: .*file is no directory"):
@@ -98,6 +111,10 @@ def test_a_link_at_the_name_of_a_partial_file_is_not_written_through(tmp_path, l
     precious, output = tmp_path / "precious", tmp_path / "out.bin"
     precious.write_bytes(b"keep")
     getattr(tmp_path / "out.bin.partial", link)(precious)
+    with pytest.raises(WriteError, match="is in the way"):
+        ResumableOutput({output: 4}, {"all": Region(0, 0, 4)}, {})
+    with Journal(tmp_path / "out.bin.journal") as journal:
+        journal.start({}, ())  # whoever put the link there, an export was interrupted
     with ResumableOutput({output: 4}, {"all": Region(0, 0, 4)}, {}) as target:
         target.write("all", b"data")
         target.commit()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
 from pathlib import Path
@@ -33,7 +33,7 @@ _MARKS = {
 """Bytes in files that dynquant wrote, by name or ending; those with other names are read before they are replaced."""
 _MARKED_BYTES = 1 << 26
 """More than the metadata of a GGUF file takes; a damaged file of ours has its mark, too."""
-_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
 
 
 class _Output(NamedTuple):
@@ -44,11 +44,11 @@ class _Output(NamedTuple):
 
 
 @contextmanager
-def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterator[None]:
+def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """Context manager: the outputs of a command with these values, and what is written beside them, are its own.
 
-    Raises:
-        WriteError: one of them is an input, too, or a file of another origin, or another process writes it.
+    Yields what locks them, once it is known that the values go together. Both raise WriteError: one of them is an
+    input, too, or a file of another origin, or another process writes it.
     """
     inputs: dict[Path, tuple[str, str]] = {}  # to the parameter and its flag
     outputs: list[_Output] = []
@@ -71,11 +71,16 @@ def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterat
     for output in outputs:
         _check(output, inputs)
     with ExitStack() as locks:
-        for output in outputs:
-            for path in (output.path, *output.beside):
-                locks.enter_context(locked(path))
-        console.open_json_lines()
-        yield
+
+        def lock() -> None:
+            for output in outputs:
+                for path in (output.path, *output.beside):
+                    locks.enter_context(locked(path))
+
+        if console.json_target is not None and console.json_target in (output.path for output in outputs):
+            locks.enter_context(locked(console.json_target))
+        console.open_json_lines()  # a refusal is told there, too
+        yield lock
 
 
 def _flag_of(parameter: Parameter) -> str:
@@ -108,11 +113,6 @@ def _check(output_of: _Output, inputs: Mapping[Path, tuple[str, str]]) -> None:
     is_file, is_folder = writes.kind == "file", writes.kind.endswith("folder")
     if (is_file and os.path.isdir(output)) or (is_folder and os.path.isfile(output)):
         raise WriteError(f"{output} ({flag}) is a {'directory' if is_file else 'file'}; give another name.")
-    if writes.ending and not output.suffix:
-        raise WriteError(
-            f"{output} ({flag}) is to be a file, and its name reads like that of a folder. Give one that ends in "
-            f"{writes.ending}, as {output / 'NAME'}{writes.ending}."
-        )
     if os.path.isdir(output) and not os.access(output, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise WriteError(f"{output} ({flag}) cannot be written: Permission denied. Choose another place.")
     if is_file and os.path.isfile(output) and _is_read(output, "--output"):
@@ -162,7 +162,7 @@ def _is_ours(path: Path) -> bool:
 def _parts(path: Path, *, whole: bool = False) -> list[Path]:
     """Return all parts of a split GGUF file of which this is one, or which this is the `whole` name of."""
     stem = _PART.sub("", path.name)
-    if path.suffix != ".gguf" or (stem == path.name and not whole) or not os.path.isdir(path.parent):
+    if path.suffix.lower() != ".gguf" or (stem == path.name and not whole) or not os.path.isdir(path.parent):
         return []
     return [file for file in path.parent.iterdir() if _PART.search(file.name) and _PART.sub("", file.name) == stem]
 

@@ -67,8 +67,10 @@ def from_options(function: Callable[..., None], *, writes: bool = True) -> Calla
     def command(invocation: typer.Context, **values: Any) -> None:
         sources = {name: invocation.get_parameter_source(name) for name in values}
         typed = Typed(values, {name for name, source in sources.items() if source and source.name == "COMMANDLINE"})
-        with guarded(parameters, values) if writes else nullcontext():
-            function(**{name: build(typed) for name, build in builds.items()})
+        with guarded(parameters, values) if writes else nullcontext(lambda: None) as lock:
+            arguments = {name: build(typed) for name, build in builds.items()}
+            lock()
+            function(**arguments)
 
     first = Parameter("invocation", Parameter.KEYWORD_ONLY, annotation=typer.Context)
     command.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]

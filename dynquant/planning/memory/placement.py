@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynquant.checkpoints.gguf_source import is_gguf
 from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.tensor_roles import Role, layer_of, mtp_layers
 from dynquant.errors import PlanError
@@ -118,7 +119,7 @@ def _opened(
 ) -> tuple["_File", int, tuple[int, int] | None]:
     """Return a file, the context, of its own where none is asked for, and what an installed llama.cpp reserves."""
     check_cache(kv_type)
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         raise PlanError(f"{path} is no GGUF file, which llama.cpp runs. Export the model first.")
     file = _File(path)
     context = context or min(_CONTEXT, file.trained_context or _CONTEXT)

@@ -9,6 +9,8 @@ import torch
 
 from dynquant.analysis.sensitivity import closed_form
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity
+from dynquant.analysis.sensitivity.stage import _scratch
+from dynquant.errors import WriteError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
@@ -131,3 +133,17 @@ def test_routed_experts_agree_with_scaled_noise_in_all_experts(loaded, sensitivi
         weight.copy_(kept)
     measured = float((before.exp() * (before - after)).sum(-1).mean())
     assert 0.5 < measured / (sensitivity["blk.2.ffn_down_exps.weight"] * RELATIVE) < 2.0
+
+
+def test_what_has_the_name_of_the_work_of_a_probe_stays(tmp_path):
+    folder = tmp_path / ".probe.streaming"
+    folder.mkdir()
+    (folder / "notes").write_text("mine")
+    with pytest.raises(WriteError, match=r"\.probe\.streaming is in the way"), _scratch(folder):
+        pass
+    assert (folder / "notes").read_text() == "mine"
+    (folder / "notes").rename(folder / "run.json")
+    (folder / "run.json").write_text('{"identity": {}}\n')  # of a run that was killed
+    with _scratch(folder) as scratch:
+        (scratch / "states").mkdir()
+    assert not folder.exists()
