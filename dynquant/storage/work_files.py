@@ -36,6 +36,7 @@ _KIND = (
 )
 _JOURNALS = ("*.journal", "progress.jsonl", "run.json")
 """Names of journals in folders of work."""
+_CARD_BYTES = 1024  # of a model card, with its tags
 _CUT_OFF = r"[0-9a-f]{8}\.partial"
 """The end of the name under which `atomic` writes a file."""
 
@@ -102,11 +103,21 @@ def _is_own(path: Path, kind: str) -> bool:
 
 
 def _is_own_folder(folder: Path) -> bool:
-    """Return whether a folder has a journal of ours, or holds nothing but files that a kill has cut off."""
+    """Return whether a folder has a journal of ours, is a finished checkpoint of ours that a kill kept from its name,
+    or holds nothing but files that a kill has cut off."""
     if not folder.is_dir():
         return False
     is_cut_off = re.compile(rf"\..*\.{_CUT_OFF}").fullmatch
-    return bool(_journals(folder)) or all(is_cut_off(path.name) for path in folder.iterdir())
+    return bool(_journals(folder)) or _has_card(folder) or all(is_cut_off(path.name) for path in folder.iterdir())
+
+
+def _has_card(folder: Path) -> bool:
+    """Return whether a model card in a folder has the tag of dynquant."""
+    try:
+        with (folder / "README.md").open("rb") as card:
+            return re.match(rb"---\n(?s:.*?)\btags:[^\n]*\bdynquant\b", card.read(_CARD_BYTES)) is not None
+    except OSError:
+        return False
 
 
 def _journals(folder: Path) -> list[Path]:

@@ -16,21 +16,24 @@ from dynquant.analysis.sensitivity.unit_kl import refine, unit_worth
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, calibrate
+from dynquant.checkpoints.gguf_layout import padded
 from dynquant.encoding.store import store_directory
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import PlanError, StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
+from dynquant.evaluation.statistics import Estimate
 from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
+from dynquant.planning import search as search_module
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import Rules, plan_types
 from dynquant.planning.search import _proposed, encoded_store
-from dynquant.planning.selection import Fit
+from dynquant.planning.selection import Candidate, Fit
 from dynquant.planning.stage import _check_runs, make_plan
 from dynquant.planning.target import Target
 from dynquant.running.linear_hooks import sampled_log_probability
@@ -291,6 +294,64 @@ def test_the_chosen_plan_has_the_lowest_kl_and_keeps_the_budget(moe_model, selec
     assert labels == {"closed-form", "fisher-probe", "unit-kl"}
     assert len(selection["checked"]) == 5
     assert -1 <= selection["rank_correlation"]["low"] <= selection["rank_correlation"]["value"] <= 1
+
+
+def test_a_large_tensor_is_moved_by_a_step_and_the_rest_pays_for_it(table, monkeypatch):
+    """The price of one large tensor keeps it precise; what is measured says that it should not be."""
+    monkeypatch.setattr(search_module, "_LARGE", 0.0)
+    name, rows = "token_embd.weight", table.tensors()
+    prices = {each: {row.type: Price(kl=1.0 / row.bytes, se=0.0) for row in of.values()} for each, of in rows.items()}
+    table = table.with_prices("unit-kl", prices)
+    levels = sorted(rows[name].values(), key=lambda row: row.bytes)
+    types = {each: min(of.values(), key=lambda row: row.bytes).type for each, of in rows.items()}
+    types[name] = levels[1].type
+
+    def size_of(types):
+        return sum(padded(rows[each][form].bytes) for each, form in types.items())
+
+    def choose(priced, floors):
+        chosen = plan_types(priced, size_of(types), Rules(floors=floors))
+        return {each: choice.type for each, choice in chosen.items()}
+
+    def candidate(label, types, _):
+        return Candidate(label=label, bytes=size_of(types), types=dict(types))
+
+    search = SimpleNamespace(chooser=choose, candidate=candidate)
+    best = candidate("unit-kl, no floors", types, None)
+    moved = {one.label: one for one in search_module._moved(search, table, best)}
+    smaller = moved[f"unit-kl, {name} in {levels[0].type}"]
+    assert smaller.types[name] == levels[0].type
+    assert size_of({**smaller.types, name: levels[1].type}) > best.bytes  # the rest has what it frees
+    assert all(one.bytes <= best.bytes and one.types != types for one in moved.values())
+
+
+def test_the_best_move_is_taken_and_priced_anew(table, monkeypatch):
+    plans = {label: {"a": label} for label in ("best", "moved", "after")}
+    kls = {"best": 3.0, "moved": 2.0, "after": 1.0}
+    priced = []
+
+    def candidate(label, types, prices):
+        return Candidate(label=label, bytes=1, predicted_kl=len(priced), types=types)
+
+    def scored(candidates, _):
+        estimates = {label: Estimate(value=kl, low=kl, high=kl) for label, kl in kls.items()}
+        return [one.model_copy(update={"kl": estimates[one.types["a"]]}) for one in candidates]
+
+    def refine(text, prices, choose, rounds, progress):
+        priced.append(choose(prices))
+        yield prices
+
+    monkeypatch.setattr(search_module, "refine", refine)
+    monkeypatch.setattr(search_module, "_moved", lambda *_: [candidate("unit-kl, a in moved", plans["moved"], None)])
+    scorer = SimpleNamespace(scored=scored, progress=ignore_progress)
+    search = SimpleNamespace(chooser=lambda *_, **__: plans["after"], candidate=candidate)
+    first = scored([candidate("closed-form", plans["best"], None)], "")
+    _, candidates = search_module._with_moves(search, table, first, scorer, object())
+    assert [one.kl.value for one in candidates] == [3.0, 2.0, 1.0] and priced == [plans["moved"]]
+    assert {one.predicted_kl for one in candidates} == {1.0}  # all by the new prices
+    kls["moved"] = 4.0
+    _, candidates = search_module._with_moves(search, table, first, scorer, object())
+    assert [one.kl.value for one in candidates] == [3.0, 4.0] and len(priced) == 1
 
 
 def test_the_frontier_falls_and_holds_the_recipes_in_its_range(selected):

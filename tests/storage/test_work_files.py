@@ -176,3 +176,15 @@ def test_a_folder_of_work_is_ours_by_its_journal_to_the_last(tmp_path, monkeypat
     folder.write_text("mine")
     with pytest.raises(WriteError, match=r"\.m\.training is in the way"):
         check_folder(folder)
+
+
+def test_a_finished_checkpoint_that_a_kill_kept_from_its_name_is_ours_by_its_card(tmp_path):
+    folder = tmp_path / ".out.partial"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    card = folder / "README.md"
+    card.write_text("---\nlibrary_name: transformers\ntags: [gguf, other]\n---\n# About dynquant\n")
+    with pytest.raises(WriteError, match="in the way"):
+        check_folder(folder)
+    card.write_text("---\nlibrary_name: transformers\ntags: [compressed-tensors, vllm, dynquant]\n---\n")
+    check_folder(folder)
