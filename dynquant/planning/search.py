@@ -360,9 +360,9 @@ def _with_moves(
     if winner not in moved or unit_text is None:
         return table, candidates
     (table,) = refine(unit_text, table, lambda _: dict(winner.types), 1, scorer.progress)
-    candidates = [search.candidate(one.label, one.types, table).model_copy(update=_scores(one)) for one in candidates]
+    candidates = [search.candidate(plan.label, plan.types, table).model_copy(update=_scores(plan)) for plan in candidates]
     types = search.chooser(table, floors=False)
-    if all(types != one.types for one in candidates):
+    if all(types != plan.types for plan in candidates):
         after = search.candidate(f"{UNIT_KL}, after the move", types, table)
         candidates += scorer.scored([after], "selecting by KL")
     return table, candidates
