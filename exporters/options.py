@@ -26,6 +26,8 @@ from dynquant.options import (
     TensorParallel,
     Window,
     Writes,
+    check_ending,
+    check_folder_name,
 )
 from dynquant.storage.file_names import STATS_NAME, files_beside
 
@@ -170,19 +172,22 @@ class ExportOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format == "compressed-tensors":
-            self.refuse_unused("it is for files of GGUF types.", "effort")
         fill(self, self.effort)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneFileOptions(Options):
-    """A quantized GGUF file, its original, and the text on which it is tuned."""
+    """A quantized file or checkpoint, its original, and the text on which it is tuned."""
 
-    file: Annotated[Path, Flag("A quantized .gguf file.", is_argument=True, show_default=False)]
+    file: Annotated[
+        Path,
+        Flag("A quantized .gguf file, or a compressed-tensors directory.", is_argument=True, show_default=False),
+    ]
     reference: Annotated[str, Flag("Its original: Hugging Face directory or hub id.")]
     output: Annotated[
-        Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output")), Writes(ending=".gguf")
+        Path,
+        Flag("The .gguf file or new directory to write; it has the same size.", ("-o", "--output")),
+        Writes("either"),
     ]
     text: CalibrationText = None
     tokens: Annotated[
@@ -195,6 +200,13 @@ class TuneFileOptions(Options):
         Flag("Tokens in a step. Default: so many that there are about 128, 1024 to 4096.", min=1, is_tokens=True),
     ] = None
     window: Window = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.file.is_dir():
+            check_folder_name(self.output, "--output")
+        else:
+            check_ending(self.output, ".gguf", "--output")
 
 
 @dataclass(frozen=True, kw_only=True)
