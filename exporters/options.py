@@ -172,6 +172,8 @@ class ExportOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.format == "compressed-tensors" and self.effort == "high":  # no scheme is searched across rows
+            object.__setattr__(self, "calibration", self.calibration.filled({"hessians": "gradients"}))
         fill(self, self.effort)
 
 

@@ -306,6 +306,8 @@ def _write_tuned_checkpoint(
     """Export under another name, tune, and write the result; a run that was stopped goes on where it was."""
     assert encoding.moments is not None
     untuned = work_path(options.output, f"untuned-{_digest(encoding, split)}")
+    if untuned.is_symlink():
+        untuned.unlink()  # what it leads to is not ours to read or remove
     if not options.resume:
         shutil.rmtree(untuned, ignore_errors=True)
     if not untuned.is_dir():  # it gets this name when it is whole

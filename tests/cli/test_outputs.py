@@ -315,7 +315,7 @@ def test_what_has_the_name_of_a_work_file_is_refused_and_stays(arguments, name, 
     ("arguments", "link"),
     [
         pytest.param(
-            "export {m} --preset uniform-w8a16 --stats {s} -f compressed-tensors -o {t}/out",
+            "export {m} --preset uniform-w8a16 --stats {s} -f compressed-tensors --tune 0 -o {t}/out",
             ".out.partial",
             marks=pytest.mark.nightly,
         ),
