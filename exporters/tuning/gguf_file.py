@@ -20,6 +20,8 @@ from dynquant.running.live_weights import LiveWeights
 class QuantizedGGUF:
     """A GGUF file of `model`, which has its tensors in the same order."""
 
+    pace = 1.0
+
     def __init__(self, source: GGUFSource, model: Model) -> None:
         self._source, self._model = source, model
 

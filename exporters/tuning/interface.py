@@ -25,6 +25,9 @@ class ScaledParts(NamedTuple):
 class QuantizedFile(Protocol):
     """A quantized model as tensors that have places in its running original."""
 
+    pace: float
+    """Share of the full rate at which scales move: finer groups each see less in the same text."""
+
     def live(self, hf_model: Any) -> LiveWeights:
         """Return the places of the tensors in the running original."""
 

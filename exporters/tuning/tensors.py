@@ -153,7 +153,7 @@ def install(live: LiveWeights, file: QuantizedFile, rates: Mapping[str, float], 
         original = live.read(name)
         if kinds.get(name) == SCALES:
             scales[name] = Scales(live, file, name, original)
-            scales[name].rate = rates[SCALES] * scales[name].relative_error
+            scales[name].rate = file.pace * rates[SCALES] * scales[name].relative_error
             errors[name] = (scales[name].relative_error, original.numel())
             continue
         values = file.load(name).to(original.device)
