@@ -26,8 +26,6 @@ from dynquant.options import (
     TensorParallel,
     Window,
     Writes,
-    check_ending,
-    check_folder_name,
 )
 from dynquant.storage.file_names import STATS_NAME, files_beside
 
@@ -202,13 +200,6 @@ class TuneFileOptions(Options):
         Flag("Tokens in a step. Default: so many that there are about 128, 1024 to 4096.", min=1, is_tokens=True),
     ] = None
     window: Window = 512
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.file.is_dir():
-            check_folder_name(self.output, "--output")
-        else:
-            check_ending(self.output, ".gguf", "--output")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -326,12 +326,15 @@ def _digest(encoding: Encoding, split: int | None, *identity: object) -> str:
 def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     """Tune any GGUF file or compressed-tensors checkpoint whose original is a Hugging Face checkpoint."""
     path, output = options.file, options.output
-    file = None if path.is_dir() else GGUFSource(path)
-    if file is None:
+    file = None
+    if path.is_dir():
+        check_folder_name(output, "--output")
         check_is_compressed(path)
         check_is_free(output)
     else:
+        check_ending(output, ".gguf", "--output")
         check_work(output)
+        file = GGUFSource(path)
         check_is_not_read(output, file.files)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     model = open_language_model(options.reference, session)
