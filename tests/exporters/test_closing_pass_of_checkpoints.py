@@ -135,14 +135,14 @@ def test_what_was_measured_is_what_is_written(moe_model, crushed, running, tuned
 
 
 def test_weights_are_parts_times_scales_in_every_scheme(moe_model, mixed):
-    file, device = opened(moe_model, mixed), torch.device("cpu")
+    file, device, before = opened(moe_model, mixed), torch.device("cpu"), stored_tensors(mixed)
     kinds = {name: file.kind(name) for name in file.names()}
     trained = [name for name, kind in kinds.items() if kind == "scales"]
     for name in trained:
         scales, parts = file.scaled(name, device)
         assert torch.equal(parts.sum(1).view(-1), file.load(name).view(-1)), name
         stored = file.stored(name, scales)
-        assert all(torch.equal(values, stored_tensors(mixed)[key]) for key, values in stored.items())
+        assert all(torch.equal(values, before[key]) for key, values in stored.items())
         assert sum(values.numel() for values in stored.values()) == scales.numel()
     assert file.untrained == ["NVFP4A16", "MXFP4A16"]
     stays = [name for name in kinds if file.is_quantized(name) and name not in trained]
@@ -174,7 +174,8 @@ def test_a_checkpoint_of_another_model_is_refused(crushed, tiny_text, tmp_path):
 def test_folders_that_cannot_be_tuned_are_refused(small_moe, crushed, tmp_path):
     for file, output, words in (
         (small_moe, tmp_path / "tuned", "no compressed-tensors checkpoint"),
-        (tmp_path / "none", tmp_path / "tuned", "none"),
+        (tmp_path / "none", tmp_path / "tuned.gguf", "none"),
+        (crushed, tmp_path / "tuned.gguf", "has the name of a file, and a folder is written"),
         (crushed, crushed.parent, "exists already"),
     ):
         said = refused("tune", file, "--reference", small_moe, "-o", output)
