@@ -1,13 +1,14 @@
 """The closing pass: what has no codes in a quantized model is tuned on the KL to the original.
 
-Codes are fixed. Every super-block's d (and dmin) gets a factor; norms and biases, which are stored in F32, get values
-of their own, as routers do if asked for. All are trained together by Adam on KL(original || quantized) over
-calibration text, and text that the original writes itself, with gradients that flow through the whole model under its
-own routing, so that each layer also makes up for what the layers before it lost. Step sizes follow the damage: a scale
-moves in proportion to the relative error of its tensor, the others to the mean one. File size and types stay as they
-are.
+Codes are fixed. Every scale of a group or row, and every super-block's d (and dmin), gets a factor; norms and biases,
+which are stored in floats, get values of their own, as routers do if asked for. All are trained together by Adam on
+KL(original || quantized) over calibration text, and text that the original writes itself, with gradients that flow
+through the whole model under its own routing, so that each layer also makes up for what the layers before it lost. Step
+sizes follow the damage: a scale moves in proportion to the relative error of its tensor, the others to the mean one.
+File size and types stay as they are, and what is measured is rounded as it is stored.
 
-Which text is used, how far it goes and whether the result is kept is decided in `tuning.training`.
+GGUF files and compressed-tensors checkpoints are two kinds of `tuning.interface.QuantizedFile`. Which text is used, how
+far it goes and whether the result is kept is decided in `tuning.training`.
 """
 
 from pathlib import Path
@@ -21,11 +22,14 @@ from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
 from dynquant.encoding.interface import Encoder
 from dynquant.errors import ExportError
 from dynquant.evaluation.statistics import shown_kl
-from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.output import Encoding
+from dynquant.exporters.tuning.compressed_file import QuantizedCheckpoint
+from dynquant.exporters.tuning.gguf_file import QuantizedGGUF
+from dynquant.exporters.tuning.interface import QuantizedFile
 from dynquant.exporters.tuning.training import FEWEST_WINDOWS, Tuned, TuneOptions, tune
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
@@ -51,24 +55,38 @@ def tune_file(
     encoder: str,
     shared: Path | None = None,
 ) -> list[Path]:
-    """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result.
+    """Tune the scales and norms of a GGUF file or compressed-tensors directory of `model` on token ids [n, window], and
+    write the result.
 
     What the original writes is kept in a folder `shared` for other files of the model, or only until the end.
     """
-    source = GGUFSource(path)
-    check_original(model, source, path)
+    file = _quantized_file(path, model, session)
     where = {"dtype": torch.float32, "device": chosen_device(session.device)}
     hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
     written = shared / _WRITTEN_NAME if shared else work_path(output, _WRITTEN_NAME)
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
         more = {"original": original, "written_file": written, "progress": progress}
-        tuned = tune(model, hf_model, source, windows, options, **more)
-    session.note(_outcome(tuned))
-    encoder = f"{encoder}+tune" if tuned.replacements else encoder
-    files = write_patched(source, output, tuned.replacements, encoder=encoder)
+        tuned = tune(model, hf_model, file, windows, options, **more)
+    outcome = _outcome(tuned)
+    session.note(outcome)
+    files = file.write(output, tuned.replacements, encoder=encoder, outcome=outcome)
     if shared is None:
         written.unlink(missing_ok=True)
     return files
+
+
+def _quantized_file(path: Path, model: Model, session: Session) -> QuantizedFile:
+    """Open what is tuned, and say what of it stays. Raises ExportError: it is not of this model."""
+    if not path.is_dir():
+        source = GGUFSource(path)
+        check_original(model, source, path)
+        return QuantizedGGUF(source, model)
+    checkpoint = QuantizedCheckpoint(path, model, linear_checkpoint(model))
+    checkpoint.check_original()
+    if checkpoint.untrained:
+        names = " and ".join(checkpoint.untrained)
+        session.note(f"the closing pass leaves scales of {names} as they are: their few values are too far apart")
+    return checkpoint
 
 
 def _outcome(tuned: Tuned) -> str:

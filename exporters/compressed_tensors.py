@@ -5,6 +5,7 @@ goes on where it stopped (`artifacts`) and gives the same bytes.
 """
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from math import prod
@@ -14,14 +15,17 @@ from typing import Any
 import torch
 
 from dynquant.checkpoints import checkpoint_directory as directory
+from dynquant.checkpoints.published.packed_parts import has_known_schemes
 from dynquant.checkpoints.safetensors_format import ShardLayout
+from dynquant.checkpoints.safetensors_source import checkpoint_spans
 from dynquant.encoding.parts import WeightChecks, as_slice, ranges
 from dynquant.encoding.stream import Guidance
 from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
 from dynquant.errors import ExportError
 from dynquant.exporters.compressed_config import served_config, transformers_problem
-from dynquant.exporters.model_card import compressed_card
+from dynquant.exporters.model_card import CARD_NAME, compressed_card, with_closing_pass
 from dynquant.exporters.output import Encoding
+from dynquant.families.common.config import quantization_of
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
@@ -29,6 +33,7 @@ from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.resources import free_memory
 from dynquant.session import Progress
+from dynquant.storage.atomic import writing_folder
 from dynquant.storage.work_files import STAGING, check_folder, work_path
 from dynquant.workers import side_by_side
 
@@ -80,12 +85,46 @@ def export_compressed_tensors(
     return [output / path.name for path in paths]
 
 
+def write_patched(source: Path, output: Path, replacements: Mapping[str, torch.Tensor], *, outcome: str) -> list[Path]:
+    """Write the checkpoint `source` as the new directory `output` with other values of some stored tensors, and a card
+    with the `outcome` of what made them. Raises WriteError: no space or no permission; nothing is left behind."""
+    spans = checkpoint_spans(source)
+    patches: dict[str, list[tuple[int, memoryview]]] = {}
+    for name, values in replacements.items():
+        patches.setdefault(spans[name].path.name, []).append((spans[name].offset, directory.tensor_bytes(values)))
+    names = sorted(path.name for path in source.iterdir() if path.is_file())
+    with writing_folder(output) as folder:
+        for name in names:
+            shutil.copyfile(source / name, folder / name)
+            with (folder / name).open("r+b") as target:
+                for offset, data in patches.get(name, ()):
+                    target.seek(offset)
+                    target.write(data)
+                if name == CARD_NAME:
+                    card = with_closing_pass(target.read().decode(), outcome).encode()
+                    target.seek(0)
+                    target.write(card)
+                target.flush()
+                os.fsync(target.fileno())
+    return [output / name for name in names]
+
+
 def check_is_free(output: Path) -> None:
     """Raise ExportError for an output that exists, and WriteError for something else where it would be prepared."""
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
     if not (staging := work_path(output, STAGING)).is_symlink():
         check_folder(staging)
+
+
+def check_is_compressed(path: Path) -> None:
+    """Raise ExportError for a directory that is no compressed-tensors checkpoint of schemes that are known here."""
+    quantization = quantization_of(path)
+    if quantization.get("quant_method") != "compressed-tensors" or not has_known_schemes(quantization):
+        raise ExportError(
+            f"{path} is a directory, and no compressed-tensors checkpoint with weights alone quantized. Give one of "
+            "those, or a .gguf file."
+        )
 
 
 def encode_layer(
@@ -203,6 +242,6 @@ def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping
         rounding = f"{used} of {stats.provenance.num_tokens:,} calibration tokens"
     documents = {
         "config.json": directory.as_json(served_config(plan, checkpoint, encoding.model)),
-        "README.md": compressed_card(plan, rounding=rounding).encode(),
+        CARD_NAME: compressed_card(plan, rounding=rounding).encode(),
     }
     return documents | directory.index_of(shards) | directory.copied_files(checkpoint.directory)

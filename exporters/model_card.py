@@ -9,6 +9,8 @@ from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.recipes.plan import Plan, PlanEntry
 
+CARD_NAME = "README.md"
+
 
 def packed_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
     """Return the card of a checkpoint of GGUF blocks; `stored_bytes` counts the tensors as written."""
@@ -78,6 +80,11 @@ vllm serve PATH
 
 {loads}"""
     return _card(plan, "compressed-tensors, vllm, dynquant", plan.bits_per_weight, about, body)
+
+
+def with_closing_pass(card: str, outcome: str) -> str:
+    """Return a card that also says what came of the closing pass."""
+    return f"{card.rstrip()}\n\n## Closing pass\n\n{outcome[0].upper()}{outcome[1:]}.\n"
 
 
 def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: str) -> str:

@@ -170,19 +170,24 @@ class ExportOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format == "compressed-tensors":
-            self.refuse_unused("it is for files of GGUF types.", "effort")
+        if self.format == "compressed-tensors" and self.effort == "high":  # no scheme is searched across rows
+            object.__setattr__(self, "calibration", self.calibration.filled({"hessians": "gradients"}))
         fill(self, self.effort)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneFileOptions(Options):
-    """A quantized GGUF file, its original, and the text on which it is tuned."""
+    """A quantized file or checkpoint, its original, and the text on which it is tuned."""
 
-    file: Annotated[Path, Flag("A quantized .gguf file.", is_argument=True, show_default=False)]
+    file: Annotated[
+        Path,
+        Flag("A quantized .gguf file, or a compressed-tensors directory.", is_argument=True, show_default=False),
+    ]
     reference: Annotated[str, Flag("Its original: Hugging Face directory or hub id.")]
     output: Annotated[
-        Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output")), Writes(ending=".gguf")
+        Path,
+        Flag("The .gguf file or new directory to write; it has the same size.", ("-o", "--output")),
+        Writes("either"),
     ]
     text: CalibrationText = None
     tokens: Annotated[

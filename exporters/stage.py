@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
 from dynquant.exporters.asymmetric.stream import asymmetric
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, obstacle, tune_file, tune_options
-from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
+from dynquant.exporters.compressed_tensors import check_is_compressed, check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_is_not_read, check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.modelfile import write_modelfile
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
@@ -152,9 +153,12 @@ def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, ses
 
 def _write(encoding: Encoding, checkpoint: LinearCheckpoint | None, options: ExportOptions) -> list[Path]:
     split = parse_size(options.split_max_size) if options.split_max_size else None
+    tuning = closing_pass_of(encoding, options.tune, options.closing)
+    if checkpoint is not None and tuning is not None:
+        return _write_tuned_checkpoint(encoding, checkpoint, options, tuning, split)
     if checkpoint is not None:
         return export_compressed_tensors(encoding, checkpoint, options.output, shard_max_bytes=split)
-    if tuning := closing_pass_of(encoding, options.tune, options.closing):
+    if tuning is not None:
         return _write_tuned(encoding, options, tuning, split)
     if options.format == "gguf":
         return export_gguf(encoding, options.output, split_max_bytes=split)
@@ -223,9 +227,8 @@ def _check(options: ExportOptions) -> None:
         options.refuse_unused("it goes with --format compressed-tensors.", "tensor_parallel", "group_size")
     else:
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
-        flags = ("asymmetric", "tune", "base_gguf", "ray")
+        flags = ("asymmetric", "base_gguf", "ray")
         options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
-        options.closing.refuse_unused("there is no closing pass for schemes of vLLM.")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):
             raise ExportError(f"--{flag.replace('_', '-')} is for GGUF files and packed safetensors; leave it out.")
     if options.tune == 0 or (options.tune is None and options.encoder != "dynquant"):
@@ -278,8 +281,7 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
 
     def beside(kind: str, *identity: object) -> tuple[Path, list[Path]]:
         """Return a name of what is made on the way, and its files that a stopped run has left."""
-        digest = hashlib.sha256(json.dumps([encoding.identity("any"), split, *identity]).encode()).hexdigest()[:12]
-        path = work_path(output, f"{kind}-{digest}.gguf")
+        path = work_path(output, f"{kind}-{_digest(encoding, split, *identity)}.gguf")
         files = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*-of-*.gguf")) or [path] * path.exists()
         return path, files if options.resume else []
 
@@ -298,12 +300,42 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     return files
 
 
+def _write_tuned_checkpoint(
+    encoding: Encoding, checkpoint: LinearCheckpoint, options: ExportOptions, tuning: TuneOptions, split: int | None
+) -> list[Path]:
+    """Export under another name, tune, and write the result; a run that was stopped goes on where it was."""
+    assert encoding.moments is not None
+    untuned = work_path(options.output, f"untuned-{_digest(encoding, split)}")
+    if untuned.is_symlink():
+        untuned.unlink()  # what it leads to is not ours to read or remove
+    if not options.resume:
+        shutil.rmtree(untuned, ignore_errors=True)
+    if not untuned.is_dir():  # it gets this name when it is whole
+        export_compressed_tensors(encoding, checkpoint, untuned, shard_max_bytes=split)
+    windows, how = encoding.moments.tokens, {"encoder": encoding.encoder.name}
+    files = tune_file(encoding.model, untuned, windows, tuning, options.output, encoding.session, **how)
+    shutil.rmtree(untuned)
+    return files
+
+
+def _digest(encoding: Encoding, split: int | None, *identity: object) -> str:
+    """Return what tells work of these settings from that of others."""
+    return hashlib.sha256(json.dumps([encoding.identity("any"), split, *identity]).encode()).hexdigest()[:12]
+
+
 def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
-    """Tune any GGUF file whose original is a Hugging Face checkpoint."""
+    """Tune any GGUF file or compressed-tensors checkpoint whose original is a Hugging Face checkpoint."""
     path, output = options.file, options.output
-    check_work(output)
-    file = GGUFSource(path)
-    check_is_not_read(output, file.files)
+    file = None
+    if path.is_dir():
+        check_folder_name(output, "--output")
+        check_is_compressed(path)
+        check_is_free(output)
+    else:
+        check_ending(output, ".gguf", "--output")
+        check_work(output)
+        file = GGUFSource(path)
+        check_is_not_read(output, file.files)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     model = open_language_model(options.reference, session)
     check_original(path, model)
@@ -313,8 +345,10 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
     tuning = tune_options(options.closing, windows, chosen_device(session.device), **steps)
     check_context(model, windows.shape[1])
-    check_complete(file)
-    encoder = recorded_encoder(file).removesuffix("+tune")
+    encoder = ""
+    if file is not None:
+        check_complete(file)
+        encoder = recorded_encoder(file).removesuffix("+tune")
     with locked(output):
         files = tune_file(model, path, windows, tuning, output, session, encoder=encoder)
         remove_work(output)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynquant.checkpoints.published.packed_parts import Mxfp4Experts, packed_tensors
-from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
+from dynquant.checkpoints.published.packed_parts import CompressedMatrix, Mxfp4Experts, packed_tensors
+from dynquant.checkpoints.safetensors_format import TORCH_DTYPES, FileSpan, spans_of
 from dynquant.checkpoints.tensor_source import GGML_NAMES, TensorInfo
 from dynquant.errors import CheckpointError, unreadable
 from dynquant.formats.plain_quants import DTYPE_BYTES
@@ -180,6 +180,23 @@ class SafetensorsSource:
     def is_mxfp4(self, name: str) -> bool:
         """Return whether `mxfp4_codes` has this tensor."""
         return isinstance(self._packed.get(name), Mxfp4Experts)
+
+    def compressed_scheme(self, name: str) -> str | None:
+        """Return the scheme of a matrix of compressed-tensors, or None."""
+        packed = self._packed.get(name)
+        return packed.scheme if isinstance(packed, CompressedMatrix) else None
+
+    def compressed_parts(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a matrix that has a `compressed_scheme`, by suffix."""
+        packed = self._packed[name]
+        assert isinstance(packed, CompressedMatrix)
+        return {suffix: self._spans[f"{packed.prefix}.{suffix}"].read() for suffix in packed.suffixes}
+
+    def compressed_scale_type(self, name: str) -> torch.dtype:
+        """Return the type of the scales of a matrix that has a `compressed_scheme`."""
+        packed = self._packed[name]
+        assert isinstance(packed, CompressedMatrix)
+        return TORCH_DTYPES[self._spans[f"{packed.prefix}.weight_scale"].dtype]
 
     def stored_bytes(self, name: str) -> int:
         """Return the bytes that `stored` takes in memory."""

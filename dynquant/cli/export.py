@@ -43,9 +43,11 @@ def print_files(files: list[Path]) -> None:
 
 
 def tune(options: TuneFileOptions, session: Annotated[Session, Only(("seed", "device"))]) -> None:
-    """Tune what has no codes in any quantized GGUF on the KL to its original; types and size stay.
+    """Tune what has no codes in any GGUF or compressed-tensors checkpoint on the KL to its original; its size stays.
 
     Example: dynquant tune model.gguf --reference ./model --calibration text.jsonl -o tuned.gguf
+
+    Example: dynquant tune w4a16/ --reference ./model --calibration text.jsonl -o tuned/
     """
     from dynquant.exporters import stage
 

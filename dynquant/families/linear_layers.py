@@ -101,6 +101,18 @@ class LinearCheckpoint:
     group_size: int = GROUP_SIZES[0]
     """The largest group of integers that is wanted."""
 
+    def others_by_name(self, model: Model) -> dict[str, StoredTensor]:
+        """Return the other tensors by their GGUF names; those that GGUF has in pieces, or not at all, by their own."""
+        assert isinstance(model.source, ConvertedSource)
+        names: dict[str, list[str]] = {}
+        for name in model.source.names():
+            for part in model.source.checkpoint_names(name):
+                names.setdefault(part, []).append(name)
+        return {
+            names[tensor.key][0] if len(names.get(tensor.key, ())) == 1 else tensor.key: tensor
+            for tensor in self.others
+        }
+
     def scheme(self, name: str) -> Scheme:
         """Return a scheme with the group sizes that are wanted."""
         scheme = SCHEMES[name]

@@ -39,9 +39,18 @@ def read_scales(type_name: str, blocks: Tensor) -> Tensor:
     return torch.cat(halves, dim=1).to(torch.float32)
 
 
+def rounded_scales(scales: Tensor) -> Tensor:
+    """float32 scales as `read_scales` gives them after `with_scales`."""
+    return _halves(scales).to(torch.float32)
+
+
+def _halves(scales: Tensor) -> Tensor:
+    return scales.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)  # beyond, rounding gives Inf
+
+
 def with_scales(type_name: str, blocks: Tensor, scales: Tensor) -> Tensor:
     """A copy of the blocks with other fp16 numbers, rounded to nearest and kept finite."""
-    halves = scales.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)  # beyond, rounding gives Inf
+    halves = _halves(scales)
     blocks = blocks.clone()
     if type_name == "IQ1_M":
         bits = halves.view(torch.int16).to(torch.int32) & 0xFFFF  # int16 has a sign, which widening would copy

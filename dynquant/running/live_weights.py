@@ -2,6 +2,8 @@
 
 An empty model is filled from a GGUF file the same way, for the architectures of `families.from_gguf`.
 
+Tensors of a compressed-tensors checkpoint have the same names, and the order of rows of the original's files.
+
 A GGUF tensor is a selection of a checkpoint tensor's entries, at most with a constant added (Gemma's norms), and a
 checkpoint tensor one of parameters' entries; `parameter_map` joins the two, so that no family has to state an inverse.
 When the weights come from a GGUF file, the family's conversions of the running model are taken, and for other
@@ -21,6 +23,7 @@ from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.strided_maps import StridedMap
+from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.families.text.registry import conversions_of
 from dynquant.formats import decode
 from dynquant.running.equal_entries import EqualEntries, as_in_file
@@ -59,14 +62,19 @@ class LivePlace:
 
 
 class LiveWeights:
-    """The GGUF tensors of `model` that have a place in `hf_model`, loaded by transformers from the same checkpoint."""
+    """The GGUF tensors of `model` that have a place in `hf_model`, loaded by transformers from the same checkpoint.
 
-    def __init__(self, model: Model, hf_model: Any) -> None:
+    With `checkpoint`, the model's linear layers and other tensors are as that has them.
+    """
+
+    def __init__(self, model: Model, hf_model: Any, checkpoint: LinearCheckpoint | None = None) -> None:
         self._num_layers = hf_model.config.get_text_config().num_hidden_layers
         head, embedding = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
         if "output.weight" in model.source.names() and head is not None and head.weight is embedding.weight:
             head.weight = nn.Parameter(head.weight.detach().clone())  # stored twice, it may get two types
-        if isinstance(model.source, ConvertedSource):
+        if checkpoint is not None:
+            self._places = _places_in_checkpoint(model, hf_model, checkpoint)
+        elif isinstance(model.source, ConvertedSource):
             self._places = _places(parameter_map(hf_model, model.source.checkpoint), model.source, hf_model)
         else:
             self._places = places_of_a_file(model, hf_model)
@@ -157,6 +165,20 @@ def _places(traced: ParameterMap, source: ConvertedSource, hf_model: Any) -> dic
             entries = entries.renamed(head_name)
         places[name] = LivePlace(entries, tensors)
     return places
+
+
+def _places_in_checkpoint(model: Model, hf_model: Any, checkpoint: LinearCheckpoint) -> dict[str, LivePlace]:
+    """Return the tensors of a checkpoint that have a place, stacks of experts under one name."""
+    source = model.source
+    assert isinstance(source, ConvertedSource)
+    traced, tensors = parameter_map(hf_model, source.checkpoint), hf_model.state_dict(keep_vars=True)
+    entries = {name: traced.stored.get(tensor.key) for name, tensor in checkpoint.others_by_name(model).items()}
+    for linear in checkpoint.linears:
+        is_stack = linear.is_expert
+        entries[linear.name] = traced.gguf(source, linear.name) if is_stack else traced.stored.get(linear.sources[0])
+    return {
+        name: LivePlace(place, tensors) for name, place in entries.items() if place is not None and place.is_complete
+    }
 
 
 def _gguf_places(model: Model, hf_model: Any) -> dict[str, LivePlace | None]:

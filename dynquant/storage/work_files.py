@@ -1,6 +1,7 @@
 """Work files of an output: what is made on the way to it lies hidden beside it, under its whole name.
 
     .model.gguf.untuned-1f2e3d4c5b6a.gguf     of the export of these settings; its own parts, journal and partial files
+    .model.untuned-1f2e3d4c5b6a/              the same for a directory, whose parts are in ..model.untuned-….partial/
     .model.gguf.asymmetric-1f2e3d4c5b6a/      begin with this name
     model.gguf.journal, model.gguf.partial    an interrupted `ResumableOutput`; of a split, those of its parts
     .model.gguf.1a2b3c4d.partial              what a kill left of a file that was to appear whole
@@ -31,7 +32,7 @@ from dynquant.storage.resumable_output import unfinished
 _OF_SPLIT = r"-\d{5}-of-\d{5}"
 WRITTEN, STAGING, STREAMING = "written.safetensors", "partial", "streaming"
 _KIND = (
-    rf"(untuned|tuned)-[0-9a-f]{{12}}({_OF_SPLIT})?\.gguf(\.journal|\.partial)?|asymmetric-[0-9a-f]{{12}}|"
+    rf"(untuned|tuned)-[0-9a-f]{{12}}({_OF_SPLIT})?\.gguf(\.journal|\.partial)?|(untuned|asymmetric)-[0-9a-f]{{12}}|"
     rf"{re.escape(WRITTEN)}|{STAGING}|{STREAMING}"
 )
 _JOURNALS = ("*.journal", "progress.jsonl", "run.json")
@@ -128,7 +129,10 @@ def _journals(folder: Path) -> list[Path]:
 def _hidden(output: Path) -> Iterator[Path]:
     """Yield work files of this output with hidden names, and locks of such."""
     name = re.escape(output.name)
-    forms = [rf"{name}\.({_KIND}|((errors\.)?journal\.)?{_CUT_OFF})", rf"\.{name}\.({_KIND})\.({_CUT_OFF}|lock)"]
+    forms = [
+        rf"{name}\.({_KIND}|((errors\.)?journal\.)?{_CUT_OFF})",
+        rf"\.{name}\.({_KIND})\.({_CUT_OFF}|lock|partial)",
+    ]
     if output.suffix == ".gguf":
         forms.append(rf"{re.escape(output.stem)}{_OF_SPLIT}\.gguf\.({_CUT_OFF}|lock)")
     form = re.compile(rf"\.({'|'.join(forms)})")

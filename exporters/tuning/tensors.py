@@ -1,8 +1,8 @@
 """Trained tensors of the closing pass: numbers of a quantized file that have no codes, so that they cost no byte.
 
-These are the fp16 scales and minimums of super-blocks, and what is stored in F32: norms, biases, routers and the
-corrections that decide which experts a router takes. Each tensor has a `parameter`, which is written into the running
-model by `apply` and gets its gradient from it by `pull_gradient`.
+These are scales of groups, or scales and minimums of super-blocks, and what is stored in floats: norms, biases, routers
+and the corrections that decide which experts a router takes. Each tensor has a `parameter`, which is written into the
+running model by `apply` and gets its gradient from it by `pull_gradient`.
 """
 
 import re
@@ -13,11 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
-from dynquant.formats import decode
-from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.formats.scale_fields import num_scales, read_scales, with_scales
+from dynquant.checkpoints.tensor_roles import layer_of
+from dynquant.exporters.tuning.interface import SCALES, QuantizedFile
 from dynquant.running.expert_hooks import expert_layout, is_fused_experts
 from dynquant.running.live_weights import LiveWeights
 
@@ -31,59 +28,60 @@ class Tunable(Protocol):
     parameter: Tensor
     rate: float
 
-    def apply(self) -> None: ...
+    def apply(self, *, as_stored: bool = False) -> None:
+        """Write what `parameter` stands for into the model, rounded if it is to be `as_stored`."""
 
     def pull_gradient(self) -> None: ...
 
-    def packed(self) -> Tensor: ...
+    def stored(self) -> dict[str, Tensor]:
+        """Return what is written to the file, by the names that it has there."""
 
 
 class Scales:
-    """The fp16 numbers of one tensor; `parameter` [blocks, count] are the factors on them."""
+    """The scales of one tensor; `parameter` [blocks, count] are the factors on them."""
 
-    def __init__(self, live: LiveWeights, name: str, type_name: str, packed: Tensor, rate: float) -> None:
-        self._live, self._name, self._type, self._shape = live, name, type_name, packed.shape
-        original = live.read(name)
-        self._blocks = packed.reshape(-1, QUANT_TYPES[type_name].block_bytes)
-        blocks = self._blocks.to(original.device)
-        stored = read_scales(type_name, blocks)  # [blocks, count]
-        alone = [stored * keep for keep in torch.eye(stored.shape[1], device=blocks.device)]
-        parts = [decode(type_name, with_scales(type_name, blocks, scales)) for scales in alone]
-        self._parts = torch.stack(parts, dim=1)  # [blocks, count, block_size]
-        self.parameter = torch.ones(stored.shape, device=original.device)
-        decoded = self._parts.sum(1).view_as(original)
-        self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))  # zeros have none
-        self.num_weights = original.numel()
-        self.rate = rate * self.relative_error
+    def __init__(self, live: LiveWeights, file: QuantizedFile, name: str, original: Tensor) -> None:
+        self._live, self._file, self._name = live, file, name
+        self._scales, self._parts = file.scaled(name, original.device)
+        self.parameter = torch.ones_like(self._scales)
+        self.apply()
+        self.relative_error = _relative_error(live.read(name), original)
+        self.rate = 0.0
 
-    def apply(self) -> None:
-        self._live.write(self._name, (self._parts * self.parameter.unsqueeze(-1)).sum(1))
+    def apply(self, *, as_stored: bool = False) -> None:
+        factors = self.parameter
+        if as_stored:
+            is_zero = self._scales == 0
+            factors = self._file.rounded(self._name, self._numbers()) / self._scales.masked_fill(is_zero, 1)
+        self._live.write(self._name, (self._parts * factors.unsqueeze(-1)).sum(1))
 
     def pull_gradient(self) -> None:
         gradient = self._live.gradient(self._name).reshape(len(self._parts), 1, -1)
         self.parameter.grad = (gradient * self._parts).sum(-1)
 
-    def packed(self) -> Tensor:
-        scales = read_scales(self._type, self._blocks) * self.parameter.cpu()
-        return with_scales(self._type, self._blocks, scales).reshape(self._shape)
+    def stored(self) -> dict[str, Tensor]:
+        return self._file.stored(self._name, self._numbers())
+
+    def _numbers(self) -> Tensor:
+        return self._scales * self.parameter
 
 
 class Values:
-    """The values of one tensor that is stored in F32, which are its `parameter`; they move by `rate` of their size."""
+    """The values of one tensor that is stored in floats: its `parameter`, which moves by `rate` of their size."""
 
-    def __init__(self, live: LiveWeights, name: str, rate: float) -> None:
-        self._live, self._name = live, name
+    def __init__(self, live: LiveWeights, file: QuantizedFile, name: str, rate: float) -> None:
+        self._live, self._file, self._name = live, file, name
         self.parameter = live.read(name).float()
         self.rate = rate * float(self.parameter.square().mean().sqrt())
 
-    def apply(self) -> None:
-        self._live.write(self._name, self.parameter)
+    def apply(self, *, as_stored: bool = False) -> None:
+        self._live.write(self._name, self._file.rounded(self._name, self.parameter) if as_stored else self.parameter)
 
     def pull_gradient(self) -> None:
         self.parameter.grad = self._live.gradient(self._name).float().view_as(self.parameter)
 
-    def packed(self) -> Tensor:
-        return self.parameter.cpu().view(torch.uint8)
+    def stored(self) -> dict[str, Tensor]:
+        return self._file.stored(self._name, self.parameter)
 
 
 class Correction(Values):
@@ -91,8 +89,8 @@ class Correction(Values):
     tokens that an expert got too many, against the original on the same text, stands for it, by the perceptron's rule.
     """
 
-    def __init__(self, live: LiveWeights, name: str, rate: float, routes: Routes) -> None:
-        super().__init__(live, name, rate)
+    def __init__(self, live: LiveWeights, file: QuantizedFile, name: str, rate: float, routes: Routes) -> None:
+        super().__init__(live, file, name, rate)
         self._routes = routes
         self.expected: Routes = {}
 
@@ -129,44 +127,56 @@ def share_changed(before: Routes, after: Routes) -> float:
     return float(torch.cat(changed).double().mean()) if changed else 0.0
 
 
-def trained_kinds(live: LiveWeights, file: GGUFSource, rates: Mapping[str, float]) -> dict[str, str]:
-    """Return what of a file has a rate in `rates`, by name: scales, norms, biases or routers; nothing without scales,
-    whose error is the measure of all rates."""
-    kinds, places = {}, live.buffers.union(live.names())
-    stored = {name: file.info(name).dtype for name in file.names() if name in places}
-    for name, type_name in stored.items():
-        kind = {Role.NORM: "norms", Role.ROUTER: "routers"}.get(role_of(name), "biases" * name.endswith(".bias"))
-        kind = "scales" if num_scales(type_name) else kind if type_name == "F32" else ""
-        if rates.get(kind) and (name not in live.buffers or kind == "routers"):
-            kinds[name] = kind
-    return kinds if any(map(num_scales, stored.values())) else {}
+def trained_kinds(live: LiveWeights, file: QuantizedFile, rates: Mapping[str, float]) -> dict[str, str]:
+    """Return what of a file has a rate in `rates`, by name: scales, norms, biases or routers; nothing without quantized
+    tensors, whose error is the measure of all rates."""
+    names = _names_in(live, file)
+    kinds = {name: file.kind(name) for name in names}
+    kinds = {
+        name: kind
+        for name, kind in kinds.items()
+        if rates.get(kind) and (name not in live.buffers or kind == "routers")
+    }
+    return kinds if any(map(file.is_quantized, names)) else {}
 
 
-def install(live: LiveWeights, file: GGUFSource, rates: Mapping[str, float], routes: Routes) -> dict[str, Tunable]:
+def install(live: LiveWeights, file: QuantizedFile, rates: Mapping[str, float], routes: Routes) -> dict[str, Tunable]:
     """Put the file's weights into the model; returns what can be trained. Parameters without a use stay frozen.
 
     Args:
         rates: of `scales`, `norms`, `biases` and `routers`, as shares of the relative error that quantization made;
             what has none stays as it is.
     """
-    scales: dict[str, Scales] = {}
-    places = live.buffers.union(live.names())
-    for name in (name for name in file.names() if name in places):
-        stored = file.info(name).dtype
-        if num_scales(stored):
-            scales[name] = Scales(live, name, stored, file.load_packed(name), rates.get("scales", 0.0))
-            scales[name].apply()
-        else:
-            live.write(name, file.load(name))
-    weights = sum(tensor.num_weights for tensor in scales.values())
-    mean_error = sum(tensor.relative_error * tensor.num_weights for tensor in scales.values()) / max(1, weights)
+    kinds, scales = trained_kinds(live, file, rates), dict[str, Scales]()
+    errors: dict[str, tuple[float, int]] = {}
+    for name in _names_in(live, file):
+        original = live.read(name)
+        if kinds.get(name) == SCALES:
+            scales[name] = Scales(live, file, name, original)
+            scales[name].rate = file.pace * rates[SCALES] * scales[name].relative_error
+            errors[name] = (scales[name].relative_error, original.numel())
+            continue
+        values = file.load(name).to(original.device)
+        if file.is_quantized(name):
+            errors[name] = (_relative_error(values, original), original.numel())
+        live.write(name, values)
+    mean_error = sum(error * size for error, size in errors.values()) / max(1, sum(size for _, size in errors.values()))
     trained: dict[str, Tunable] = {}
-    for name, kind in trained_kinds(live, file, rates).items():
+    for name, kind in kinds.items():
         rate = rates[kind] * mean_error
-        if kind == "scales":
+        if kind == SCALES:
             trained[name] = scales[name]
         elif name not in live.buffers:
-            trained[name] = Values(live, name, rate)
+            trained[name] = Values(live, file, name, rate)
         elif layer_of(name) in routes:
-            trained[name] = Correction(live, name, rate, routes)
+            trained[name] = Correction(live, file, name, rate, routes)
     return trained
+
+
+def _names_in(live: LiveWeights, file: QuantizedFile) -> list[str]:
+    places = live.buffers.union(live.names())
+    return [name for name in file.names() if name in places]
+
+
+def _relative_error(values: Tensor, original: Tensor) -> float:
+    return float((values.view_as(original) - original).norm() / original.norm().clamp_min(1e-12))  # zeros have none

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.statistics import block_sums
 from dynquant.exporters.options import TUNED_PARTS
+from dynquant.exporters.tuning.interface import QuantizedFile
 from dynquant.exporters.tuning.tensors import (
     Correction,
     Routes,
@@ -105,7 +105,8 @@ class Score(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """New bytes of each changed tensor; empty when tuning did not clearly lower the KL on held-out windows."""
+    """New values of stored tensors, by their names in the file; empty when tuning did not clearly lower the KL on
+    held-out windows."""
 
     replacements: dict[str, Tensor]
     before: Score
@@ -159,7 +160,7 @@ class _Blocks(NamedTuple):
 def tune(
     model: Model,
     hf_model: Any,
-    file: GGUFSource,
+    file: QuantizedFile,
     windows: Tensor,
     options: TuneOptions,
     *,
@@ -179,7 +180,7 @@ def tune(
         CheckpointError: the original's weights cannot be followed into the running model.
     """
     with recorded_routes(hf_model) as routes:
-        live = LiveWeights(model, hf_model)
+        live = file.live(hf_model)
         tuning = _Tuning(hf_model, routes, options, progress, original)
         written = _written(model, original or hf_model, windows, options, written_file, progress)
         split = _split(windows.long(), written, options)
@@ -202,7 +203,7 @@ def tune(
         fraction = tuning.move_to_best_fraction(first, best, choice)
         after = tuning.measured(decision)
     is_kept = _falls_clearly(before, after)
-    changed = {name: tensor.packed() for name, tensor in trained.items()} if is_kept else {}
+    changed = {key: value for tensor in trained.values() for key, value in tensor.stored().items()} if is_kept else {}
     if len(train) < len(split.train) and ended == _TEXT_ENDED:
         ended = _TIME_ENDED
     return Tuned(changed, before.score(), after.score(), tokens, held, fraction, ended)
@@ -341,7 +342,7 @@ class _Tuning:
         enough = max(min(kls), before - _MOST * (before - min(kls)))
         enough_gained = (share for share, kl in zip(_FRACTIONS, kls, strict=True) if kl <= enough)
         fraction = next(enough_gained, _FRACTIONS[-1])  # none of a training that diverged, which is then not kept
-        self._place(on_the_way(fraction))
+        self._place(on_the_way(fraction), as_stored=True)  # what is measured next is what is written
         return fraction
 
     def _step(self, batch: _Batch, optimizer: torch.optim.Optimizer) -> None:
@@ -358,14 +359,14 @@ class _Tuning:
             tensor.apply()
 
     def _placed(self, values: list[Tensor], batches: list[_Batch]) -> float:
-        """Return the KL with other values of what is trained, which stay in the model."""
-        self._place(values)
+        """Return the KL with other values of what is trained, rounded as they are stored; they stay in the model."""
+        self._place(values, as_stored=True)
         return self.measured(batches).mean
 
-    def _place(self, values: list[Tensor]) -> None:
+    def _place(self, values: list[Tensor], *, as_stored: bool = False) -> None:
         for tensor, value in zip(self.trained, values, strict=True):
             tensor.parameter.copy_(value)
-            tensor.apply()
+            tensor.apply(as_stored=as_stored)
 
     def _logits(self, ids: Tensor) -> Tensor:
         return _logits(self._model, ids.to(self._device))

@@ -178,7 +178,7 @@ def test_every_option_that_counts_tokens_takes_them_by_the_thousand(tmp_path):
         "export m --plan p --tokens 9",
         "export m --preset f16 --stats s --calibration t",
         "export m --preset f16 -f compressed-tensors --encoder ggml",
-        "export m --plan p -f compressed-tensors --tune-minutes 9",
+        "export m --plan p -f compressed-tensors --tune=0 --tune-minutes 9",
         "export m --plan p --tune=0 --tune-parts norms",
         "export m --plan p --encoder=ggml --tune-sampled 9",
         "eval m --reference r --data d --tasks vqa --window 9",
@@ -323,7 +323,10 @@ def test_an_effort_fills_what_was_not_asked_for():
     assert not high.calibration.changed("hessians"), "nobody is told to leave out what the effort set"
     assert planned("--effort", "normal") == planned() and planned().calibration.hessians == "activations"
     assert not planned("--effort", "high", "--preset", "uniform-q4_k").search.select, "there is nothing to choose"
-    assert ExportOptions(model="model", output=Path("file.gguf"), effort="high").closing.patience > 2
+    exported = {"model": "model", "output": Path("file"), "effort": "high"}
+    for form, hessians in (("gguf", "two-sided"), ("compressed-tensors", "gradients")):
+        options = ExportOptions(**exported, format=form)
+        assert options.closing.patience > 3 and options.calibration.hessians == hessians
     for words in (("--effort", "higher"), ("--effort", "high", "--for", "vllm"), ("--selection-text", "text.txt")):
         with pytest.raises(OptionError):
             planned(*words)

@@ -20,6 +20,7 @@ from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions, Export
 from dynquant.exporters.output import Encoding
 from dynquant.exporters.stage import export
 from dynquant.exporters.tuning import training
+from dynquant.exporters.tuning.gguf_file import QuantizedGGUF
 from dynquant.exporters.tuning.tensors import Correction
 from dynquant.exporters.tuning.training import TuneOptions, tune
 from dynquant.families.open import open_model
@@ -72,12 +73,16 @@ def crushed(moe_model, tmp_path_factory) -> Path:
     return path
 
 
+def opened(model, path) -> QuantizedGGUF:
+    return QuantizedGGUF(GGUFSource(path), model)
+
+
 OPTIONS = TuneOptions(tokens=3072, step_tokens=256, held_out_tokens=640, parts=TUNABLE_PARTS)
 
 
 @pytest.fixture(scope="module")
 def tuned(moe_model, crushed, windows):
-    return tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, OPTIONS)
+    return tune(moe_model, load_hf(moe_model), opened(moe_model, crushed), windows, OPTIONS)
 
 
 def test_kl_falls_on_windows_that_decided_nothing(tuned):
@@ -141,7 +146,7 @@ def test_the_same_run_gives_the_same_bytes(moe_model, crushed, windows):
     """With text that the original writes, which is held out in part, and with routers alone."""
     options = replace(SHORT, tokens=256, held_out_tokens=256, sampled_tokens=240, parts=("routers",))
     short = windows[:, :48]
-    first, again = (tune(moe_model, load_hf(moe_model), GGUFSource(crushed), short, options) for _ in range(2))
+    first, again = (tune(moe_model, load_hf(moe_model), opened(moe_model, crushed), short, options) for _ in range(2))
     assert first.before.kls.keys() == {"given text", "text that the original wrote"}
     assert first.before == again.before and first.after == again.after
     assert {role_of(name) for name in first.replacements} <= {Role.ROUTER}
@@ -150,13 +155,14 @@ def test_the_same_run_gives_the_same_bytes(moe_model, crushed, windows):
 
 def test_a_pass_that_does_not_help_changes_nothing(moe_model, crushed, windows):
     reckless = replace(SHORT, scale_rate=30.0, norm_rate=30.0, router_rate=30.0)
-    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, reckless)
+    result = tune(moe_model, load_hf(moe_model), opened(moe_model, crushed), windows, reckless)
     assert not result.replacements and not result.after.kl < result.before.kl
 
 
 def test_steps_that_go_too_far_are_taken_back_in_part(moe_model, crushed, windows):
     record, options = RunRecord(), replace(SHORT, scale_rate=0.6, norm_rate=0.24)
-    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, options, progress=record.report)
+    file = opened(moe_model, crushed)
+    result = tune(moe_model, load_hf(moe_model), file, windows, options, progress=record.report)
     assert result.fraction < 1
     assert record.stages["tune"].amount == result.tokens > 0
 
@@ -164,7 +170,7 @@ def test_steps_that_go_too_far_are_taken_back_in_part(moe_model, crushed, window
 def test_a_part_that_the_file_lacks_is_not_trained(moe_model, crushed, windows):
     totals = set()
     options, hear = replace(SHORT, parts=("biases",)), lambda _stage, _done, total, **_: totals.add(total)
-    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, options, progress=hear)
+    result = tune(moe_model, load_hf(moe_model), opened(moe_model, crushed), windows, options, progress=hear)
     assert not result.replacements and result.tokens == 0 and "none of the parts" in result.ended
     assert totals == {128, 256}, "text that would be trained on was run all the same"
     with pytest.raises(ExportError, match=r"--tune-parts: there is no part codes; name some of scales, norms"):
@@ -177,7 +183,8 @@ def test_routers_stay_unless_they_are_asked_for():
 
 
 def test_training_ends_when_the_time_is_over(moe_model, crushed, windows):
-    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, replace(OPTIONS, minutes=0.001))
+    file, options = opened(moe_model, crushed), replace(OPTIONS, minutes=0.001)
+    result = tune(moe_model, load_hf(moe_model), file, windows, options)
     assert result.ended == "time was over" and result.tokens == result.held_tokens == OPTIONS.step_tokens
 
 
@@ -187,7 +194,7 @@ def test_training_ends_when_the_held_out_kl_stops_falling(moe_model, crushed, wi
     monkeypatch.setattr("dynquant.exporters.tuning.training._FULL_RATE_STEPS", 2)
     monkeypatch.setattr("dynquant.exporters.tuning.training._Tuning._placed", lambda *_: float(next(rising)))
     options = replace(OPTIONS, step_tokens=128, held_out_tokens=256, patience=2)
-    result = tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows, options)
+    result = tune(moe_model, load_hf(moe_model), opened(moe_model, crushed), windows, options)
     assert result.ended == "the held-out KL stopped falling" and result.tokens == 5 * 128 and result.fraction == 0.25
 
 
@@ -198,10 +205,10 @@ def test_a_little_gain_is_not_worth_the_rest_of_the_way(moe_model, monkeypatch):
     assert tuning.move_to_best_fraction([], [], []) == 0.5
 
 
-def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(moe_model):
-    hf_model = load_hf(moe_model)
+def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(moe_model, crushed):
+    hf_model, file = load_hf(moe_model), opened(moe_model, crushed)
     live, routes = LiveWeights(moe_model, hf_model), {2: torch.tensor([[0, 1], [0, 2], [0, 3]])}
-    correction = Correction(live, "blk.2.exp_probs_b.bias", 1.0, routes)
+    correction = Correction(live, file, "blk.2.exp_probs_b.bias", 1.0, routes)
     correction.expected = {2: torch.tensor([[4, 1], [0, 2], [4, 3]])}
     correction.pull_gradient()
     assert torch.equal(correction.parameter.grad.sign(), torch.tensor([1.0, 0, 0, 0, -1, 0, 0, 0]))
@@ -210,14 +217,14 @@ def test_a_correction_lowers_the_scores_of_experts_that_get_too_many_tokens(moe_
 @pytest.mark.gpu
 def test_kl_falls_on_a_gpu_too(moe_model, crushed, windows, tuned, cuda):
     hf_model = load_hf(moe_model, dtype=torch.float32, device=str(cuda))
-    found = tune(moe_model, hf_model, GGUFSource(crushed), windows, OPTIONS)
+    found = tune(moe_model, hf_model, opened(moe_model, crushed), windows, OPTIONS)
     assert found.before.kl == pytest.approx(tuned.before.kl, rel=5e-3)  # products of the model are in TF32
     assert found.after.kl == pytest.approx(tuned.after.kl, rel=2e-2)
 
 
 def test_too_little_text_is_refused(moe_model, crushed, windows):
     with pytest.raises(StatsError, match=r"needs at least 5 windows of 128 tokens, but the text has 3"):
-        tune(moe_model, load_hf(moe_model), GGUFSource(crushed), windows[:3], OPTIONS)
+        tune(moe_model, load_hf(moe_model), opened(moe_model, crushed), windows[:3], OPTIONS)
 
 
 def test_what_cannot_run_the_original_is_refused_before_calibration(small_moe, tmp_path):

@@ -322,16 +322,17 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
     assert not status, said
     made = Plan.load(plan / "plan.json", "vllm")
     assert 8_700_000 < made.predicted_bytes <= 8_900_000 and made.predicted_kl > 0
-    status, said = typed("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "-o", output)
+    export = ("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "--tune", 0)
+    status, said = typed(*export, "-o", output)
     assert not status, said
     assert sum(f.stat().st_size for f in output.glob("*.safetensors")) == made.predicted_bytes
     assert "scales and error feedback under the second moments of" in (output / "README.md").read_text()
     expected = logits(filled(output, made, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
     assert torch.equal(logits(output, torch.bfloat16), expected)
-    status, said = typed("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "-o", output)
+    status, said = typed(*export, "-o", output)
     assert status == 1 and "exists already" in said
     (plan / "stats.safetensors").unlink()
-    status, said = typed("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "-o", tmp_path / "x")
+    status, said = typed(*export, "-o", tmp_path / "x")
     assert status == 1 and "made from calibration statistics, but there is no" in said
     status, said = typed("export", qwen, "-f", "gguf", "--plan", plan / "plan.json", "-o", tmp_path / "x.gguf")
     assert status == 1 and "export it with -f compressed-tensors" in said
@@ -344,7 +345,7 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
         (("export", "MODEL", "-f", "compressed-tensors"), "either --plan FILE"),
         (("export", "MODEL", "-f", "compressed-tensors", "--preset", "r1-iq1_s"), "is a recipe of GGUF types"),
         (("export", "MODEL", "-f", "compressed-tensors", "--preset", "uniform-iq1_s"), "`iq1_s` is not a scheme"),
-        (("export", "MODEL", "-f", "compressed-tensors", "--preset", "uniform-fp8", "--tune", "4096"), "--tune is for"),
+        (("export", "MODEL", "-f", "compressed-tensors", "--preset", "uniform-fp8", "--ray", "auto"), "--ray is for"),
         (("plan", "MODEL", "--for", "vllm", "--types", "w4a16,q4_k"), "`q4_k` is not a scheme"),
         (("plan", "MODEL", "--for", "sglang", "--bpw", "5"), "--for sglang is not known"),
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--size", "1GB"), "not --bpw and --size"),
