@@ -51,6 +51,8 @@ _USUAL_SLOPE = 1.35
 """Growth of log KL with the log of added up prices where no plans are drawn to measure it; 1.29 to 1.43 were seen."""
 _LARGE = 0.1
 """Share of the file from which one tensor is tried in other types than its price says."""
+_CLEAR = 0.95
+"""Share of the KL under which such a try counts: of the best of several, a few per cent are chance."""
 _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost."
 
 
@@ -351,25 +353,24 @@ def _with_moves(
     scorer: _Scorer,
     unit_text: ScoredInputs | None,
 ) -> tuple[ErrorTable, list[Candidate]]:
-    """Return scored candidates with those in which a large tensor is moved; where one of them is the best, the table
-    has the unit KL at it, and the plan of these prices is a candidate too."""
+    """Return scored candidates with those that moving a large tensor clearly betters; where there is one, the table has
+    the unit KL at the best, and the plan of these prices is a candidate too."""
     best = candidates[_lowest(candidates)]
     moved = scorer.scored(_moved(search, table.priced(best.method), best), "moving large tensors")
-    candidates = [*candidates, *moved]
+    clear = [plan for plan in moved if plan.kl.value < _CLEAR * best.kl.value]  # type: ignore[union-attr]
+    candidates = [*candidates, *clear]
     winner = candidates[_lowest(candidates)]
-    if winner not in moved or unit_text is None:
+    if winner not in clear or unit_text is None:
         return table, candidates
     (table,) = refine(unit_text, table, lambda _: dict(winner.types), 1, scorer.progress)
-    candidates = [search.candidate(plan.label, plan.types, table).model_copy(update=_scores(plan)) for plan in candidates]
+    scores = [{"kl": plan.kl, "top1": plan.top1} for plan in candidates]
+    priced = (search.candidate(plan.label, plan.types, table) for plan in candidates)
+    candidates = [plan.model_copy(update=score) for plan, score in zip(priced, scores, strict=True)]
     types = search.chooser(table, floors=False)
     if all(types != plan.types for plan in candidates):
         after = search.candidate(f"{UNIT_KL}, after the move", types, table)
         candidates += scorer.scored([after], "selecting by KL")
     return table, candidates
-
-
-def _scores(candidate: Candidate) -> dict[str, object]:
-    return {"kl": candidate.kl, "top1": candidate.top1}
 
 
 def _moved(search: Search, table: ErrorTable, best: Candidate) -> list[Candidate]:
