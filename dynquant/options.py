@@ -280,8 +280,8 @@ Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs
 Preset = Annotated[
     str | None,
     Flag(
-        "f32, f16, bf16, uniform-TYPE, experts-TYPE, llama-FTYPE (llama.cpp's mixtures) or "
-        "r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
+        "f32, f16, bf16, uniform-TYPE, experts-TYPE, llama-FTYPE (llama.cpp's mixtures), r1-iq1_s, r1-iq1_m, "
+        "r1-iq2_xxs or r1-q2_k_xl; for vLLM uniform-SCHEME, as uniform-w4a16."
     ),
 ]
 Fallback = Annotated[
@@ -295,7 +295,7 @@ Fallback = Annotated[
 TensorParallel = Annotated[
     int,
     Flag(
-        "GPUs of vLLM's --tensor-parallel-size: groups and zero points divide what each of them has of a layer.", min=1
+        "GPUs that vLLM splits every layer over: groups and zero points divide what each of them has of a layer.", min=1
     ),
 ]
 GroupSize = Annotated[

@@ -110,7 +110,9 @@ class ExportOptions(Options):
     plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
     preset: Preset = None
     fallback: Fallback = ()
-    format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
+    format: Annotated[
+        str, Flag("gguf, safetensors (for transformers) or compressed-tensors (for vLLM).", ("-f", "--format"))
+    ] = "gguf"
     stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "sampled_tokens", "hessians"))] = field(
         default_factory=CalibrationOptions

@@ -43,7 +43,7 @@ class Chooser:
             if not coupled_tensors(table.tensors(), (kind,)):
                 session.note(f"--couple {kind}: this model has no such tensors")
         coupled = coupled_tensors(table.tensors(), target.couple)
-        rules = replace(rules, coupled=coupled, fixed_bytes=fixed, fixed_words=words)
+        rules = replace(rules, coupled=coupled, fixed_bytes=fixed, fixed_words=words, num_weights=model.num_weights)
         self._rules = {flag: replace(rules, floors=flag) for flag in (True, False)}
         self.memory = target.memory(model)
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
@@ -99,6 +99,7 @@ def check_budget(model: Model, target: Target, types: Sequence[str], stats: Cali
         coupled=coupled_tensors(table.tensors(), target.couple),
         fixed_bytes=fixed_bytes(model, table.tensors(), held, recipe=target.recipe, stats=stats, stats_hash=any_hash),
         fixed_words=_fixed_words(model, table, held, stats),
+        num_weights=model.num_weights,
     )
     smallest, largest = size_range(target.allowed(table), rules)
     if memory is not None:
@@ -166,7 +167,7 @@ class SchemeChooser:
     def check_budget(self, model: Model, budget: int) -> None:
         """Raise PlanError for a budget that `choose` would refuse, before anything is measured."""
         sizes = size_range(unmeasured_table(model, self._formats, ()), self._rules)
-        check_budget_range(budget, *sizes, self._rules)
+        check_budget_range(budget, *sizes, replace(self._rules, num_weights=model.num_weights))
 
     def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:
         """Return scheme and reason of every linear layer for files of at most `budget` bytes. Raises PlanError: the

@@ -61,6 +61,7 @@ class Rules:
     coupled: tuple[tuple[str, ...], ...] = ()  # groups of tensors that must have one type, see `coupled_tensors`
     target: PlanTarget = "gguf"
     fixed_bytes: int = 0  # size of all but the tensors that have a choice: header, norms, routers, held types
+    num_weights: int = 0  # of the model, where refusals should give sizes in bits per weight, too
     fixed_words: str = ""  # what makes the smallest file as large as it is, for refusals
     stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)  # size of a tensor in the file
 
@@ -104,6 +105,8 @@ def check_budget_range(budget: int, smallest: int, largest: int, rules: Rules) -
     takes, ask = f"between {smallest:,} and {largest:,} bytes", "ask for a size between them"
     if smallest == largest:
         takes, ask = f"{smallest:,} bytes in every plan", f"ask for {smallest:,} bytes"
+    elif rules.num_weights:
+        takes += f", {_bits(smallest, rules, up=True)} to {_bits(largest, rules, up=False)} bits per weight"
     if rules.target == "vllm":
         if budget < smallest:
             raise PlanError(
@@ -118,6 +121,12 @@ def check_budget_range(budget: int, smallest: int, largest: int, rules: Rules) -
             f"The budget of {budget:,} bytes is {how} possible size. With these candidate types this model takes "
             f"{takes}; {ask}, or give other `--types`." + rules.fixed_words * (budget < smallest)
         )
+
+
+def _bits(size: int, rules: Rules, *, up: bool) -> str:
+    """Return bits per weight with two decimals, rounded so that a budget of so many lies between the sizes."""
+    hundredths = 800 * size
+    return f"{(-(-hundredths // rules.num_weights) if up else hundredths // rules.num_weights) / 100:.2f}"
 
 
 def check_couplings(kinds: Iterable[str]) -> None:

@@ -249,7 +249,7 @@ def uniform_schemes(preset: str, checkpoint: LinearCheckpoint) -> dict[str, Choi
     scheme that vLLM does not serve."""
     if not preset.lower().startswith(UNIFORM):
         raise PlanError(
-            f"`--preset {preset}` is a recipe of GGUF types. A compressed-tensors checkpoint takes "
+            f"`--preset {preset}` is no preset for vLLM. A compressed-tensors checkpoint takes "
             f"{', '.join(UNIFORM + name.lower() for name in SCHEMES)}, or a plan of `dynquant plan --for vllm`."
         )
     scheme = vllm_scheme(preset[len(UNIFORM) :])
