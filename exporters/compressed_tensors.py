@@ -103,6 +103,7 @@ def write_patched(source: Path, output: Path, replacements: Mapping[str, torch.T
                 if name == CARD_NAME:
                     card = with_closing_pass(target.read().decode(), outcome).encode()
                     target.seek(0)
+                    target.truncate()
                     target.write(card)
                 target.flush()
                 os.fsync(target.fileno())

@@ -10,6 +10,7 @@ from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.recipes.plan import Plan, PlanEntry
 
 CARD_NAME = "README.md"
+_CLOSING = "\n\n## Closing pass\n\n"  # the last section
 
 
 def packed_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
@@ -83,8 +84,8 @@ vllm serve PATH
 
 
 def with_closing_pass(card: str, outcome: str) -> str:
-    """Return a card that also says what came of the closing pass."""
-    return f"{card.rstrip()}\n\n## Closing pass\n\n{outcome[0].upper()}{outcome[1:]}.\n"
+    """Return a card that also says what came of the closing pass, instead of what an earlier one says."""
+    return f"{card.partition(_CLOSING)[0].rstrip()}{_CLOSING}{outcome[0].upper()}{outcome[1:]}.\n"
 
 
 def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: str) -> str:

@@ -43,7 +43,7 @@ def print_files(files: list[Path]) -> None:
 
 
 def tune(options: TuneFileOptions, session: Annotated[Session, Only(("seed", "device"))]) -> None:
-    """Tune what has no codes in any GGUF or compressed-tensors checkpoint on the KL to its original; its size stays.
+    """Tune scales and norms of any GGUF or compressed-tensors checkpoint on the KL to its original; its size stays.
 
     Example: dynquant tune model.gguf --reference ./model --calibration text.jsonl -o tuned.gguf
 

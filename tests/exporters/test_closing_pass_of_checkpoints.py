@@ -10,6 +10,7 @@ from dynquant.cli.terminal.record import RunRecord
 from dynquant.errors import ExportError, WriteError
 from dynquant.exporters import stage
 from dynquant.exporters.compressed_tensors import write_patched
+from dynquant.exporters.model_card import with_closing_pass
 from dynquant.exporters.options import TUNABLE_PARTS, ExportOptions
 from dynquant.exporters.tuning.compressed_file import QuantizedCheckpoint
 from dynquant.exporters.tuning.tensors import install
@@ -131,6 +132,7 @@ def test_what_was_measured_is_what_is_written(moe_model, crushed, running, tuned
         torch.testing.assert_close(live.read(name), file.load(name), rtol=1e-6, atol=0)
     card, former = ((folder / "README.md").read_text() for folder in (output, crushed))
     assert card == f"{former}\n## Closing pass\n\nThe KL fell.\n"
+    assert with_closing_pass(with_closing_pass(former, "it rose a lot"), "the KL fell") == card
     assert (output / "config.json").read_bytes() == (crushed / "config.json").read_bytes()
 
 
