@@ -8,6 +8,7 @@ import torch
 
 from dynquant.cli.terminal.record import RunRecord
 from dynquant.errors import ExportError, WriteError
+from dynquant.evaluation.runners import open_runner
 from dynquant.exporters import stage
 from dynquant.exporters.compressed_tensors import write_patched
 from dynquant.exporters.options import TUNABLE_PARTS, ExportOptions
@@ -67,6 +68,17 @@ def test_every_tensor_finds_its_place_in_the_running_model(family, tiny_text):
         for name in live.names():
             live.write(name, values[name])
         assert torch.equal(hf_model(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2-moe-tied"])
+def test_a_tied_head_is_measured_in_the_type_of_the_file(family, tiny_text, tmp_path):
+    """An F32 embedding becomes BF16, and the head with it, although GGUF files of some families hold it twice."""
+    model, tokens = open_model(tiny_text(family)), torch.arange(1, 40)
+    output, hf_model = export(model, tmp_path / "out", lambda *_: "BF16"), load_hf(model)
+    with torch.no_grad():
+        install(opened(model, output).live(hf_model), opened(model, output), {}, {})
+        found = hf_model(input_ids=tokens.unsqueeze(0)).logits[0]
+    torch.testing.assert_close(found, open_runner(output).window_logits(tokens.tolist()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
