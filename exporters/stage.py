@@ -332,11 +332,11 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         check_is_compressed(path)
         check_is_free(output)
     else:
-        if path.is_file() and not is_gguf(path):
-            raise ExportError(f"{path} does not end in .gguf, as such files do; rename it.")
-        file = GGUFSource(path)  # first: of a folder that is not there, the name of a file would be asked for
+        if not is_gguf(path):
+            raise ExportError(f"There is no directory {path}, and names of GGUF files end in .gguf. Check the path.")
         check_ending(output, ".gguf", "--output")
         check_work(output)
+        file = GGUFSource(path)
         check_is_not_read(output, file.files)
     check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     model = open_language_model(options.reference, session)

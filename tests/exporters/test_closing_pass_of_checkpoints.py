@@ -187,8 +187,8 @@ def test_folders_that_cannot_be_tuned_are_refused(small_moe, crushed, tmp_path):
     for file, output, words in (
         (small_moe, tmp_path / "tuned", "no compressed-tensors checkpoint"),
         (tmp_path / "none", tmp_path / "tuned.gguf", "none"),
-        (tmp_path / "none", tmp_path / "tuned", "There is no file"),
-        (crushed / "model.safetensors", tmp_path / "tuned.gguf", "model.safetensors does not end in .gguf"),
+        (tmp_path / "none", tmp_path / "tuned", "There is no directory"),
+        (crushed / "model.safetensors", tmp_path / "tuned.gguf", "names of GGUF files end in .gguf"),
         (crushed, tmp_path / "tuned.gguf", "has the name of a file, and a folder is written"),
         (crushed, crushed.parent, "exists already"),
     ):
