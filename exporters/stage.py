@@ -14,7 +14,7 @@ from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, statistics_at
 from dynquant.checkpoints.gguf_layout import mmproj_path, recorded_encoder
-from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import mtp_layers
 from dynquant.encoding.interface import Encoder, ProtectedWeight
@@ -332,6 +332,8 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         check_is_compressed(path)
         check_is_free(output)
     else:
+        if not is_gguf(path):
+            raise ExportError(f"There is no directory {path}, and names of GGUF files end in .gguf. Check the path.")
         check_ending(output, ".gguf", "--output")
         check_work(output)
         file = GGUFSource(path)

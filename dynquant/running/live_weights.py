@@ -70,8 +70,9 @@ class LiveWeights:
     def __init__(self, model: Model, hf_model: Any, checkpoint: LinearCheckpoint | None = None) -> None:
         self._num_layers = hf_model.config.get_text_config().num_hidden_layers
         head, embedding = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
-        if "output.weight" in model.source.names() and head is not None and head.weight is embedding.weight:
-            head.weight = nn.Parameter(head.weight.detach().clone())  # stored twice, it may get two types
+        is_stored_twice = checkpoint is None and "output.weight" in model.source.names()
+        if is_stored_twice and head is not None and head.weight is embedding.weight:
+            head.weight = nn.Parameter(head.weight.detach().clone())  # it may get two types
         if checkpoint is not None:
             self._places = _places_in_checkpoint(model, hf_model, checkpoint)
         elif isinstance(model.source, ConvertedSource):

@@ -8,6 +8,7 @@ import torch
 
 from dynquant.cli.terminal.record import RunRecord
 from dynquant.errors import ExportError, WriteError
+from dynquant.evaluation.runners import open_runner
 from dynquant.exporters import stage
 from dynquant.exporters.compressed_tensors import write_patched
 from dynquant.exporters.model_card import with_closing_pass
@@ -68,6 +69,17 @@ def test_every_tensor_finds_its_place_in_the_running_model(family, tiny_text):
         for name in live.names():
             live.write(name, values[name])
         assert torch.equal(hf_model(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2-moe-tied"])
+def test_a_tied_head_is_measured_in_the_type_of_the_file(family, tiny_text, tmp_path):
+    """An F32 embedding becomes BF16, and the head with it, although GGUF files of some families hold it twice."""
+    model, tokens = open_model(tiny_text(family)), torch.arange(1, 40)
+    output, hf_model = export(model, tmp_path / "out", lambda *_: "BF16"), load_hf(model)
+    with torch.no_grad():
+        install(opened(model, output).live(hf_model), opened(model, output), {}, {})
+        found = hf_model(input_ids=tokens.unsqueeze(0)).logits[0]
+    torch.testing.assert_close(found, open_runner(output).window_logits(tokens.tolist()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +189,8 @@ def test_folders_that_cannot_be_tuned_are_refused(small_moe, crushed, tmp_path):
     for file, output, words in (
         (small_moe, tmp_path / "tuned", "no compressed-tensors checkpoint"),
         (tmp_path / "none", tmp_path / "tuned.gguf", "none"),
+        (tmp_path / "none", tmp_path / "tuned", "There is no directory"),
+        (crushed / "model.safetensors", tmp_path / "tuned.gguf", "names of GGUF files end in .gguf"),
         (crushed, tmp_path / "tuned.gguf", "has the name of a file, and a folder is written"),
         (crushed, crushed.parent, "exists already"),
     ):
