@@ -64,15 +64,19 @@ def _dtype_of(arguments: tuple) -> torch.dtype | None:
 def launch_product(shape, x, weight, type_name, layout, *, transposed=False):
     """Run the first kernel that takes the type and so many rows."""
     flat, name = x.reshape(-1, x.shape[-1]).contiguous(), "input_grad" if transposed else "linear"
-    return getattr(_first_kernel(name, type_name, flat), name)(flat, weight, type_name).view(shape)
+    kernel = _first_kernel(name, type_name, flat)
+    if kernel is _module("two_pass"):
+        _say_what_is_missing(flat)
+    return getattr(kernel, name)(flat, weight, type_name).view(shape)
 
 
 def launch_experts(shape, x, weight, expert_ids, type_name, layout, *, transposed=False):
-    """Run `grouped`, which takes any number of rows, or on GPUs before an H100 the reference forward."""
-    if not transposed and not _module("activations").takes_fragments(weight.device):
-        _warn_once("experts need compute capability 9.0, an H100's, or more")
-        return reference.experts_linear(x, weight, expert_ids, type_name, layout)
+    """Run `grouped`, or for more than few rows on GPUs before an A100 the reference forward."""
     grouped = _module("grouped")
+    if not grouped.is_few(expert_ids, len(weight)):
+        _say_what_is_missing(x)
+        if not transposed and not _module("activations").takes_fragments(x.device):
+            return reference.experts_linear(x, weight, expert_ids, type_name, layout)
     return (grouped.input_grad if transposed else grouped.linear)(x.contiguous(), weight, expert_ids, type_name)
 
 
@@ -96,6 +100,15 @@ def prepare(type_name: str, device: torch.device) -> None:
     _module("gemv").words_of(type_name, device)
     for is_stream in (False, True):
         _module("activations").order_of(type_name, device, is_stream)
+
+
+def _say_what_is_missing(activations: Tensor) -> None:
+    """Warn once on GPUs before an A100, for all but few rows of activations."""
+    if not _module("activations").takes_fragments(activations.device):
+        _warn_once(
+            "GPUs before an A100 (compute capability 8.0) have kernels for few rows only; more are multiplied with a "
+            "matrix decoded whole, those of experts by PyTorch. Their tensor cores take float16 and no bfloat16"
+        )
 
 
 def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:

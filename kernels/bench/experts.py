@@ -158,7 +158,7 @@ def _num_calls(tokens: int) -> int:
 
 
 def _forced(way: str):
-    return mock.patch.object(grouped, "_is_few", lambda *_: way == "pairs") if way else nullcontext()
+    return mock.patch.object(grouped, "is_few", lambda *_: way == "pairs") if way else nullcontext()
 
 
 def _compile(job: tuple[str, Stack, int]) -> None:

@@ -55,15 +55,34 @@ def _act_quant_kernel(
 
 
 @functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU, (0, 0) of another GPU, None of what is no GPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_capability(device) if torch.version.hip is None else (0, 0)
+
+
 def has_hopper_instructions(device: torch.device) -> bool:
     """Tell whether the device has what sm_90 brought: a kernel may start before the one ahead of it ends (programmatic
-    dependent launch), and bfloat16 is subtracted in pairs, as `fragments` do it."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    dependent launch)."""
+    return (capability(device) or (0, 0)) >= (9, 0)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Tell whether the device is of the generation of an H100, on which constants were measured."""
+    return (capability(device) or (0, 0))[0] == 9
 
 
 def takes_fragments(device: torch.device) -> bool:
-    """Tell whether `fragments` run on the device: not on a GPU before an H100. Those of a CPU are interpreted."""
-    return device.type != "cuda" or has_hopper_instructions(device)
+    """Tell whether `fragments` run on the device: not on a GPU before an A100, which has no pairs of bfloat16 and turns
+    no float32 into pairs. Those of a CPU are interpreted."""
+    return (capability(device) or (8, 0)) >= (8, 0)
+
+
+def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether Triton multiplies this dtype on tensor cores: it leaves those of GPUs before an A100 alone, and
+    float32 has none that are exact enough."""
+    return dtype in (torch.bfloat16, torch.float16) and takes_fragments(device)
 
 
 def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool = False) -> tuple[Tensor, Tensor]:

@@ -240,12 +240,15 @@ def _binary(BF16: tl.constexpr, FP16: tl.constexpr, a, b, KIND: tl.constexpr):
 
 @triton.jit
 def _minus(a, b, KIND: tl.constexpr):
-    return _binary("sub.rn.bf16x2 $0, $1, $2;", "sub.rn.f16x2 $0, $1, $2;", a, b, KIND)
+    # GPUs before an H100 have no differences and products of bf16 pairs: the sum with -1 times b rounds once, too.
+    BF16: tl.constexpr = "{ .reg .b32 %one; mov.b32 %one, 0xBF80BF80; fma.rn.bf16x2 $0, $2, %one, $1; }"
+    return _binary(BF16, "sub.rn.f16x2 $0, $1, $2;", a, b, KIND)
 
 
 @triton.jit
 def _times(a, b, KIND: tl.constexpr):
-    return _binary("mul.rn.bf16x2 $0, $1, $2;", "mul.rn.f16x2 $0, $1, $2;", a, b, KIND)
+    BF16: tl.constexpr = "{ .reg .b32 %zero; mov.b32 %zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, %zero; }"
+    return _binary(BF16, "mul.rn.f16x2 $0, $1, $2;", a, b, KIND)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.triton import gemv, tiles
+from dynquant.kernels.triton.activations import has_tensor_cores
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
 _MOST_SINGLE_PAIRS = 128  # up to this many pairs, and one for every expert, read the weights one by one
@@ -28,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Ten
     Pairs whose id in `expert_ids` int [T, k] is outside 0 to E - 1 give zeros. All tensors are contiguous.
     """
     rows, name = x.reshape(-1, x.shape[-1]), quant_type(type_name).name
-    if _is_few(expert_ids, len(weight)) and gemv.takes(name, rows):
+    if is_few(expert_ids, len(weight)) and gemv.takes(name, rows):
         return gemv.routed(rows, weight, expert_ids, name).view(*expert_ids.shape, -1)
     return _product(x, weight, expert_ids, type_name, transposed=False)
 
@@ -38,7 +39,8 @@ def input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -
     return _product(dy, weight, expert_ids, type_name, transposed=True)
 
 
-def _is_few(expert_ids: Tensor, num_experts: int) -> bool:
+def is_few(expert_ids: Tensor, num_experts: int) -> bool:
+    """Tell whether every pair reads the rows of its expert for itself."""
     return expert_ids.numel() <= min(_MOST_SINGLE_PAIRS, max(32, num_experts))
 
 
@@ -47,11 +49,12 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
     num_experts, num_rows, _ = weight.shape
     length, num_pairs = shapes.row_length(weight, stored), expert_ids.numel()
     product = inputs.new_empty(*expert_ids.shape, length if transposed else num_rows)
-    if not _is_few(expert_ids, num_experts):
+    if not is_few(expert_ids, num_experts):
         choose, run = (
             (tiles.input_grad_config, tiles.multiply_back) if transposed else (tiles.linear_config, tiles.multiply)
         )
-        config = choose(num_pairs / num_experts, inputs.dtype)
+        dtype = inputs.dtype if has_tensor_cores(inputs.device, inputs.dtype) else torch.float32
+        config = choose(num_pairs / num_experts, dtype)
         return run(product, inputs, weight, stored, config, _tiles_of(expert_ids, num_experts, config["BM"]))
     width, config = (128, {"BN": 32, "G": 4}) if transposed else (16, {"BN": 16, "G": 8})
     _pair_kernel[(shapes.ceil_div(product.shape[-1], width), num_pairs)](

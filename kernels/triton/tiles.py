@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.triton.activations import arrange, has_hopper_instructions, takes_fragments
+from dynquant.kernels.triton.activations import arrange, has_hopper_instructions, has_tensor_cores, is_hopper
 from dynquant.kernels.triton.fragments import decode, fetch, kind_of, matrix, rows, step_of
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table, unpack_groups
@@ -168,8 +168,8 @@ def tile_input_grad_kernel(
 
 
 def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
-    """Return whether tensor cores take these activations; float32 has none that are exact enough."""
-    return x.dtype in (torch.bfloat16, torch.float16) and (product != "linear" or takes_fragments(x.device))
+    """Return whether tensor cores take these activations."""
+    return has_tensor_cores(x.device, x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
@@ -220,6 +220,8 @@ def multiply_back(
     order, tiles = pairs
     num_pairs = product.numel() // product.shape[-1]
     num_tiles = shapes.ceil_div(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
+    if not is_hopper(dy.device):
+        config = {**config, "maxnreg": None}  # others' products take more registers: MXFP4 would spill some
     tile_input_grad_kernel[(shapes.ceil_div(product.shape[-1], 32 * config["G"]), num_tiles)](
         dy, weight, table(stored.name, weight.device), order, tiles, product,
         weight.numel() // stored.block_bytes, weight.shape[-2], shapes.row_length(weight, stored) // 32,

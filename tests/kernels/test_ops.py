@@ -151,23 +151,6 @@ def fresh_warnings():
     dispatch._warn_once.cache_clear()
 
 
-def test_gpus_before_an_h100_take_no_fragments(fresh_warnings, monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from dynquant.kernels.triton import activations, tiles
-
-    rows = torch.zeros(8, 512, dtype=torch.bfloat16)
-    assert dispatch._first_kernel("linear", NAME, rows).__name__.endswith("tiles")
-    for module in (activations, tiles):
-        monkeypatch.setattr(module, "takes_fragments", lambda device: False)
-    assert dispatch._first_kernel("linear", NAME, rows).__name__.endswith("two_pass")
-    assert dispatch._first_kernel("linear", NAME, rows[:1]).__name__.endswith("gemv")
-    assert dispatch._first_kernel("input_grad", NAME, rows).__name__.endswith("tiles")
-    weight, ids = packed_weights(NAME, 2, 4, 512), torch.tensor([[1]])
-    with pytest.warns(UserWarning, match="capability 9.0"):
-        product = dispatch.launch_experts(None, rows[:1], weight, ids, NAME, "blocks")
-    assert torch.equal(product, ops.experts_linear(rows[:1], weight, ids, NAME, layout="blocks"))
-
-
 def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
     planar = packed_weights(NAME, 4, 256)
     assert dispatch._refusal(planar, "planes", torch.float32) is None
