@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,32 +101,18 @@ def test_tiles_compile_for_an_h100_without_spills(kernel, name, rows):
     assert not is_linear or count(codes, "STS") <= 24
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("capability", [75, 80, 89, 100, 120])
-@pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "IQ1_S"])
-def test_products_of_one_row_compile_for_other_gpus(name, capability):
-    from dynquant.kernels.triton import gemv
-    from tests.helpers.sm90 import compiled
-
-    config = replace(gemv.gemv_config(name, 1), pdl=capability >= 90)
-    constants = gemv.kernel_constants(name, 2, 8192, config)
-    options = {"num_warps": constants["num_warps"], "capability": capability}
-    constants = {key: value for key, value in constants.items() if key not in ("num_warps", "launch_pdl")}
-    pointers = {"w_ptr": "*u8", "xq_ptr": "*i32", "xd_ptr": "*fp32", "grid_ptr": "*i32", "y_ptr": "*bf16"}
-    sizes = dict.fromkeys(("N", "num_x_rows", "num_experts", "slots"), "i32")
-    types = pointers | {"ids_ptr": "*i64"} | sizes
-    assert (
-        "griddepcontrol" in compiled(gemv.gemv_kernel, types, constants, set(), **options).asm["ptx"] or not config.pdl
-    )
-
-
-def test_only_new_gpus_have_hopper_instructions(monkeypatch):
+def test_what_gpus_have_goes_by_their_generation(monkeypatch):
     from dynquant.kernels.triton import activations
 
-    old, new, cpu = (torch.device(*place) for place in (("cuda", 6), ("cuda", 7), ("cpu",)))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device == old else (9, 0))
-    assert [activations.has_hopper_instructions(device) for device in (old, new, cpu)] == [False, True, False]
-    assert [activations.takes_fragments(device) for device in (old, new, cpu)] == [False, True, True]
+    places = [torch.device("cuda", number) for number in (75, 80, 90, 120)] + [torch.device("cpu")]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(device.index, 10))
+    assert [activations.has_hopper_instructions(place) for place in places] == [False, False, True, True, False]
+    assert [activations.takes_fragments(place) for place in places] == [False, True, True, True, True]
+    assert [activations.is_hopper(place) for place in places] == [False, False, True, False, False]
+    tensor_cores = [activations.has_tensor_cores(place, torch.bfloat16) for place in places]
+    assert tensor_cores == [False, True, True, True, True]
+    assert not activations.has_tensor_cores(places[2], torch.float32)
+    activations.capability.cache_clear()
 
 
 def test_a_grid_has_room_for_the_rows_of_many_tokens(monkeypatch):
