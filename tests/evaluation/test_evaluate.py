@@ -235,11 +235,13 @@ def test_models_of_two_kinds_are_named_before_anything_runs(packed_moe, small_mo
     said = refused("heal", packed_moe.gguf, "--reference", llama, "-o", tmp_path / "healed")
     assert "`llama`" in said and "`deepseek2`" in said
     base = write_f32(open_model(llama), tmp_path / "base.gguf")
-    for step in ("plan", "calibrate", "export"):
+    for step, name in (("plan", "out"), ("calibrate", "out.safetensors"), ("export", "out.gguf")):
         budget = {"plan": ["--bpw", 4], "export": ["--preset", "f16"]}.get(step, [])
-        said = refused(step, small_moe, "--base-gguf", base, *budget, "-o", tmp_path / "out.gguf")
+        said = refused(step, small_moe, "--base-gguf", base, *budget, "-o", tmp_path / name)
         assert "`llama`" in said and "`deepseek2`" in said and "as --base-gguf" in said
-    assert not any((tmp_path / name).exists() for name in ("tuned.gguf", "healed", "out.gguf"))
+    assert not any(
+        (tmp_path / name).exists() for name in ("tuned.gguf", "healed", "out", "out.safetensors", "out.gguf")
+    )
 
 
 def test_a_difference_of_kinds_that_is_allowed_is_noted(small_moe, data, tmp_path) -> None:

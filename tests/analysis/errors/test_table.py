@@ -21,7 +21,7 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsP
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import DictSource
-from dynquant.errors import PlanError, StatsError
+from dynquant.errors import PlanError, StatsError, WriteError
 from tests.helpers.gguf_writing import finish
 
 DENSE, STACK, EMBEDDING = "blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight", "token_embd.weight"
@@ -277,7 +277,8 @@ def test_only_whole_lines_of_the_same_table_count(model, stats, tmp_path):
     assert found("".join(lines)[:-10]) == 2
     assert found("".join([*lines[:2], lines[2].replace('"experts": [0, 1]', '"experts": [0, 2]'), lines[3]])) == 1
     assert found("".join(lines), types="Q4_0") == 0
-    assert found("not a journal\n") == 0
+    with pytest.raises(WriteError, match=r"errors\.json\.journal is in the way"):
+        found("not a journal\n")
     (tmp_path / "file").touch()
     with pytest.raises(PlanError, match=r"errors\.json\.journal, which keeps .* cannot be written"):
         ErrorJournal(tmp_path / "file" / "errors.json", {})
