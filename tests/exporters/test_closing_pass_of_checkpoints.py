@@ -27,6 +27,7 @@ from dynquant.session import Session
 from tests.helpers.commands import refused, succeed
 from tests.helpers.compressed_models import stored_tensors
 from tests.helpers.exports import export_compressed_tensors
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY
 
 SCHEMES = ("W4A16", "FP8", "W2A16_ASYM", "NVFP4A16", "W8A16", "MXFP4A16", "W3A16_ASYM", "BF16", "W6A16", "W2A16")
@@ -46,7 +47,7 @@ def opened(model, directory) -> QuantizedCheckpoint:
     return QuantizedCheckpoint(directory, model, linear_checkpoint(model))
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("family", represented_by(("deepseek-v2", "gemma3", "llama-tied", "qwen3-moe"), sorted(TINY)))
 def test_every_tensor_finds_its_place_in_the_running_model(family, tiny_text):
     """Rows of heads are in the order of the files, experts in one stack; written with zeros and then with their own."""
     model = open_model(tiny_text(family))
@@ -208,6 +209,7 @@ def test_nothing_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.nightly
 def test_an_interrupted_pass_keeps_what_is_encoded(small_moe, calibrated_16m, tmp_path, monkeypatch):
     """The second run encodes nothing; when it is done nothing is beside its output."""
     record, notes = RunRecord(), []
