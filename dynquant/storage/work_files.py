@@ -134,7 +134,7 @@ def _hidden(output: Path) -> Iterator[Path]:
         rf"\.{name}\.({_KIND})\.({_CUT_OFF}|lock|partial)",
     ]
     if output.suffix == ".gguf":
-        forms.append(rf"{re.escape(output.stem)}{_OF_SPLIT}\.gguf\.({_CUT_OFF}|lock)")
+        forms.append(rf"{re.escape(output.stem)}{_OF_SPLIT}\.gguf\.((journal\.)?{_CUT_OFF}|lock)")
     form = re.compile(rf"\.({'|'.join(forms)})")
     for path in output.parent.iterdir():
         if form.fullmatch(path.name) and _is_own(path, path.name.removeprefix(f".{output.name}.")):

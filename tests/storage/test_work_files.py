@@ -25,6 +25,7 @@ OURS = (
     f".m[1].gguf.{HEX}.partial",
     f".m[1].gguf.journal.{HEX}.partial",
     f".m[1]-00002-of-00003.gguf.{HEX}.partial",
+    f".m[1]-00001-of-00003.gguf.journal.{HEX}.partial",
     ".m[1]-00001-of-00003.gguf.lock",
     "m[1].gguf.journal",
     "m[1].gguf.partial",
