@@ -33,10 +33,9 @@ from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
-from dynquant.storage.work_files import work_path
+from dynquant.storage.work_files import WRITTEN, work_path
 
 _FEW_HELD_TOKENS = 2048
-_WRITTEN_NAME = "written.safetensors"
 _SAMPLED_ON_GPU = 3
 """Tokens that the original writes for every given one where that is cheap: with 504 thousand tokens instead of 111
 thousand the KL of textbook-moe-89m at 21.4 MB falls by 19 % instead of 13 %, and thrice the same ones are no better
@@ -63,7 +62,7 @@ def tune_file(
     file = _quantized_file(path, model, session)
     where = {"dtype": torch.float32, "device": chosen_device(session.device)}
     hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
-    written = shared / _WRITTEN_NAME if shared else work_path(output, _WRITTEN_NAME)
+    written = shared / WRITTEN if shared else work_path(output, WRITTEN)
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
         more = {"original": original, "written_file": written, "progress": progress}
         tuned = tune(model, hf_model, file, windows, options, **more)
