@@ -1,11 +1,8 @@
 """The stage that writes files: what belongs to a plan or preset is gathered, the exporter runs, scales are tuned."""
 
-import glob
-import hashlib
-import json
-import shutil
 from contextlib import nullcontext
-from dataclasses import astuple, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dynquant.analysis.errors.measure import ErrorMeter
@@ -31,6 +28,7 @@ from dynquant.exporters.modelfile import write_modelfile
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
 from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
+from dynquant.exporters.tuning.export import TunedFormat, export_tuned
 from dynquant.families.complete_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.model_kind import check_same_kind
@@ -52,7 +50,7 @@ from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 from dynquant.storage.lock import locked
-from dynquant.storage.work_files import check_work, remove_work, work_path
+from dynquant.storage.work_files import check_work, remove_work
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -154,15 +152,15 @@ def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, ses
 def _write(encoding: Encoding, checkpoint: LinearCheckpoint | None, options: ExportOptions) -> list[Path]:
     split = parse_size(options.split_max_size) if options.split_max_size else None
     tuning = closing_pass_of(encoding, options.tune, options.closing)
-    if checkpoint is not None and tuning is not None:
-        return _write_tuned_checkpoint(encoding, checkpoint, options, tuning, split)
     if checkpoint is not None:
-        return export_compressed_tensors(encoding, checkpoint, options.output, shard_max_bytes=split)
-    if tuning is not None:
-        return _write_tuned(encoding, options, tuning, split)
-    if options.format == "gguf":
-        return export_gguf(encoding, options.output, split_max_bytes=split)
-    return export_safetensors(encoding, options.output, shard_max_bytes=split)
+        kind = TunedFormat(partial(export_compressed_tensors, encoding, checkpoint, shard_max_bytes=split))
+    else:
+        packed = partial(export_safetensors, encoding, shard_max_bytes=split)
+        convert = packed if options.format == "safetensors" else None
+        kind = TunedFormat(partial(export_gguf, encoding, split_max_bytes=split), ".gguf", convert)
+    if tuning is None:
+        return (kind.convert or kind.write)(options.output)
+    return export_tuned(encoding, kind, options.output, tuning, split, options.blocks)
 
 
 def _written_errors(encoding: Encoding, options: ExportOptions, stats: StatsFile | None) -> WrittenErrors | None:
@@ -272,55 +270,6 @@ def _limits(max_memory: str | None) -> PartLimits:
             "tensor. Allow more."
         )
     return PartLimits(allowed - PROCESS_BYTES)
-
-
-def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions, split: int | None) -> list[Path]:
-    """Export under another name, tune, and write the result; a run that was stopped goes on where it was."""
-    assert encoding.moments is not None
-    output, is_gguf = options.output, options.format == "gguf"
-
-    def beside(kind: str, *identity: object) -> tuple[Path, list[Path]]:
-        """Return a name of what is made on the way, and its files that a stopped run has left."""
-        path = work_path(output, f"{kind}-{_digest(encoding, split, *identity)}.gguf")
-        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*-of-*.gguf")) or [path] * path.exists()
-        return path, files if options.resume else []
-
-    untuned, written = beside("untuned")
-    written = written or export_gguf(encoding, untuned, split_max_bytes=split)
-    # Training that ends by the clock does not give the same bytes twice, and some may be in the output already.
-    target, files = (output, []) if is_gguf else beside("tuned", astuple(tuning))
-    if not files:
-        windows, how = encoding.moments.tokens, {"encoder": encoding.encoder.name, "shared": options.blocks}
-        files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, **how)
-    if not is_gguf:
-        written += files
-        files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))  # tuned bytes
-    for file in written:
-        file.unlink()
-    return files
-
-
-def _write_tuned_checkpoint(
-    encoding: Encoding, checkpoint: LinearCheckpoint, options: ExportOptions, tuning: TuneOptions, split: int | None
-) -> list[Path]:
-    """Export under another name, tune, and write the result; a run that was stopped goes on where it was."""
-    assert encoding.moments is not None
-    untuned = work_path(options.output, f"untuned-{_digest(encoding, split)}")
-    if untuned.is_symlink():
-        untuned.unlink()  # what it leads to is not ours to read or remove
-    if not options.resume:
-        shutil.rmtree(untuned, ignore_errors=True)
-    if not untuned.is_dir():  # it gets this name when it is whole
-        export_compressed_tensors(encoding, checkpoint, untuned, shard_max_bytes=split)
-    windows, how = encoding.moments.tokens, {"encoder": encoding.encoder.name}
-    files = tune_file(encoding.model, untuned, windows, tuning, options.output, encoding.session, **how)
-    shutil.rmtree(untuned)
-    return files
-
-
-def _digest(encoding: Encoding, split: int | None, *identity: object) -> str:
-    """Return what tells work of these settings from that of others."""
-    return hashlib.sha256(json.dumps([encoding.identity("any"), split, *identity]).encode()).hexdigest()[:12]
 
 
 def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:

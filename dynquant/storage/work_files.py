@@ -4,7 +4,7 @@
     .model.untuned-1f2e3d4c5b6a/              the same for a directory, whose parts are in ..model.untuned-….partial/
     .model.gguf.asymmetric-1f2e3d4c5b6a/      begin with this name
     model.gguf.journal, model.gguf.partial    an interrupted `ResumableOutput`; of a split, those of its parts
-    .model.gguf.1a2b3c4d.partial              what a kill left of a file that was to appear whole
+    .model.gguf.1a2b3c4d.partial              what a kill left of a file that was to appear whole, or of removed work
 
 Whoever finishes an output removes those of interrupted runs that had other settings, which nobody will go on with.
 
@@ -16,6 +16,7 @@ the work it is refused.
 import glob
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -76,10 +77,21 @@ def remove_work(output: Path) -> None:
     """Remove what interrupted runs left of an output that is finished, unless another process is writing it."""
     with suppress(WriteError, OSError), locked(output):
         for path in [*_hidden(output), *_interrupted(output)]:
-            _remove(path)
+            discard(path, output)
+
+
+def discard(path: Path, output: Path) -> None:
+    """Remove work of an output as far as possible. A folder has a name by then under which nobody takes what a kill
+    leaves of it for whole, and which goes with other work."""
+    if path.is_dir() and not path.is_symlink():
+        gone = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
+        with suppress(OSError):
+            path = path.rename(gone)
+    _remove(path)
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -13,6 +13,7 @@ from dynquant.exporters import stage
 from dynquant.exporters.compressed_tensors import write_patched
 from dynquant.exporters.model_card import with_closing_pass
 from dynquant.exporters.options import TUNABLE_PARTS, ExportOptions
+from dynquant.exporters.tuning import export as tuned_export
 from dynquant.exporters.tuning.compressed_file import QuantizedCheckpoint
 from dynquant.exporters.tuning.tensors import install
 from dynquant.exporters.tuning.training import TuneOptions, tune
@@ -222,7 +223,7 @@ def test_an_interrupted_pass_keeps_what_is_encoded(small_moe, calibrated_16m, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "tune_file", interrupt)
+        patch.setattr(tuned_export, "tune_file", interrupt)
         stage.export(options, session)
     (untuned,) = tmp_path.iterdir()
     assert untuned.name.startswith(".m.untuned-") and "quantize" in record.stages

@@ -9,6 +9,7 @@ import pytest
 
 from dynquant.exporters import stage
 from dynquant.exporters.options import ExportOptions
+from dynquant.exporters.tuning import export as tuned_export
 from dynquant.storage.resumable_output import ResumableOutput
 from tests.conftest import REPOSITORY
 from tests.examples.kill_export import run
@@ -36,7 +37,7 @@ def test_an_export_with_other_settings_leaves_no_work_of_an_interrupted_one(
 
     tuned = {"stats": calibrated_16m / "stats.safetensors", "tune": 512}
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "tune_file", interrupt)
+        patch.setattr(tuned_export, "tune_file", interrupt)
         (untuned,) = left(**tuned)
         assert untuned.startswith(".m.gguf.untuned-") and untuned.endswith(".gguf")
         patch.setattr(ResumableOutput, "commit", interrupt)

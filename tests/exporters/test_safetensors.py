@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +13,8 @@ from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.safetensors_format import read_header
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters import safetensors as exporter
-from dynquant.exporters import stage
-from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.model_card import packed_card
-from dynquant.exporters.options import ExportOptions
-from dynquant.exporters.output import Encoding
 from dynquant.exporters.safetensors import hf_config_of
-from dynquant.exporters.tuning.training import TuneOptions
 from dynquant.families.open import open_model
 from dynquant.families.text.llama import interleave_halves
 from dynquant.packed.places import build_meta_model, find_places
@@ -50,32 +44,6 @@ def test_every_tensor_has_the_bytes_of_the_gguf_export(packed_moe):
     assert {place.key for place in found.values()} == stored.keys()
     for name, place in found.items():
         assert sha(gguf.load_packed(name)) == sha(stored[place.key]), name
-
-
-def test_what_was_tuned_is_packed_after_an_interruption(tiny, tmp_path, monkeypatch):
-    """Training that ends by the clock would give other bytes, which do not go with those that are there."""
-    (model, plan), trained = tiny, []
-
-    def tune_file(_model, path, _windows, _options, output, _session, *, encoder, shared):
-        source, name = GGUFSource(path), "blk.0.attn_q.weight"
-        trained.append(source.load_packed(name) + len(trained) + 1)
-        return write_patched(source, output, {name: trained[-1]}, encoder=encoder)
-
-    def stopped(*arguments):
-        yield from list(parts_of(*arguments))[:2]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage, "tune_file", tune_file)
-    parts_of, moments = exporter._parts_of, SimpleNamespace(tokens=None)
-    encoding = Encoding(model=model, plan=plan, encoder=GGML, moments=moments)
-    options = ExportOptions(model=str(model.path), output=tmp_path / "out", format="safetensors")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(exporter, "_parts_of", stopped)
-        stage._write_tuned(encoding, options, TuneOptions(), None)
-    stage._write_tuned(encoding, options, TuneOptions(), None)
-    assert len(trained) == 1 and [path.name for path in tmp_path.iterdir()] == ["out"]
-    stored = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    assert torch.equal(interleave_halves(4)(stored), trained[0])
 
 
 def test_rotary_rows_move_whole(tiny, tmp_path):

@@ -89,6 +89,24 @@ def test_nothing_of_a_running_process_goes(output, tmp_path, holder):  # noqa: F
     assert left_of(tmp_path) == {*OURS, *OTHERS, ".m[1].gguf.lock"}
 
 
+def test_a_kill_leaves_no_part_of_a_folder_under_the_name_of_a_whole_one(tmp_path, monkeypatch):
+    def removes_one_file(folder, **_: object) -> None:
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    folder = work_path(tmp_path / "m", f"untuned-{DIGEST}")
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", removes_one_file)
+        remove_work(tmp_path / "m")
+    (left,) = left_of(tmp_path)
+    assert not folder.exists() and left.startswith(".m.")
+    remove_work(tmp_path / "m")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_link_goes_and_not_what_it_leads_to(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("weights")
