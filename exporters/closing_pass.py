@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.run import count_windows
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
@@ -30,6 +32,7 @@ from dynquant.exporters.tuning.interface import QuantizedFile
 from dynquant.exporters.tuning.training import FEWEST_WINDOWS, Tuned, TuneOptions, tune
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.linear_layers import linear_checkpoint
+from dynquant.inputs.text import MIX
 from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
@@ -140,17 +143,49 @@ def tune_options(options: ClosingPassOptions, windows: Tensor, device: str, **ot
     return TuneOptions(**asked, patience=options.patience, **others)  # type: ignore[arg-type]
 
 
-def obstacle(model: Model, encoder: Encoder, *, has_moments: bool) -> str | None:
-    """Return why the original cannot be run beside what is encoded, on the text of calibration; None when it can."""
+def obstacle(model: Model, encoder: Encoder | None, *, has_moments: bool) -> str | None:
+    """Return why the original cannot be run beside what is encoded, on the text of calibration; None when it can.
+
+    No encoder stands for one that may be any.
+    """
     if model.has_vision:
         return "it goes by text alone, and the model sees pictures"
-    if not encoder.uses_hessians:
+    if encoder is not None and not encoder.uses_hessians:
         return "it goes with --encoder dynquant"
     if not has_moments:
         return "there are no second moments, whose text it goes by (`dynquant calibrate --hessians activations`)"
     if model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
         return "the model is not of a family that dynquant converts itself"
     return None
+
+
+def check_can_tune(
+    model: Model, tokens: int, calibration: CalibrationOptions, seed: int, encoder: Encoder | None = None
+) -> None:
+    """Refuse, before calibration, a closing pass over `tokens` that cannot run after it.
+
+    Raises:
+        ExportError: the original cannot run, or the text is too short.
+        StatsError: the text is missing or empty.
+    """
+    reason, way_out = obstacle(model, encoder, has_moments=calibration.hessians != "none"), "Give"
+    if reason is None and (count := count_windows(model, calibration, seed, FEWEST_WINDOWS)) < FEWEST_WINDOWS:
+        reason = (
+            f"it takes {FEWEST_WINDOWS} windows of {calibration.window} tokens beside those that calibration holds "
+            f"back, and {calibration.text or MIX} with --tokens {calibration.tokens} gives {count}"
+        )
+        way_out = "Calibrate on more text, or give"
+    if reason is not None:
+        raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. {way_out} --tune 0 to go without.")
+
+
+def check_windows(windows: Tensor, text: str, window: int) -> None:
+    """Raise ExportError for windows of a text that are too few to tune a finished file on."""
+    if len(windows) < FEWEST_WINDOWS:
+        raise ExportError(
+            f"The closing pass takes {FEWEST_WINDOWS} windows of {window} tokens, and {text} gives {len(windows)}. "
+            "Give a longer --calibration, a smaller --window, or more --tokens."
+        )
 
 
 def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPassOptions) -> TuneOptions | None:

@@ -21,7 +21,15 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
 from dynquant.exporters.asymmetric.stream import asymmetric
-from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, obstacle, tune_file, tune_options
+from dynquant.exporters.closing_pass import (
+    TuneOptions,
+    check_can_tune,
+    check_windows,
+    closing_pass_of,
+    obstacle,
+    tune_file,
+    tune_options,
+)
 from dynquant.exporters.compressed_tensors import check_is_compressed, check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_is_not_read, check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.modelfile import write_modelfile
@@ -108,13 +116,14 @@ def _exported(options: ExportOptions, session: Session) -> Exported:
             resume=options.resume,
             session=session,
         )
+        tuning = closing_pass_of(encoding, options.tune, options.closing)  # refused before anything is written
         if pool is not None:
             encoding = replace(encoding, elsewhere=_on_cluster(encoding, pool, options, stats and stats.path))
         is_here = not is_vllm and pool is None and options.blocks is None and not options.asymmetric
         errors = _written_errors(encoding, options, stats) if is_here else None
         encoding = replace(encoding, errors=errors)
         with errors or nullcontext(), asymmetric(encoding, options.asymmetric, options.output) as encoding:
-            files = _write(encoding, checkpoint, options)
+            files = _write(encoding, checkpoint, options, tuning)
             if errors is not None:
                 errors.save(session)
     if options.modelfile:
@@ -149,9 +158,10 @@ def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, ses
     return rest
 
 
-def _write(encoding: Encoding, checkpoint: LinearCheckpoint | None, options: ExportOptions) -> list[Path]:
+def _write(
+    encoding: Encoding, checkpoint: LinearCheckpoint | None, options: ExportOptions, tuning: TuneOptions | None
+) -> list[Path]:
     split = parse_size(options.split_max_size) if options.split_max_size else None
-    tuning = closing_pass_of(encoding, options.tune, options.closing)
     if checkpoint is not None:
         kind = TunedFormat(partial(export_compressed_tensors, encoding, checkpoint, shard_max_bytes=split))
     else:
@@ -293,6 +303,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     tokens = options.tokens + TuneOptions.held_out_tokens * 5 // 4
     text = read_text(options.text, seed=session.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
+    check_windows(windows, text.name, options.window)
     steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
     tuning = tune_options(options.closing, windows, chosen_device(session.device), **steps)
     check_context(model, windows.shape[1])
@@ -348,6 +359,8 @@ def _plan_of_preset(
         else:
             path = stats_of_preset(output)
             calibration = replace(options.calibration, max_memory=options.max_memory)
+            if options.tune:
+                check_can_tune(model, options.tune, calibration, session.seed)
             session.note(f"no --stats given: those of {calibration.text or MIX}, in {path}")
             stats = statistics_at(path, model, calibration, session)
     elif unused := options.calibration.changed():

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from dynquant.calibration.collector import Collector, SampleLimits
-from dynquant.calibration.options import Hessians
+from dynquant.calibration.options import CalibrationOptions, Hessians
 from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
-from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
+from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context, num_held_back
 from dynquant.inputs.text import pack_windows, read_text, refused_chats
 from dynquant.running.layer_ahead import layer_ahead_of
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
@@ -78,6 +78,15 @@ def text_inputs(
     check_context(model, windows.shape[1])
     plain = tuple(refused_chats(documents, tokenizer))
     return ModelInputs(windows, batch_size, documents.name, documents.sha256, plain)
+
+
+def count_windows(model: Model, options: CalibrationOptions, seed: int, enough: int) -> int:
+    """Return how many windows of text a calibration sums, on which later passes run; no more is read than tells whether
+    there are `enough`."""
+    tokens = min(options.tokens or options.sampled_tokens, 2 * enough * options.window)
+    inputs = text_inputs(model, options.text, tokens=tokens, window=options.window, seed=seed)
+    total = (len(inputs) if options.tokens else 0) + -(-options.sampled_tokens // inputs.longest)
+    return total - num_held_back(total, HELD_BACK)
 
 
 def provenance_of(model: Model, inputs: ModelInputs, *, tokens: int, seed: int) -> StatsProvenance:

@@ -138,11 +138,14 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
     Example: dynquant compare-encoders ./model --presets r1-iq1_s,experts-q2_k --text held-out.txt -o encoders/
     """
     from dynquant.calibration.stage import statistics_at
+    from dynquant.exporters.closing_pass import check_can_tune
     from dynquant.families.open import open_and_announce
 
     results = _Results(options.output / "encoders.json", options, session)
-    stats = options.output / STATS_NAME
-    statistics_at(stats, open_and_announce(options.model, session), options.calibration, session)
+    stats, model = options.output / STATS_NAME, open_and_announce(options.model, session)
+    if options.tune and any(variant.endswith(TUNED) for variant in options.variants):
+        check_can_tune(model, options.tune, options.calibration, session.seed)
+    statistics_at(stats, model, options.calibration, session)
     for recipe in options.recipes:
         for encoder in dict.fromkeys(variant.removesuffix(TUNED) for variant in options.variants):
             _measure_encoder(recipe, encoder, stats, options, results)

@@ -29,10 +29,12 @@ from dynquant.calibration.imatrix import export_imatrix
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME
+from dynquant.encoding.stream import load_encoder
 from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.report import EvalReport
+from dynquant.exporters.closing_pass import check_can_tune
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
@@ -283,8 +285,11 @@ class _Making:
         return likes
 
     def check(self, record: Release) -> None:
-        """Refuse, before hours of planning, recipes that cannot be followed, and to measure without llama.cpp, texts
-        or questions."""
+        """Refuse, before hours of planning, recipes that cannot be followed, a closing pass that cannot run, and to
+        measure without llama.cpp, texts or questions."""
+        if (tokens := self.options.tune) > 0:
+            encoder = load_encoder(self.options.encoder, chosen_device(self.session.device))
+            check_can_tune(self.model, tokens, self.options.calibration, self.session.seed, encoder)
         rows = map(record.row, [*(target.recipe for target in self.options.targets), *self.likes])
         if self.questions.tasks and any(row is None or row.measured_with != self.settings for row in rows):
             llama_cpp()

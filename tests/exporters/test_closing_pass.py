@@ -32,7 +32,7 @@ from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import ignore_progress
-from tests.helpers.commands import refused
+from tests.helpers.commands import refused, succeed
 from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import TINY
 
@@ -239,6 +239,65 @@ def test_what_cannot_run_the_original_is_refused_before_calibration(small_moe, t
         with pytest.raises(ExportError, match=reason):
             export(options)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def short(moe_model, windows, tmp_path_factory) -> Path:
+    """Text of four windows and a half: calibration holds one back."""
+    path = tmp_path_factory.mktemp("short") / "short.txt"
+    path.write_text(load_tokenizer(moe_model).decode(windows.flatten()[: 9 * 256], skip_special_tokens=True))
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export {m} --preset uniform-q4_k --tune 600 --calibration {s} -o {t}/m.gguf",
+        "export {m} --preset uniform-q4_k -f safetensors --tune 600 --calibration {s} -o {t}/m",
+        "export {m} --preset uniform-w4a16 -f compressed-tensors --tune 600 --calibration {s} -o {t}/m",
+        "export {m} --preset uniform-q4_k --tune 600 --tokens 2k -o {t}/new/m.gguf",
+        "export {m} --preset uniform-q4_k --tune 600 --tokens 0 --sampled-tokens 2k -o {t}/m.gguf",
+        "compare-encoders {m} --presets uniform-q4_k --calibration {s} --text {s} -o {t}/c",
+        "release {m} --bpw 4.5 --tune 600 --calibration {s} --text {s} -o {t}/r",
+    ],
+)
+def test_text_that_is_too_short_is_refused_before_calibration(words, small_moe, short, tmp_path, monkeypatch):
+    def calibrate(*_: object, **__: object) -> None:
+        raise AssertionError("it calibrates")
+
+    monkeypatch.setattr("dynquant.calibration.stage.run_calibration", calibrate)
+    said = refused(*(word.format(m=small_moe, s=short, t=tmp_path) for word in words.split()))
+    assert "takes 5 windows of 512 tokens beside those that calibration holds back, and " in said
+    assert "gives 3. Calibrate on more text, or give --tune 0" in said
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [{}, {"asymmetric": 512}])
+def test_statistics_of_too_few_windows_are_refused_before_anything_is_written(more, small_moe, short, tmp_path):
+    stats = tmp_path / "stats.safetensors"
+    succeed("calibrate", small_moe, "--calibration", short, "-o", stats)
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(ExportError, match="takes 5 windows of text, and calibration had 3"):
+        how = {"preset": "uniform-q4_k", "stats": stats, "tune": 600}
+        export(ExportOptions(model=str(small_moe), output=tmp_path / "new" / "m.gguf", **how, **more))
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_a_finished_file_is_not_tuned_on_too_little_text(crushed, small_moe, short, tmp_path, monkeypatch):
+    monkeypatch.setattr("dynquant.exporters.stage.tune_file", None)
+    command = ("tune", crushed, "--reference", small_moe, "-o", tmp_path / "m.gguf")
+    for options, words in (
+        (("--calibration", short), "takes 5 windows of 512 tokens, and short.txt gives 4"),
+        (("--tokens", "512", "--window", "8k"), "takes 5 windows of 8192 tokens, and dynquant-mix-2 gives 2"),
+    ):
+        said = refused(*command, *options)
+        assert f"{words}. Give a longer --calibration, a smaller --window, or more --tokens." in said
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_release_whose_files_cannot_be_tuned_is_refused_before_calibration(small_moe, tmp_path):
+    said = refused("release", small_moe, "--bpw", "4.5", "--tune", "600", "--encoder", "ggml", "-o", tmp_path / "r")
+    assert "cannot run: it goes with --encoder dynquant. Give --tune 0" in said and not any(tmp_path.iterdir())
 
 
 def test_a_calibration_of_few_windows_is_refused_before_anything_is_encoded(moe_model, windows):
