@@ -17,7 +17,7 @@ from copy import copy
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
 from dynquant.errors import OptionError
 from dynquant.resources import parse_size, parse_tokens
@@ -25,6 +25,7 @@ from dynquant.resources import parse_size, parse_tokens
 LARGEST = 2**31 - 1
 """Largest number of an option without a maximum of its own, and of a C int, which counts tokens in llama.cpp."""
 
+_Note = TypeVar("_Note")
 _FILE_ENDINGS = frozenset({
     ".bin", ".csv", ".dat", ".gguf", ".gz", ".html", ".json", ".jsonl", ".md", ".npz", ".parquet", ".pt", ".pth",
     ".safetensors", ".txt", ".zip",
@@ -201,23 +202,20 @@ class Options:
 @cache
 def flags(options: type) -> dict[str, tuple[Any, Flag]]:
     """Return type and flag of each field that has one."""
-    shown = {}
-    for name, hint in get_type_hints(options, include_extras=True).items():
-        flag = next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Flag)), None)
-        if flag is not None:
-            shown[name] = hint.__origin__, flag
-    return shown
+    hints = get_type_hints(options, include_extras=True).items()
+    return {name: (hint.__origin__, flag) for name, hint in hints if (flag := note_of(hint, Flag)) is not None}
 
 
 @cache
 def _outputs(options: type) -> dict[str, tuple[Flag, Writes]]:
     """Return flag and note of each field that is an output."""
-    noted = {}
-    for name, hint in get_type_hints(options, include_extras=True).items():
-        writes = next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Writes)), None)
-        if writes is not None:
-            noted[name] = flags(options)[name][1], writes
-    return noted
+    hints, shown = get_type_hints(options, include_extras=True).items(), flags(options)
+    return {name: (shown[name][1], writes) for name, hint in hints if (writes := note_of(hint, Writes)) is not None}
+
+
+def note_of(hint: Any, kind: type[_Note]) -> _Note | None:
+    """Return the note of a kind that an Annotated type has; None where it has none, and of another type."""
+    return next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, kind)), None)
 
 
 def shown_values(options: Options) -> Iterator[tuple[Flag, str, Any, bool]]:

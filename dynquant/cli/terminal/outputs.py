@@ -13,7 +13,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from dynquant.cli.terminal import console
 from dynquant.errors import WriteError
-from dynquant.options import Writes
+from dynquant.options import Writes, note_of
 from dynquant.storage.lock import locked
 
 PATHS_IN_WORDS = frozenset({
@@ -56,8 +56,7 @@ def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterat
     if lines is not None and os.path.isdir(lines.parent) and not _is_device(lines):
         outputs.append(_Output(lines, "--json-progress", Writes(), []))
     for parameter in parameters:
-        value, notes = typed[parameter.name], get_args(parameter.annotation)
-        writes = next((note for note in notes if isinstance(note, Writes)), None)
+        value, writes = typed[parameter.name], note_of(parameter.annotation, Writes)
         flag = _flag_of(parameter)
         if writes is None:
             values = value if isinstance(value, list) else [value]

@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.outputs import guarded
-from dynquant.options import Flag, Former, Only, typed_fields
+from dynquant.options import Flag, Former, Only, note_of, typed_fields
 from dynquant.session import Session
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -105,15 +105,14 @@ def _bare(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
     """Add a parameter for each field that the hint of a dataclass shows; return what makes the dataclass of them."""
-    options, notes = _bare(hint)
-    shown = next((note.names for note in notes if isinstance(note, Only)), None)
+    options, only = _bare(hint)[0], note_of(hint, Only)
     hints = get_type_hints(options, include_extras=True)
     builds: dict[str, _Build] = {}
     parameter_of: dict[str, str] = {}
     for field in fields(options):
         kind, notes = _bare(hints[field.name])
-        flag = next((note for note in notes if isinstance(note, Flag)), None)
-        if shown is not None and field.name not in shown:
+        flag = note_of(hints[field.name], Flag)
+        if only is not None and field.name not in only.names:
             continue
         if flag is not None:
             # The longest flag names the parameter, so that two options may have fields of one name.
