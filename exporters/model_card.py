@@ -11,6 +11,9 @@ from dynquant.recipes.plan import Plan, PlanEntry
 
 CARD_NAME = "README.md"
 _CLOSING = "\n\n## Closing pass\n\n"  # the last section
+_TEXT_TASKS = "kl,ppl --text held-out.txt"
+_UNMEASURED = "- Not measured on this file. Measure it: "
+_MEASURED_BELOW = "- Measured on this file by the closing pass alone, see below. Measure it on other text: "
 
 
 def packed_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
@@ -36,7 +39,7 @@ model = {auto_class}.from_pretrained("PATH", device_map="auto")
 
 ## Damage
 
-{_damage(plan, "kl,vqa --data questions.jsonl" if has_vision else "kl,ppl --text held-out.txt")}
+{_damage(plan, "kl,vqa --data questions.jsonl" if has_vision else _TEXT_TASKS)}
 
 ## Plan
 
@@ -60,32 +63,39 @@ def compressed_card(plan: Plan, *, rounding: str) -> str:
     )
     replaced = [e for e in plan.entries if e.wanted_type]
     fallbacks = [f"- `{e.name}`: {e.type} instead of {e.wanted_type} ({e.reason})" for e in replaced]
-    otherwise = "\n".join(["Stored otherwise than asked for:", "", *fallbacks, "", ""]) if fallbacks else ""
+    otherwise = "\n".join(["\n\nStored otherwise than asked for:", "", *fallbacks]) if fallbacks else ""
     loads = "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory."
     if problem := transformers_problem(plan):
         loads = f"transformers cannot load it: {problem}. vLLM can."
     if since := max(dict(entry.scheme.read_since).get("vllm", "") for entry in plan.entries):
         loads = f"Its schemes take vLLM {since}, where Humming kernels run 2, 3, 5, 6 and 7 bits on CUDA. {loads}"
-    body = f"""| scheme | format | linear layers | weights | bytes | bits per weight |
+    body = f"""```
+vllm serve PATH
+```
+
+{loads}
+
+## Damage
+
+{_damage(plan, _TEXT_TASKS)}
+
+## Plan
+
+| scheme | format | linear layers | weights | bytes | bits per weight |
 |---|---|---|---|---|---|
 {schemes}
 | embedding, head, routers, norms, biases | BF16, or as in the original | | | {plan.other_bytes:,} | |
 
 | role | scheme | group | layers | bytes | weighted error |
 |---|---|---|---|---|---|
-{rows}
-
-{otherwise}```
-vllm serve PATH
-```
-
-{loads}"""
+{rows}{otherwise}"""
     return _card(plan, "compressed-tensors, vllm, dynquant", plan.bits_per_weight, about, body)
 
 
 def with_closing_pass(card: str, outcome: str) -> str:
     """Return a card that also says what came of the closing pass, instead of what an earlier one says."""
-    return f"{card.partition(_CLOSING)[0].rstrip()}{_CLOSING}{outcome[0].upper()}{outcome[1:]}.\n"
+    before = card.partition(_CLOSING)[0].rstrip().replace(_UNMEASURED, _MEASURED_BELOW)
+    return f"{before}{_CLOSING}{outcome[0].upper()}{outcome[1:]}.\n"
 
 
 def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: str) -> str:
@@ -118,7 +128,7 @@ def _damage(plan: Plan, tasks: str) -> str:
         )
     if measured is None:
         command = f"dynquant eval PATH --reference ORIGINAL --tasks {tasks}"
-        lines.append(f"- Not measured on this file. Measure it: `{command}`")
+        lines.append(f"{_UNMEASURED}`{command}`")
     return "\n".join(lines)
 
 

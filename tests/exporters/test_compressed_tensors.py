@@ -21,6 +21,7 @@ from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.evaluation.runners import open_runner
 from dynquant.exporters.compressed_config import transformers_problem
+from dynquant.exporters.model_card import compressed_card
 from dynquant.families.common.conversion import Conversion
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
@@ -192,6 +193,18 @@ def test_the_directory_is_complete_and_described(mixed_llama):
     assert (output / "tokenizer.json").is_file() and not list(output.parent.glob("*.partial"))
     card = (output / "README.md").read_text()
     assert all(f"| {name} | {SCHEMES[name].format} |" in card for name in plan.histogram())
+
+
+def test_the_card_tells_the_damage_or_how_it_is_measured(mixed_llama):
+    output, plan = mixed_llama
+    assert re.search(
+        r"\n\n## Damage\n\n- Not measured on this file\. .*`dynquant eval PATH --reference ORIGINAL --tasks kl,ppl "
+        r"--text held-out\.txt`\n\n## Plan\n\n\|",
+        (output / "README.md").read_text(),
+    )
+    kls = {"selected_kl": 0.1234, "predicted_kl": 0.2, "predicted_kl_se": 0.01}
+    card = compressed_card(plan.model_copy(update=kls), rounding="rounded")
+    assert "measured: 0.1234" in card and "0.2000 ± 0.0100" in card and "Not measured" not in card
 
 
 def test_written_bytes_are_the_predicted_ones_in_one_file_or_more(mixed_deepseek, deepseek, tmp_path):
