@@ -19,8 +19,11 @@ from torch import Tensor
 from dynquant.kernels import reference
 
 # `bench.products` times them. Four rows are for `gemv` only where there are no tiles, which then take as long or less.
-_KERNELS = {"linear": (("gemv", 3), ("tiles", 128), ("gemv", 4)), "input_grad": (("tiles", 256),)}
-"""Product -> modules of `kernels.triton` with it, and most rows; they have `supports(type_name, x, product)`."""
+_KERNELS = {
+    "linear": (("gemv", 3), ("tiles", 32), ("ring", 1024), ("tiles", 128), ("gemv", 4)),
+    "input_grad": (("tiles", 256),),
+}
+"""Product -> modules with it, and most rows; they have `supports(type_name, x, product)`."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -113,7 +116,8 @@ def _say_what_is_missing(activations: Tensor) -> None:
 
 def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
     for name, most in _KERNELS[product]:
-        if len(x) <= most and _module(name).supports(type_name, x, product):
+        is_there = name != "ring" or _module("activations").runs_gluon(x.device, x.dtype)
+        if len(x) <= most and is_there and _module(name).supports(type_name, x, product):
             return _module(name)
     return _module("two_pass")  # takes every type and number of rows
 
@@ -121,7 +125,7 @@ def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
 @functools.cache
 def _module(name: str) -> ModuleType:
     """Import a kernel module when it is first used: Triton need not be there to import this one."""
-    return importlib.import_module(f"{__package__}.triton.{name}")
+    return importlib.import_module(f"{__package__}.{'gluon' if name == 'ring' else 'triton'}.{name}")
 
 
 def _refusal(weight: Tensor, layout: str, dtype: torch.dtype) -> str | None:

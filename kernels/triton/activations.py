@@ -73,6 +73,12 @@ def is_hopper(device: torch.device) -> bool:
     return (capability(device) or (0, 0))[0] == 9
 
 
+def runs_gluon(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether `kernels.gluon` runs: on a Hopper GPU, by the Triton it was tested with (Gluon changes between
+    versions), for activations of 16 bits."""
+    return dtype in (torch.bfloat16, torch.float16) and is_hopper(device) and triton.__version__.startswith("3.6.")
+
+
 def takes_fragments(device: torch.device) -> bool:
     """Tell whether `fragments` run on the device: not on a GPU before an A100, which has no pairs of bfloat16 and turns
     no float32 into pairs. Those of a CPU are interpreted."""

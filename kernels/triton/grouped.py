@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.triton import gemv, tiles
-from dynquant.kernels.triton.activations import has_tensor_cores
+from dynquant.kernels.triton.activations import has_tensor_cores, runs_gluon
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
 _MOST_SINGLE_PAIRS = 128  # up to this many pairs, and one for every expert, read the weights one by one
@@ -53,6 +53,10 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
         choose, run = (
             (tiles.input_grad_config, tiles.multiply_back) if transposed else (tiles.linear_config, tiles.multiply)
         )
+        if not transposed and num_pairs > 32 * num_experts and runs_gluon(inputs.device, inputs.dtype):
+            from dynquant.kernels.gluon import ring  # which only imports where it runs
+
+            choose, run = ring.config, ring.multiply
         dtype = inputs.dtype if has_tensor_cores(inputs.device, inputs.dtype) else torch.float32
         config = choose(num_pairs / num_experts, dtype)
         return run(product, inputs, weight, stored, config, _tiles_of(expert_ids, num_experts, config["BM"]))

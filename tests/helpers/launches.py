@@ -9,6 +9,7 @@ from tempfile import NamedTemporaryFile
 import pytest
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -88,6 +89,9 @@ def _needs(capability: int, kernel: JITFunction, given: tuple, options: dict[str
         is_plain = parameter.do_not_specialize
         if isinstance(value, Tensor):
             types[name] = _POINTERS[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            block = f"{_POINTERS[value.base.dtype][1:]}{value.block_shape}"
+            types[name] = f"tensordesc<{block},{value.layout!r}>"
         elif parameter.is_constexpr or value is None or (value == 1 and not is_plain):
             constants[name] = value
         else:

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -25,7 +26,8 @@ def compiled(
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = [(i,) for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in multiples_of_16]
     attributes = {index: [["tt.divisibility", 16]] for index in aligned if kernel.arg_names[index[0]] in types}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    form = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = form(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
