@@ -36,7 +36,7 @@ _CONFIGS = {
     128: {"BM": 128, "CHUNK": 256, "DEPTH": 3},
     256: {"BM": 256, "CHUNK": 128, "DEPTH": 3},
 }
-"""Rows of activations that share a matrix, at most -> constants of the kernel, as measured on an H200."""
+"""Rows of activations of a program -> constants of the kernel, as measured on an H200."""
 
 _GROUPS = gl.constexpr(2)
 _ROWS = gl.constexpr(64)  # of weights, of a group: the tensor cores' tile
@@ -44,14 +44,24 @@ _RESIDENT = 132  # programs that keep the GPU busy, one a multiprocessor
 _SLICES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
-def config(num_rows: float, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """Return constants of the kernel for about so many rows of activations that share a matrix, of whatever dtype."""
+def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
+    """Return whether this is faster than `tiles`, where `activations.runs_gluon`: to 64 rows blocks of 32 are not."""
+    return len(x) > 64 or step_of.fn(quant_type(type_name).name) == 256
+
+
+def config(num_rows: int) -> dict[str, int]:
+    """Return constants of the kernel for so many rows of activations of one matrix."""
     return next((constants for most, constants in _CONFIGS.items() if num_rows <= most), _CONFIGS[256])
 
 
-def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
-    """Return True: `activations.runs_gluon` has been asked before this module is imported."""
-    return True
+def experts_config(num_rows: float, row_length: int) -> dict[str, int] | None:
+    """Return constants for experts with so many rows of activations on average, or None where `tiles` are faster.
+
+    Experts get more rows or fewer than the average. Short rows of weights end before the ring has filled.
+    """
+    if num_rows < 32 or row_length < 2048:
+        return None
+    return _CONFIGS[64 if num_rows < 48 else 128]
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:

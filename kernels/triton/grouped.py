@@ -50,15 +50,18 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
     length, num_pairs = shapes.row_length(weight, stored), expert_ids.numel()
     product = inputs.new_empty(*expert_ids.shape, length if transposed else num_rows)
     if not is_few(expert_ids, num_experts):
-        choose, run = (
-            (tiles.input_grad_config, tiles.multiply_back) if transposed else (tiles.linear_config, tiles.multiply)
-        )
-        if not transposed and num_pairs > 32 * num_experts and runs_gluon(inputs.device, inputs.dtype):
-            from dynquant.kernels.gluon import ring  # which only imports where it runs
+        mean, dtype = num_pairs / num_experts, inputs.dtype
+        if not has_tensor_cores(inputs.device, dtype):
+            dtype = torch.float32
+        run, config = tiles.multiply, None
+        if transposed:
+            run, config = tiles.multiply_back, tiles.input_grad_config(mean, dtype)
+        elif runs_gluon(inputs.device, dtype):
+            from dynquant.kernels.gluon import ring  # which can only be imported where it runs
 
-            choose, run = ring.config, ring.multiply
-        dtype = inputs.dtype if has_tensor_cores(inputs.device, inputs.dtype) else torch.float32
-        config = choose(num_pairs / num_experts, dtype)
+            if config := ring.experts_config(mean, length):
+                run = ring.multiply
+        config = config or tiles.linear_config(mean, dtype)
         return run(product, inputs, weight, stored, config, _tiles_of(expert_ids, num_experts, config["BM"]))
     width, config = (128, {"BN": 32, "G": 4}) if transposed else (16, {"BN": 16, "G": 8})
     _pair_kernel[(shapes.ceil_div(product.shape[-1], width), num_pairs)](
