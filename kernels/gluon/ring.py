@@ -32,7 +32,7 @@ from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table
 
 _CONFIGS = {
-    64: {"BM": 64, "CHUNK": 256, "DEPTH": 4},
+    64: {"BM": 64, "CHUNK": 128, "DEPTH": 6},
     128: {"BM": 128, "CHUNK": 256, "DEPTH": 3},
     256: {"BM": 256, "CHUNK": 128, "DEPTH": 3},
 }
