@@ -103,7 +103,7 @@ def mixed(moe_model, tmp_path_factory) -> Path:
     return export(moe_model, tmp_path_factory.mktemp("mixed") / "out", choose)
 
 
-OPTIONS = TuneOptions(tokens=3072, step_tokens=256, held_out_tokens=640, parts=TUNABLE_PARTS)
+OPTIONS = TuneOptions(tokens=1536, step_tokens=256, held_out_tokens=640, parts=TUNABLE_PARTS)
 
 
 @pytest.fixture(scope="module")
