@@ -292,7 +292,10 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         check_is_free(output)
     else:
         if not is_gguf(path):
-            raise ExportError(f"There is no directory {path}, and names of GGUF files end in .gguf. Check the path.")
+            fault = (
+                f"{path} is neither a directory nor a GGUF file" if path.exists() else f"There is no directory {path}"
+            )
+            raise ExportError(f"{fault}. Check the path.")
         check_ending(output, ".gguf", "--output")
         check_work(output)
         file = GGUFSource(path)

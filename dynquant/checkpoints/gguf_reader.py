@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuant
 
 from dynquant.errors import CheckpointError, unreadable
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.storage.file_kinds import GGUF, refuse_other_kind
 from dynquant.storage.stand_ins import refuse_stand_in
 
 _VERSIONS = (2, 3)
@@ -84,6 +85,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         raise CheckpointError(f"There is no file {path}. Check the path; of a split GGUF all parts must be present.")
     try:
         refuse_stand_in(path)
+        refuse_other_kind(path, GGUF)
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             return _Parser(path, data).header()
     except (ValueError, OSError) as error:

@@ -19,6 +19,7 @@ from dynquant.errors import CheckpointError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.resources import count_mapped
+from dynquant.storage.file_kinds import GGUF, kind_of
 
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 
@@ -103,8 +104,10 @@ class GGUFSource:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether a file has the name of a GGUF file."""
-    return path.suffix.lower() == ".gguf"
+    """Return whether a path is of a GGUF file: by what it holds, or by its name where that tells nothing."""
+    if (kind := kind_of(path)) != "":
+        return kind == GGUF
+    return path.suffix.lower() == ".gguf" and not (path / "config.json").is_file()
 
 
 def read_split(path: Path) -> list[GGUFHeader]:

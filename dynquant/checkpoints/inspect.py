@@ -20,6 +20,7 @@ from dynquant.checkpoints.safetensors_source import INDEX_NAME, checkpoint_spans
 from dynquant.checkpoints.tensor_roles import Role, role_ahead, role_of, roles_of
 from dynquant.errors import CheckpointError
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.storage.file_kinds import SAFETENSORS, kind_of
 from dynquant.storage.strict_json import parse_json
 
 _GGUF_KEYS = (
@@ -101,22 +102,25 @@ class FileSummary:
 
 
 def inspect(path: str | Path) -> FileSummary:
-    """Summarise a .gguf file (of a split, the first part), a .safetensors file, or a checkpoint directory.
+    """Summarise a GGUF file (of a split, the first part), a safetensors file, or a checkpoint directory.
+
+    What a file is, its content says; its name only where that is damaged.
 
     Raises:
         CheckpointError: nothing is there, or a file is truncated, corrupt or of another kind.
     """
     path = Path(path)
-    if is_gguf(path) and not (path / "config.json").is_file():
+    if is_gguf(path):
         return _inspect_gguf(path)
-    if path.suffix.lower() == ".safetensors" and path.is_file():
+    kind = kind_of(path)
+    if kind == SAFETENSORS or (not kind and path.suffix.lower() == ".safetensors" and path.is_file()):
         summary = _inspect_safetensors(path.parent, spans_of(path))
         return replace(summary, fault=_of_several(path) or summary.fault)
     if path.is_dir():
         return _inspect_safetensors(path, checkpoint_spans(path))
     raise CheckpointError(
-        f"{path} is neither a .gguf file, nor a .safetensors file, nor a directory that holds a checkpoint. Check the "
-        "path."
+        f"{path} is neither a GGUF file, nor a safetensors file, nor a directory that holds a checkpoint"
+        f"{kind and f', but {kind}'}. Check the path."
     )
 
 

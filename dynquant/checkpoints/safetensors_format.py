@@ -21,6 +21,7 @@ from dynquant.errors import CheckpointError, ExportError, unreadable
 from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.formats.storage_format import StoredTensor
 from dynquant.storage.atomic import checksums_of, read_tensors_header, tensors_metadata, writing
+from dynquant.storage.file_kinds import SAFETENSORS, refuse_other_kind
 from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
@@ -151,6 +152,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         refuse_stand_in(file)
+        refuse_other_kind(file, SAFETENSORS)
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")

@@ -484,7 +484,7 @@ def _picture_candidate(
     if options.mmproj is not None:
         raise EvaluationError(f"--mmproj goes with a GGUF file, and {path} is none; leave it out.")
     plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
-    if plan_file.suffix != ".json":
+    if not plan_file.is_file() and plan_file.suffix != ".json":
         yield runners.open_runner(path, device=str(original.device)), _stored_bytes(path)
         return
     plan = Plan.load(plan_file)

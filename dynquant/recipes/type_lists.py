@@ -17,6 +17,7 @@ from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.llama_mixtures import OUTPUT_NAME
 from dynquant.recipes.plan import Plan
+from dynquant.storage.file_kinds import SAFETENSORS, kind_of
 from dynquant.storage.file_names import PLAN_NAME
 
 _EMBEDDING_NAME = "token_embd.weight"
@@ -33,7 +34,7 @@ class TypeList:
 
 
 def read_types(path: Path) -> TypeList:
-    """Read a plan.json, also by its folder, or a .gguf file (of a split, the first part).
+    """Read a plan.json, also by its folder, or a GGUF file (of a split, the first part); by what they hold.
 
     Raises:
         PlanError: not a plan.
@@ -51,6 +52,10 @@ def read_types(path: Path) -> TypeList:
             raise PlanError(
                 f"{path.parent} is a directory without {PLAN_NAME}. Give a plan, its folder or a .gguf file."
             )
+    if kind_of(path) == SAFETENSORS:
+        raise PlanError(
+            f"{path} is a safetensors file, which has no GGUF types. Give a plan, its folder or a GGUF file."
+        )
     plan = Plan.load(path)
     tensors = tuple(TensorRecord(e.name, e.shape, e.type, e.bytes, e.role) for e in plan.entries)
     return TypeList(path.name, plan.arch, plan.predicted_bytes, tensors)

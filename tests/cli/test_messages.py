@@ -4,7 +4,9 @@ import ast
 import re
 from collections.abc import Iterator
 
+import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from dynquant.cli.app import app
 from tests.conftest import REPOSITORY
@@ -65,3 +67,13 @@ def test_every_command_that_is_named_takes_the_options_named_with_it():
         name, *words = line.split()
         assert name in COMMANDS, (place, line)
         assert OPTIONS[name].issuperset(_OPTION.findall(" ".join(words))), (place, line)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_help_names_every_option_in_full(width):
+    for name, command in COMMANDS.items():
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": str(width)})
+        words = re.split(r"[\s,/]+", shown.stdout)
+        assert shown.exit_code == 0 and "\N{HORIZONTAL ELLIPSIS}" not in shown.stdout
+        assert {option for p in command.params for option in (*p.opts, *p.secondary_opts)} <= {*words}, name
+        assert max(map(len, shown.stdout.splitlines())) <= width

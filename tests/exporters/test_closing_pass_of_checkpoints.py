@@ -104,7 +104,7 @@ def mixed(moe_model, tmp_path_factory) -> Path:
     return export(moe_model, tmp_path_factory.mktemp("mixed") / "out", choose)
 
 
-OPTIONS = TuneOptions(tokens=3072, step_tokens=256, held_out_tokens=640, parts=TUNABLE_PARTS)
+OPTIONS = TuneOptions(tokens=1536, step_tokens=256, held_out_tokens=640, parts=TUNABLE_PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_folders_that_cannot_be_tuned_are_refused(small_moe, crushed, tmp_path):
         (small_moe, tmp_path / "tuned", "no compressed-tensors checkpoint"),
         (tmp_path / "none", tmp_path / "tuned.gguf", "none"),
         (tmp_path / "none", tmp_path / "tuned", "There is no directory"),
-        (crushed / "model.safetensors", tmp_path / "tuned.gguf", "names of GGUF files end in .gguf"),
+        (crushed / "model.safetensors", tmp_path / "tuned.gguf", "is neither a directory nor a GGUF file"),
         (crushed, tmp_path / "tuned.gguf", "has the name of a file, and a folder is written"),
         (crushed, crushed.parent, "exists already"),
     ):

@@ -4,11 +4,15 @@ Python runs a signal handler only when the main thread is back from native code,
 number also reaches a thread, through the wake-up descriptor: it gives the main thread a moment to unwind and then
 ends the process. What is on disk must therefore be sound at any time, as after a kill. Native code that keeps
 Python's lock also keeps this thread waiting; encoders, PyTorch and llama.cpp do not.
+
+Where Python has nobody to raise an exception to (what native code calls back, as LLVM does when numba compiles, and
+what is called for objects that go), it prints the exception and goes on: the process ends there instead.
 """
 
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,12 +45,14 @@ def ends_promptly(say: Callable[[], None]) -> Iterator[None]:
     sender.setblocking(False)  # Python's handler writes to it and must not wait
     before = {number: signal.signal(number, ending.raise_once) for number in _SIGNALS}
     descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    print_unraisable, sys.unraisablehook = sys.unraisablehook, ending.unraisable
     threading.Thread(target=ending.watch, args=(receiver,), daemon=True, name="signals").start()
     try:
         yield
     except Interrupted:
         ending.leave()
     finally:
+        sys.unraisablehook = print_unraisable
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -58,6 +64,7 @@ class _Ending:
 
     def __init__(self, say: Callable[[], None]) -> None:
         self._say = say
+        self._print_unraisable = sys.unraisablehook
         self._lock = threading.Lock()
         self._was_raised = False
 
@@ -66,6 +73,12 @@ class _Ending:
         if not self._was_raised:
             self._was_raised = True
             raise Interrupted
+
+    def unraisable(self, dropped: "sys.UnraisableHookArgs") -> None:
+        """Python drops an exception: of an interruption, this is the end; others are printed as ever."""
+        if isinstance(dropped.exc_value, Interrupted):
+            self.leave()
+        self._print_unraisable(dropped)
 
     def watch(self, receiver: socket.socket) -> None:
         """Wait for a signal's number; then for a second one, or until the main thread has had its time."""

@@ -91,6 +91,10 @@ def command_class(function: Callable[..., None]) -> type[TyperCommand]:
     former_names: dict[str, str] = function.former_names  # type: ignore[attr-defined]
 
     class Command(TyperCommand):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            """Show help as plain text: panels have six columns, which at 80 letters cut names and words."""
+            super().__init__(*args, **options | {"rich_markup_mode": None})
+
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             words = (word.partition("=") for word in args)
             return super().parse_args(ctx, ["".join((former_names.get(name, name), *rest)) for name, *rest in words])

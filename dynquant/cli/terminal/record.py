@@ -15,6 +15,9 @@ from dynquant.resources import cuda_bytes_since, peak_cuda_bytes, peak_memory_by
 
 RATE_SECONDS = 30.0
 """The rate is taken over this much of the stage's latest time, so that a slow tensor soon shows in the time left."""
+ESTIMATE_SECONDS = 2.0
+"""No time left is told before the stage has worked for so long since its first report of work done: what comes before
+also compiled, loaded and warmed up."""
 
 
 class Spent(NamedTuple):
@@ -48,14 +51,21 @@ class StageRecord:
     cuda_bytes: int | None = None
     """The most that was allocated on a GPU while the stage worked there; None where it did not."""
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
+    _before: int = 0  # the amount when the stage began
+    _is_warm: bool = False
 
     def begin(self, done: int, spent: Spent | None = None) -> None:
         """The stage starts here, with `done` left by an earlier run; finding that out took what was spent."""
         self.done, self.spent = done, self.spent.plus(spent or Spent())
         self._recent = deque([(self.spent.seconds, self.amount)])
+        self._before, self._is_warm = self.amount, False
 
     def advance(self, done: int, spent: Spent) -> None:
         """`done` has been reached, and this was spent since the last report."""
+        if not self._is_warm and done > self.done and self.amount > self._before:
+            self._is_warm = True
+            while self._recent[0][1] == self._before:
+                self._recent.popleft()  # from the second item on, the first one tells no speed
         self.amount += done - self.done
         self.done = done
         self.spent = self.spent.plus(spent)
@@ -78,8 +88,9 @@ class StageRecord:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until `total`, at the latest rate."""
-        return (self.total - self.done) / self.rate if self.rate else None
+        """Until `total`, at the latest rate; None until that one tells anything."""
+        is_known = self._is_warm and self.spent.seconds - self._recent[0][0] >= ESTIMATE_SECONDS
+        return (self.total - self.done) / self.rate if is_known and self.rate else None
 
     @property
     def speed(self) -> str:

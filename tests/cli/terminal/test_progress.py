@@ -64,7 +64,26 @@ def test_rate_and_time_left_ignore_what_an_earlier_run_had_done(record, clock):
     assert (stage.rate, stage.seconds_left) == (None, None)
     clock.now += 10
     tell(record, "quantize", 700, 1000)
-    assert (stage.rate, stage.seconds_left, stage.amount) == (10.0, 30.0, 100)
+    assert (stage.rate, stage.seconds_left, stage.amount) == (10.0, None, 100)
+    clock.now += 10
+    tell(record, "quantize", 800, 1000)
+    assert (stage.rate, stage.seconds_left, stage.amount) == (10.0, 20.0, 200)
+
+
+def test_the_first_item_and_two_more_seconds_tell_no_time_left(record, clock):
+    stage = tell(record, "quantize", 0, 1000)
+    for seconds, done in ((20, 0), (20, 10), (0.1, 10), (0.9, 20)):  # the first one waits for compilation
+        clock.now += seconds
+        tell(record, "quantize", done, 1000, tensor=f"blk.{done}.attn_q.weight")
+        assert stage.seconds_left is None and "left" not in str(stage)
+    assert stage.rate == 10.0
+    clock.now += 1
+    tell(record, "quantize", 30, 1000)
+    assert (stage.rate, stage.seconds_left) == (10.0, 97.0) and "1:37 left" in str(stage)
+    tell(record, "quantize", 0, 1000)  # it counts anew
+    clock.now += 20
+    tell(record, "quantize", 10, 1000)
+    assert (stage.rate, stage.seconds_left) == (0.5, None)
 
 
 def test_a_stage_that_counts_again_from_the_start_adds_to_its_amount(record, clock):
@@ -169,7 +188,7 @@ def test_json_lines_keep_first_and_last_and_have_every_field(record, clock):
     assert [tuple(line) for line in lines] == [FIELDS] * len(lines)
     assert (lines[0]["done"], lines[-1]["done"]) == (0, 100)
     assert len(lines) == 3
-    assert (lines[1]["layer"], lines[1]["rate"], lines[1]["seconds_left"]) == (3, 100.0, 0.5)
+    assert (lines[1]["layer"], lines[1]["rate"], lines[1]["seconds_left"]) == (3, 100.0, None)
     assert lines[1]["peak_memory_bytes"] > 10_000_000
 
 
@@ -178,12 +197,14 @@ def test_bars_show_stage_speed_and_tensor(record, clock):
     bars = Bars(screen)
     bars.start()
     bars.show(tell(record, "quantize", 0, 4_000_000))
+    clock.now += 9
+    bars.show(tell(record, "quantize", 500_000, 4_000_000))
     clock.now += 2
-    bars.show(tell(record, "quantize", 1_000_000, 4_000_000, tensor="blk.3.attn_q.weight"))
+    bars.show(tell(record, "quantize", 1_500_000, 4_000_000, tensor="blk.3.attn_q.weight"))
     bars.refresh()
     bars.stop()
     shown = screen.file.getvalue()
-    for words in ("quantize", "25%", "500.0 k weights/s", "0:06 left", "blk.3.attn_q.weight", "peak memory"):
+    for words in ("quantize", "38%", "500.0 k weights/s", "0:05 left", "blk.3.attn_q.weight", "peak memory"):
         assert words in shown
 
 
