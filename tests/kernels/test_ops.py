@@ -2,6 +2,7 @@
 
 import warnings
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,9 +170,13 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "chosen"), [(1, "gemv"), (3, "gemv"), (4, "tiles"), (128, "tiles"), (129, "two_pass")]
-)
-def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
+    ("rows", "chosen", "on_hopper"),
+    [
+        (1, "gemv", "gemv"), (3, "gemv", "gemv"), (4, "tiles", "tiles"), (32, "tiles", "tiles"), (33, "tiles", "ring"),
+        (128, "tiles", "ring"), (129, "two_pass", "ring"), (1024, "two_pass", "ring"), (1025, "two_pass", "two_pass"),
+    ],
+)  # fmt: skip
+def test_kernels_are_asked_in_order(rows, chosen, on_hopper, monkeypatch):
     class Kernel:
         def __init__(self, name, most):
             self.name, self.most = name, most
@@ -179,12 +184,16 @@ def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
         def supports(self, type_name, x, product):
             return type_name == NAME and x.shape[0] <= self.most
 
-    modules = {name: Kernel(name, most) for name, most in (("gemv", 4), ("tiles", 999), ("two_pass", 1 << 30))}
+    places = {"gemv": 4, "tiles": 999, "ring": 9999, "two_pass": 1 << 30}
+    modules = {name: Kernel(name, most) for name, most in places.items()}
     monkeypatch.setattr(dispatch, "_module", modules.get)
-    assert dispatch._first_kernel("linear", NAME, torch.zeros(rows, 256)).name == chosen
+    for has_gluon, expected in ((False, chosen), (True, on_hopper)):
+        modules["activations"] = SimpleNamespace(runs_gluon=lambda *_, found=has_gluon: found)
+        assert dispatch._first_kernel("linear", NAME, torch.zeros(rows, 256)).name == expected
 
 
-def test_kernels_are_found_in_their_folder():
+def test_kernels_are_found_in_their_folders():
     names = {name for table in dispatch._KERNELS.values() for name, _ in table} | {"two_pass", "grouped", "dequantize"}
-    missing = [name for name in names if find_spec(f"dynquant.kernels.triton.{name}") is None]
+    folders = {name: "gluon" if name == "ring" else "triton" for name in names}
+    missing = [name for name in names if find_spec(f"dynquant.kernels.{folders[name]}.{name}") is None]
     assert not missing

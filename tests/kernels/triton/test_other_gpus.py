@@ -90,7 +90,13 @@ def test_products_fit_other_gpus(capability, product, name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("capability", SHARED_KB)
 def test_products_in_other_dtypes_fit_other_gpus(capability, dtype):
-    for product, rows in (("linear", 1), ("linear", 64), ("linear", 200), ("input_grad", 64), ("experts_input_grad", 512)):
+    for product, rows in (
+        ("linear", 1),
+        ("linear", 64),
+        ("linear", 200),
+        ("input_grad", 64),
+        ("experts_input_grad", 512),
+    ):
         found = needs(capability, "Q4_K", product, rows, dtype)
         assert found and fits(found, capability), (product, rows, found)
 
