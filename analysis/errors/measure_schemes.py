@@ -1,11 +1,11 @@
 """Measures what the schemes that vLLM reads do to linear layers, for the same kind of table as quant types have.
 
-Layers are encoded under the importance of their inputs. Rows of a matrix are rounded alike, so a sample of them is
-measured.
+Layers are encoded as `export` will encode them: under the second moments of their inputs, with error feedback, or under
+the importance where there are no moments. Rows of a matrix are rounded alike, so a sample of them is measured.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,15 +14,18 @@ import torch
 from dynquant.analysis.errors.measure import Content, Formats, Meter
 from dynquant.analysis.errors.sums import ErrorPart, ErrorSums, Sums, row_sums
 from dynquant.calibration.importance import importance
+from dynquant.calibration.second_moments import SecondMoments, hessian
+from dynquant.encoding.dynquant_encoder import Loss, loss_under
 from dynquant.encoding.parts import as_slice
-from dynquant.encoding.vllm import encode_layers, nvfp4_global_scale
+from dynquant.encoding.vllm import encode_layers_under, nvfp4_global_scale
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
 from dynquant.formats.checksum import checksum
 from dynquant.formats.vllm_schemes import Scheme
 
-ENCODER = "dynquant, diagonal"
+ENCODER = "dynquant"
 _SAMPLED_ROWS = 64  # rows of each matrix that are measured, evenly spaced; fewer than twice as many
 _SEARCHED_BYTES = 80  # for each weight that is searched
+_MOMENT_BYTES = 32  # for each number of second moments, with factors
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class SchemeMeter(Meter):
     checkpoint: LinearCheckpoint
     candidates: Mapping[str, Sequence[Scheme]]
     place: torch.device
+    moments: SecondMoments | None = field(default=None, kw_only=True)
     weights_in_memory: ClassVar[int] = 1 << 23
 
     @cached_property
@@ -40,7 +44,7 @@ class SchemeMeter(Meter):
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        return {"encoder": ENCODER}
+        return {"encoder": ENCODER, "moments": "" if self.moments is None else self.moments.identity}
 
     @property
     def device(self) -> torch.device:
@@ -59,27 +63,37 @@ class SchemeMeter(Meter):
     def sums_of(self, part: ErrorPart, content: Content) -> Sums:
         identity, weights = content.checksum, content.rows
         assert isinstance(weights, torch.Tensor)
-        scale = importance(self.stats, part.name, part.shape)
-        metric = torch.ones(len(weights), part.shape[-1]) if scale is None else scale[as_slice(part.experts)]
-        energies = row_sums(weights, metric, None).sum(-1)
-        decoded = self._decoded(part, weights, None if scale is None else metric)
+        scale, moments = self._guidance(part)
+        metric = moments if moments is not None else scale
+        metric = (torch.ones(len(weights), part.shape[-1]) if metric is None else metric).to(self.device)
+        here = weights.to(self.device)
+        energies = row_sums(here, metric, None).sum(-1).cpu()
+        loss = loss_under(weights.shape, scale, moments, self.device)  # one for all schemes
         return {
-            name: ErrorSums.of(row_sums(weights - after, metric, None).sum(-1), energies, identity)
-            for name, after in decoded
+            name: ErrorSums.of(row_sums(here - after.to(self.device), metric, None).sum(-1).cpu(), energies, identity)
+            for name, after in self._decoded(part, weights, loss)
         }
 
-    def _bytes_in_memory(self, part: ErrorPart) -> int:
-        return 4 * part.num_weights + _SEARCHED_BYTES * 2 * _SAMPLED_ROWS * len(part.experts) * part.shape[-1]
+    def _guidance(self, part: ErrorPart) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return importance and second moments that `export` encodes these experts with."""
+        scale, experts = importance(self.stats, part.name, part.shape), as_slice(part.experts)
+        scale = None if scale is None else scale[experts]
+        if self.moments is None:
+            return scale, None
+        return scale, hessian(self.moments, self.stats, part.name, part.shape, experts)
 
-    def _decoded(
-        self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each scheme and what decoding gives after encoding under the importance `scale` [E, C]."""
+    def _bytes_in_memory(self, part: ErrorPart) -> int:
+        num_experts, columns = len(part.experts), part.shape[-1]
+        moments = 0 if self.moments is None else _MOMENT_BYTES * num_experts * columns**2
+        return 4 * part.num_weights + _SEARCHED_BYTES * 2 * _SAMPLED_ROWS * num_experts * columns + moments
+
+    def _decoded(self, part: ErrorPart, weights: torch.Tensor, loss: Loss) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each scheme and what decoding gives after encoding under the loss."""
         module, peak = self.linears[part.name].modules[part.experts.start], float(weights.abs().max())
         for scheme in self.candidates[part.name]:
             global_scale = nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None
             options = {"global_scale": global_scale, "device": self.device, "name": module}
-            encoded = encode_layers(scheme, weights, importance=scale, **options)
+            encoded = encode_layers_under(loss, scheme, weights, **options)
             yield scheme.name, torch.stack([layer.decoded() for layer in encoded])
 
 

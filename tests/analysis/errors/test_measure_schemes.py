@@ -12,7 +12,7 @@ from dynquant.calibration.importance import importance
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.encoding.vllm import encode_layers
+from dynquant.encoding.vllm import encode_layers, encode_layers_under
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.vllm_schemes import SCHEMES
@@ -28,17 +28,17 @@ class StoppedError(Exception):
 
 
 class NotedEncoding:
-    """`encode_layers`, which notes what it is asked for and stops at the call number `stop`."""
+    """`encode_layers_under`, which notes what it is asked for and stops at the call number `stop`."""
 
     def __init__(self, monkeypatch, stop=None):
         self.calls, self.stop = [], stop
-        monkeypatch.setattr(measure_schemes, "encode_layers", self)
+        monkeypatch.setattr(measure_schemes, "encode_layers_under", self)
 
-    def __call__(self, scheme, *arguments, name, **options):
+    def __call__(self, loss, scheme, *arguments, name, **options):
         if len(self.calls) == self.stop:
             raise StoppedError
         self.calls.append((name, scheme.name))
-        return encode_layers(scheme, *arguments, name=name, **options)
+        return encode_layers_under(loss, scheme, *arguments, name=name, **options)
 
 
 @pytest.fixture(scope="module")
