@@ -72,7 +72,7 @@ def error_table(model: Model, stats: StatsFile, path: Path, options: TableOption
     return earlier
 
 
-def _is_of(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
+def _is_of(table: ErrorTable, meter: Meter, stats: StatsFile) -> bool:
     """Return whether the table holds what the meter would find, or exact numbers in place of estimates."""
     return _rests_on(table, meter, stats) and table.seed in (None, meter.origin["seed"])
 
@@ -108,16 +108,17 @@ def scheme_table(
     unmeasured = unmeasured_table(model, scheme_formats(checkpoint, candidates), ())
     sizes = {(row.name, row.type): row.bytes for row in unmeasured.rows}
     place = torch.device(chosen_device(session.device))
-    how = {"moments": stats.moments, "threads": session.threads}
+    how = {"moments": stats.moments, "sampling": _sampling(session, place), "threads": session.threads}
     meter = SchemeMeter(model, stats.stats, checkpoint, candidates, place, **how)
     earlier = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
     has_these = earlier and sizes.items() <= {(row.name, row.type): row.bytes for row in earlier.rows}.items()
-    if earlier and has_these and _rests_on(earlier, meter, stats):
+    if earlier and has_these and _is_of(earlier, meter, stats):
         session.note(f"reusing {path}")
         return earlier
     identity = {
         "encoder": f"{meter.origin['encoder']}, torch {torch.__version__}",
         "moments": str(meter.origin["moments"]),
+        "sampling": str(meter.sampling),
         "device": place.type,
         "bytes": str(sum(sizes.values())),
     }
@@ -127,9 +128,13 @@ def scheme_table(
 def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Session) -> ErrorMeter:
     encoder = load_encoder(options.encoder, chosen_device(session.device))
     moments = stats.moments if encoder.uses_hessians else None
-    first = {} if encoder.device.type == "cpu" else {"first_rows": _FIRST_ROWS_ON_GPU}
-    sampling = None if options.exact else Sampling(session.seed, **first)
+    sampling = None if options.exact else _sampling(session, encoder.device)
     return ErrorMeter(model, stats.stats, encoder, moments, sampling, threads=session.threads)
+
+
+def _sampling(session: Session, device: torch.device) -> Sampling:
+    first = {} if device.type == "cpu" else {"first_rows": _FIRST_ROWS_ON_GPU}
+    return Sampling(session.seed, **first)
 
 
 def _measured(
