@@ -60,7 +60,6 @@ class Meter(ABC):
     stats: CalibrationStats
     threads: int | None = field(default=None, kw_only=True)
     """Cores that measure parts side by side, or threads that read ahead of a GPU."""
-    weights_in_memory: ClassVar[int]  # largest number of weights in a group of experts that are loaded together
 
     @property
     @abstractmethod
@@ -77,9 +76,8 @@ class Meter(ABC):
         """Return what is measured where these types are candidates."""
 
     def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
-        """Group the experts that are in memory together, at least one; a matrix is one expert."""
-        step = max(1, self.weights_in_memory // prod(shape[-2:]))
-        return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
+        """Return what is measured together: a matrix or all experts, of which rows are drawn."""
+        return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
 
     def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
         """Measure parts side by side; on a GPU one by one, while the next ones are read.
@@ -111,9 +109,36 @@ class Meter(ABC):
     def sums_of(self, part: ErrorPart, content: "Content") -> Sums:
         """Measure a part that was read."""
 
+    def _sums_of_drawn(self, part: ErrorPart, content: "Content", limits: Sampling) -> Sums:
+        """Measure drawn rows of a tensor until they say enough of it."""
+        assert isinstance(content.rows, DrawnRows)
+        shares = _shares(self.stats.input_of(part.name), len(content.rows.experts))
+        sampled = SampledSums(content.rows, shares, part.types, limits)
+        for experts, weights, places in sampled.rounds():
+            sampled.add(places, *self._measured(part, experts, weights, sampled.types_left))
+        return sampled.sums(content.checksum)
+
+    @abstractmethod
+    def _measured(
+        self, part: ErrorPart, experts: list[int], weights: torch.Tensor, types: Iterable[str]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the `row_sums` of rows [E, R, C] of these experts, and by type of what they lose."""
+
     @abstractmethod
     def _bytes_in_memory(self, part: ErrorPart) -> int:
         """Return what a part takes while it waits or is measured."""
+
+    def _experts_at_once(self, columns: int) -> int:
+        """Return how many experts have their second moments in memory together, where there are any."""
+        limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
+        return max(1, limit // (4 * columns**2))
+
+    def _drawn(
+        self, part: ErrorPart, blocks: Iterable[tuple[range, range, torch.Tensor]], limits: Sampling
+    ) -> DrawnRows:
+        """Draw rows of a tensor that `blocks` read once."""
+        scale, shape = importance(self.stats, part.name, part.shape), stacked(part.shape)
+        return draw(part.name, shape, blocks, scale, _shares(self.stats.input_of(part.name), shape[0]), limits)
 
     def _is_for_one_core(self, part: ErrorPart) -> bool:
         """Return whether nothing of the part is shared among cores."""
@@ -150,10 +175,11 @@ class ErrorMeter(Meter):
         return tensor_formats(self.model, self.stats, type_names)
 
     def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
-        """Group experts that are measured together; of a tensor that is sampled, all of them are."""
-        if self.sampling is None:
+        """Group the experts that are in memory together, at least one, where every weight is measured."""
+        if self.sampling is not None:
             return super().parts(name, shape, types)
-        return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
+        step = max(1, self.weights_in_memory // prod(shape[-2:]))
+        return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
 
     def _is_for_one_core(self, part: ErrorPart) -> bool:
         return self.sampling is not None or part.num_weights <= self.weights_in_memory
@@ -167,11 +193,6 @@ class ErrorMeter(Meter):
             return 4 * part.num_weights + hessians
         block = min(num_rows * columns, _BLOCK_WEIGHTS)
         return 4 * (block + num_experts * most_rows(shape, self.sampling) * columns) + hessians
-
-    def _experts_at_once(self, columns: int) -> int:
-        """Return how many experts have their second moments in memory together, where there are any."""
-        limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
-        return max(1, limit // (4 * columns**2))
 
     def read(self, part: ErrorPart) -> "Content":
         if self.sampling is None:
@@ -189,8 +210,7 @@ class ErrorMeter(Meter):
                 total += checksum(weights, experts.start * shape[1] + rows.start)
                 yield experts, rows, weights.reshape(1, len(rows), -1)
 
-        scale, shares = importance(self.stats, part.name, part.shape), _shares(self.stats.input_of(part.name), shape[0])
-        drawn = draw(part.name, shape, blocks(), scale, shares, self.sampling)
+        drawn = self._drawn(part, blocks(), self.sampling)
         return Content(total % (1 << 64), drawn)
 
     def sums_of(self, part: ErrorPart, content: "Content") -> Sums:
@@ -200,16 +220,11 @@ class ErrorMeter(Meter):
             energy = energies.sum(-1)
             return {name: ErrorSums.of(of_type.sum(-1), energy, content.checksum) for name, of_type in lost.items()}
         assert self.sampling is not None
-        shares = _shares(self.stats.input_of(part.name), len(rows.experts))
-        sampled = SampledSums(rows, shares, part.types, self.sampling)
-        for experts, weights, places in sampled.rounds():
-            sampled.add(places, *self._measured(part, experts, weights, sampled.types_left))
-        return sampled.sums(content.checksum)
+        return self._sums_of_drawn(part, content, self.sampling)
 
     def _measured(
         self, part: ErrorPart, experts: list[int], weights: torch.Tensor, types: Iterable[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the `row_sums` of rows [E, R, C] of these experts, and by type of what they lose."""
         count = len(experts) if self.moments is None else self._experts_at_once(part.shape[-1])
         energies, lost = [], {name: [] for name in types}
         for some in ranges(len(experts), count):

@@ -1,28 +1,33 @@
 """Measures what the schemes that vLLM reads do to linear layers, for the same kind of table as quant types have.
 
-Layers are encoded under the importance of their inputs. Rows of a matrix are rounded alike, so a sample of them is
-measured.
+Layers are encoded as `export` will encode them: under the second moments of their inputs, with error feedback, or under
+the importance where there are no moments. Rows do not depend on each other, and are drawn as those of types are
+(`sampling`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from dynquant.analysis.errors.measure import Content, Formats, Meter
-from dynquant.analysis.errors.sums import ErrorPart, ErrorSums, Sums, row_sums
+from dynquant.analysis.errors.sampling import Sampling, most_rows, stacked
+from dynquant.analysis.errors.sums import ErrorPart, Sums, row_sums
 from dynquant.calibration.importance import importance
-from dynquant.encoding.parts import as_slice
-from dynquant.encoding.vllm import encode_layers, nvfp4_global_scale
+from dynquant.calibration.second_moments import SecondMoments, hessian
+from dynquant.encoding.dynquant_encoder import loss_under
+from dynquant.encoding.interface import check_finite
+from dynquant.encoding.parts import as_slice, ranges
+from dynquant.encoding.vllm import encode_layers_under, nvfp4_global_scale
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
 from dynquant.formats.checksum import checksum
 from dynquant.formats.vllm_schemes import Scheme
 
-ENCODER = "dynquant, diagonal"
-_SAMPLED_ROWS = 64  # rows of each matrix that are measured, evenly spaced; fewer than twice as many
+ENCODER = "dynquant"
 _SEARCHED_BYTES = 80  # for each weight that is searched
+_MOMENT_BYTES = 32  # for each number of second moments, with factors
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class SchemeMeter(Meter):
     checkpoint: LinearCheckpoint
     candidates: Mapping[str, Sequence[Scheme]]
     place: torch.device
-    weights_in_memory: ClassVar[int] = 1 << 23
+    moments: SecondMoments | None = field(default=None, kw_only=True)
+    sampling: Sampling = field(default=Sampling(), kw_only=True)
 
     @cached_property
     def linears(self) -> dict[str, LinearLayer]:
@@ -40,7 +46,8 @@ class SchemeMeter(Meter):
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        return {"encoder": ENCODER}
+        moments = "" if self.moments is None else self.moments.identity
+        return {"encoder": ENCODER, "moments": moments, "seed": self.sampling.seed}
 
     @property
     def device(self) -> torch.device:
@@ -51,36 +58,57 @@ class SchemeMeter(Meter):
         return scheme_formats(self.checkpoint, self.candidates)
 
     def read(self, part: ErrorPart) -> Content:
-        """Read a part, and keep evenly spaced rows."""
-        whole = torch.stack([self.linears[part.name].load(expert) for expert in part.experts])
-        identity = checksum(whole, part.experts.start * whole.shape[1])
-        return Content(identity, whole[:, :: max(1, whole.shape[1] // _SAMPLED_ROWS)].clone())
+        linear, num_rows, total = self.linears[part.name], part.shape[-2], 0
+
+        def blocks() -> Iterator[tuple[range, range, torch.Tensor]]:
+            nonlocal total
+            for expert in part.experts:
+                weights = linear.load(expert)
+                check_finite(weights, name=linear.modules[expert])
+                total += checksum(weights, expert * num_rows)
+                yield range(expert, expert + 1), range(num_rows), weights.unsqueeze(0)
+
+        drawn = self._drawn(part, blocks(), self.sampling)
+        return Content(total % (1 << 64), drawn)
 
     def sums_of(self, part: ErrorPart, content: Content) -> Sums:
-        identity, weights = content.checksum, content.rows
-        assert isinstance(weights, torch.Tensor)
+        return self._sums_of_drawn(part, content, self.sampling)
+
+    def _measured(
+        self, part: ErrorPart, experts: list[int], weights: torch.Tensor, types: Iterable[str]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        schemes = [scheme for scheme in self.candidates[part.name] if scheme.name in set(types)]
+        energies, lost = [], {scheme.name: [] for scheme in schemes}
+        for some in ranges(len(experts), self._experts_at_once(part.shape[-1])):
+            rows, numbers = weights[as_slice(some)], experts[as_slice(some)]
+            scale, moments = self._guidance(part, numbers)
+            metric = moments if moments is not None else scale
+            metric = (torch.ones(len(rows), rows.shape[-1]) if metric is None else metric).to(self.device)
+            loss, here = loss_under(rows.shape, scale, moments, self.device), rows.to(self.device)
+            energies.append(row_sums(here, metric, None).cpu())
+            peak, name = float(rows.abs().max()), self.linears[part.name].modules[numbers[0]]
+            for scheme in schemes:
+                global_scale = nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None
+                options = {"global_scale": global_scale, "device": self.device, "name": name}
+                encoded = encode_layers_under(loss, scheme, rows, **options)
+                decoded = torch.stack([layer.decoded() for layer in encoded]).to(self.device)
+                lost[scheme.name].append(row_sums(here - decoded, metric, None).cpu())
+        return torch.cat(energies, 1), {name: torch.cat(sums, 1) for name, sums in lost.items()}
+
+    def _guidance(self, part: ErrorPart, experts: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return importance and second moments that `export` encodes these experts with."""
         scale = importance(self.stats, part.name, part.shape)
-        metric = torch.ones(len(weights), part.shape[-1]) if scale is None else scale[as_slice(part.experts)]
-        energies = row_sums(weights, metric, None).sum(-1)
-        decoded = self._decoded(part, weights, None if scale is None else metric)
-        return {
-            name: ErrorSums.of(row_sums(weights - after, metric, None).sum(-1), energies, identity)
-            for name, after in decoded
-        }
+        scale = None if scale is None else scale[experts]
+        if self.moments is None:
+            return scale, None
+        return scale, hessian(self.moments, self.stats, part.name, part.shape, experts)
 
     def _bytes_in_memory(self, part: ErrorPart) -> int:
-        return 4 * part.num_weights + _SEARCHED_BYTES * 2 * _SAMPLED_ROWS * len(part.experts) * part.shape[-1]
-
-    def _decoded(
-        self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each scheme and what decoding gives after encoding under the importance `scale` [E, C]."""
-        module, peak = self.linears[part.name].modules[part.experts.start], float(weights.abs().max())
-        for scheme in self.candidates[part.name]:
-            global_scale = nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None
-            options = {"global_scale": global_scale, "device": self.device, "name": module}
-            encoded = encode_layers(scheme, weights, importance=scale, **options)
-            yield scheme.name, torch.stack([layer.decoded() for layer in encoded])
+        num_experts, num_rows, columns = shape = stacked(part.shape)
+        at_once = min(num_experts, self._experts_at_once(columns))
+        moments = 0 if self.moments is None else _MOMENT_BYTES * at_once * columns**2
+        kept = most_rows(shape, self.sampling) * columns
+        return 4 * (num_rows * columns + num_experts * kept) + _SEARCHED_BYTES * at_once * kept + moments
 
 
 def scheme_formats(checkpoint: LinearCheckpoint, candidates: Mapping[str, Sequence[Scheme]]) -> Formats:

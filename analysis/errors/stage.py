@@ -13,7 +13,7 @@ import torch
 
 from dynquant import __version__
 from dynquant.analysis.errors.measure import ErrorMeter, Measure, Meter, build_error_table, unmeasured_table
-from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter, scheme_formats
+from dynquant.analysis.errors.measure_schemes import SchemeMeter, scheme_formats
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sampling import Sampling
@@ -72,12 +72,12 @@ def error_table(model: Model, stats: StatsFile, path: Path, options: TableOption
     return earlier
 
 
-def _is_of(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
+def _is_of(table: ErrorTable, meter: Meter, stats: StatsFile) -> bool:
     """Return whether the table holds what the meter would find, or exact numbers in place of estimates."""
     return _rests_on(table, meter, stats) and table.seed in (None, meter.origin["seed"])
 
 
-def _rests_on(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
+def _rests_on(table: ErrorTable, meter: Meter, stats: StatsFile) -> bool:
     """Return whether the table was measured on this model with these statistics and by this encoder."""
     return table.origin == (stats.hash, meter.model.fingerprint, meter.origin["encoder"], meter.origin["moments"])
 
@@ -102,28 +102,39 @@ def scheme_table(
     model: Model, checkpoint: LinearCheckpoint, schemes: Sequence[str], stats: StatsFile, path: Path, session: Session
 ) -> ErrorTable:
     """Return the table of schemes that vLLM reads at `path`; measure it anew where it lacks one, or is of other
-    statistics or groups."""
+    statistics, second moments or groups, or was not encoded as `export` does."""
     schemes = [name for name in SCHEMES if name in schemes or name in DEFAULT_SCHEMES]
     candidates = checkpoint.candidates(schemes, mixed_experts=True)
     unmeasured = unmeasured_table(model, scheme_formats(checkpoint, candidates), ())
     sizes = {(row.name, row.type): row.bytes for row in unmeasured.rows}
+    place = torch.device(chosen_device(session.device))
+    how = {"moments": stats.moments, "sampling": _sampling(session, place), "threads": session.threads}
+    meter = SchemeMeter(model, stats.stats, checkpoint, candidates, place, **how)
     earlier = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
     has_these = earlier and sizes.items() <= {(row.name, row.type): row.bytes for row in earlier.rows}.items()
-    if earlier and has_these and (earlier.stats_hash, earlier.fingerprint) == (stats.hash, model.fingerprint):
+    if earlier and has_these and _is_of(earlier, meter, stats):
         session.note(f"reusing {path}")
         return earlier
-    device = chosen_device(session.device)
-    identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device, "bytes": str(sum(sizes.values()))}
-    meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device), threads=session.threads)
+    identity = {
+        "encoder": f"{meter.origin['encoder']}, torch {torch.__version__}",
+        "moments": str(meter.origin["moments"]),
+        "sampling": str(meter.sampling),
+        "device": place.type,
+        "bytes": str(sum(sizes.values())),
+    }
     return _written(path, meter, tuple(schemes), stats, identity, session)
 
 
 def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Session) -> ErrorMeter:
     encoder = load_encoder(options.encoder, chosen_device(session.device))
     moments = stats.moments if encoder.uses_hessians else None
-    first = {} if encoder.device.type == "cpu" else {"first_rows": _FIRST_ROWS_ON_GPU}
-    sampling = None if options.exact else Sampling(session.seed, **first)
+    sampling = None if options.exact else _sampling(session, encoder.device)
     return ErrorMeter(model, stats.stats, encoder, moments, sampling, threads=session.threads)
+
+
+def _sampling(session: Session, device: torch.device) -> Sampling:
+    first = {} if device.type == "cpu" else {"first_rows": _FIRST_ROWS_ON_GPU}
+    return Sampling(session.seed, **first)
 
 
 def _measured(

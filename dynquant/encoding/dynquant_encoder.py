@@ -187,7 +187,7 @@ class Loss:
     def __init__(self, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
         self._metric, self._hessian, self._factor = metric, hessian, factor
         self._lock = Lock()
-        self._prepared: list[tiles.TileLoss] | None = None
+        self._prepared: tuple[BlockLayout, list[tiles.TileLoss]] | None = None
 
     def blocks(self, rows: Rows) -> tuple[Fields, Tensor]:
         """Fields and values of all rows."""
@@ -205,11 +205,11 @@ class Loss:
         return fields, descend(rows, fields, values, self._hessian)
 
     def _of_tiles(self, layout: BlockLayout) -> list[tiles.TileLoss]:
-        """The loss as compiled loops need it, made once for all batches of rows, which are all of one layout."""
+        """The loss as compiled loops need it, made once for all batches of rows, which come layout by layout."""
         with self._lock:
-            if self._prepared is None:
-                self._prepared = tiles.tile_losses(layout, self._metric, self._hessian, self._factor)
-            return self._prepared
+            if self._prepared is None or self._prepared[0] is not layout:
+                self._prepared = layout, tiles.tile_losses(layout, self._metric, self._hessian, self._factor)
+            return self._prepared[1]
 
 
 def loss_under(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynquant.encoding.dynquant_encoder import loss_under
+from dynquant.encoding.dynquant_encoder import Loss, loss_under
 from dynquant.encoding.interface import check_finite
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.layouts import E2M1_MAX, E4M3_MAX, MXFP4_FIRST, scheme_layout
@@ -87,16 +87,30 @@ def encode_layers(
     Raises:
         EncodeError: NaN or Inf weights, or weights beyond the range of the scheme.
     """
+    device = device or torch.device("cpu")
+    loss = None if scheme.strategy == "none" else loss_under(weights.shape, importance, hessian, device)
+    return encode_layers_under(loss, scheme, weights, global_scale=global_scale, device=device, name=name)
+
+
+def encode_layers_under(
+    loss: Loss | None,
+    scheme: Scheme,
+    weights: Tensor,
+    *,
+    global_scale: float | None = None,
+    device: torch.device,
+    name: str = "tensor",
+) -> list[EncodedLayer]:
+    """`encode_layers` under a loss of such weights on `device`, which serves many schemes; BF16 needs none."""
     peak = check_finite(weights, name=name)
     if scheme.strategy == "none":
         return [EncodedLayer(scheme, w.to(torch.bfloat16).to(torch.float32), w[:, :0]) for w in weights]
-    device = device or torch.device("cpu")
+    assert loss is not None
     layout = scheme_layout(scheme, weights.shape[-1], global_scale)
     if peak > layout.largest_weight:
         raise EncodeError(
             f"`{name}` cannot be encoded as {scheme.name}: its largest weight is {peak:.3g}. Keep it as BF16."
         )
-    loss = loss_under(weights.shape, importance, hessian, device)
     codes, scales, zero_points = torch.empty_like(weights), [], []
     rows_at_once = max(1, (_CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS) // weights[:, :1].numel())
     for part in map(as_slice, ranges(weights.shape[1], rows_at_once)):

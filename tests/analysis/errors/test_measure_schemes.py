@@ -7,17 +7,21 @@ from dynquant.analysis.errors import measure_schemes
 from dynquant.analysis.errors import stage as error_stage
 from dynquant.analysis.errors.measure import build_error_table
 from dynquant.analysis.errors.measure_schemes import SchemeMeter
+from dynquant.analysis.errors.sampling import Sampling
 from dynquant.analysis.errors.sums import ErrorJournal
+from dynquant.analysis.errors.table import ErrorTable
 from dynquant.calibration.importance import importance
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.second_moments import hessian, load_beside
 from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.encoding.vllm import encode_layers
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
+from dynquant.encoding.vllm import encode_layers, encode_layers_under
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.recipes.plan import Plan
 from tests.helpers.commands import run
-from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import save_tiny
 
 DENSE, STACK = "blk.0.ffn_down.weight", "blk.1.ffn_down_exps.weight"
@@ -28,17 +32,17 @@ class StoppedError(Exception):
 
 
 class NotedEncoding:
-    """`encode_layers`, which notes what it is asked for and stops at the call number `stop`."""
+    """`encode_layers_under`, which notes what it is asked for and stops at the call number `stop`."""
 
     def __init__(self, monkeypatch, stop=None):
         self.calls, self.stop = [], stop
-        monkeypatch.setattr(measure_schemes, "encode_layers", self)
+        monkeypatch.setattr(measure_schemes, "encode_layers_under", self)
 
-    def __call__(self, scheme, *arguments, name, **options):
+    def __call__(self, loss, scheme, *arguments, name, **options):
         if len(self.calls) == self.stop:
             raise StoppedError
         self.calls.append((name, scheme.name))
-        return encode_layers(scheme, *arguments, name=name, **options)
+        return encode_layers_under(loss, scheme, *arguments, name=name, **options)
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +63,20 @@ def measure(directory, stats_path):
     checkpoint = linear_checkpoint(model)
     candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
 
-    def measured(journal, threads=1):
-        meter = SchemeMeter(model, stats, checkpoint, candidates, torch.device("cpu"), threads=threads)
+    def measured(journal, threads=1, **how):
+        meter = SchemeMeter(model, stats, checkpoint, candidates, torch.device("cpu"), threads=threads, **how)
         return build_error_table(meter, tuple(SCHEMES), stats_hash="s", journal=journal)
 
     return measured
 
 
-def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_path):
+def test_errors_equal_a_direct_computation(directory, stats_path, measure):
     stats, scheme = CalibrationStats.load(stats_path), SCHEMES["W4A16"]
     linears = {linear.name: linear for linear in linear_checkpoint(open_model(directory)).linears}
-    with ErrorJournal(tmp_path / "errors.json", {}) as journal:
-        table = measure(journal)
+    table = measure(None, sampling=Sampling(target=0, negligible=0))
     for name in (DENSE, STACK):
         linear, row = linears[name], table.row(name, scheme.name)
         weights = torch.stack([linear.load(expert) for expert in range(linear.num_experts)])
-        weights = weights[:, :: weights.shape[1] // 64]
         scale = importance(stats, name, linear.shape)
         encoded = encode_layers(scheme.for_shapes([linear.shape[-2:]]), weights, importance=scale)
         weights, decoded = weights.double(), torch.stack([one.decoded() for one in encoded]).double()
@@ -84,16 +86,56 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_p
         assert row.weighted_error == pytest.approx(error / energy, rel=1e-5)
         assert row.weighted_energy == pytest.approx(energy, rel=1e-5)
         assert row.relative_rms == pytest.approx(float((weights - decoded).norm() / weights.norm()), rel=1e-5)
+        assert row.weighted_error_se is None
+
+
+def test_a_plan_is_priced_by_the_errors_that_ship(small_moe, tmp_path):
+    """Second moments decide both, and the errors of the written checkpoint under them are those of the table."""
+    plan_folder, out = tmp_path / "plan", tmp_path / "out"
+    calibration = ("--tokens", 2048, "--window", 256)
+    done = run("plan", small_moe, "--for", "vllm", "--bpw", "6.2", *calibration, "-o", plan_folder)
+    assert done.returncode == 0, done.stderr
+    plan = Plan.load(plan_folder / "plan.json", "vllm")
+    table = ErrorTable.load(plan_folder / "serving_errors.json", known_types=SCHEMES)
+    done = run(
+        "export", small_moe, "-f", "compressed-tensors", "--plan", plan_folder / "plan.json", "--tune", 0, "-o", out
+    )
+    assert done.returncode == 0, done.stderr
+    stats = CalibrationStats.load(plan_folder / "stats.safetensors")
+    moments, written = load_beside(plan_folder / "stats.safetensors", stats), SafetensorsSource(out)
+    assert table.moments == moments.identity
+    linears, shipped, told = {one.name: one for one in linear_checkpoint(open_model(small_moe)).linears}, 0.0, 0.0
+    for entry in plan.entries:
+        linear, row = linears[entry.name], table.row(entry.name, entry.type)
+        weights = torch.stack([linear.load(expert) for expert in range(linear.num_experts)])
+        lost = weights - torch.stack([written.load(f"{module}.weight") for module in linear.modules])
+        metric, counts = hessian(moments, stats, linear.name, linear.shape), stats.input_of(linear.name).counts.double()
+        error, energy = (((m @ metric) * m).sum((-1, -2)).double() @ (counts / counts.sum()) for m in (lost, weights))
+        actual = float(error / energy)
+        close = max(0.02 * row.weighted_error, 5 * (row.weighted_error_se or 0.0))
+        assert row.weighted_error == pytest.approx(actual, abs=close), entry.name
+        shipped += table.sensitivity[entry.name] * actual
+        told += table.cost(row)
+    assert told == pytest.approx(plan.predicted_kl) == pytest.approx(shipped, rel=0.03)
+
+
+def test_a_table_that_was_encoded_otherwise_is_measured_again(directory, stats_path, tmp_path):
+    again = ("plan", directory, "--for", "vllm", "--stats", stats_path, "-o", tmp_path)
+    assert run(*again).returncode == 0
+    assert "reusing" in run(*again).stderr
+    path = tmp_path / "serving_errors.json"
+    old = ErrorTable.load(path, known_types=SCHEMES).model_copy(update={"encoder": "dynquant, diagonal"})
+    old.save(path)
+    assert "reusing" not in run(*again).stderr
+    assert ErrorTable.load(path, known_types=SCHEMES).encoder == "dynquant"
 
 
 def test_processes_side_by_side_measure_the_same(measure):
     assert measure(None, threads=2) == measure(None)
 
 
-@pytest.mark.parametrize("experts_at_once", represented_by((1,), (1, 8)))
 @pytest.mark.nightly
-def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monkeypatch, experts_at_once):
-    monkeypatch.setattr(SchemeMeter, "weights_in_memory", experts_at_once * 256 * 64)
+def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monkeypatch):
     path, undisturbed = tmp_path / "serving_errors.json", NotedEncoding(monkeypatch)
     with ErrorJournal(path, {}) as journal:
         whole = measure(journal).model_dump_json()
