@@ -22,7 +22,7 @@ SHARED_KB = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 PRODUCTS = {
     "linear": (1, 3, 4, 16, 64, 128, 512, 2048),
     "input_grad": (64, 128, 512),
-    "experts_linear": (2, 512, 2048),
+    "experts_linear": (2, 256, 2048),
     "experts_input_grad": (2, 512),
     "dequantize": (0,),
     "embedding": (100,),
