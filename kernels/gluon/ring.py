@@ -45,8 +45,10 @@ _SLICES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank
 
 
 def supports(type_name: str, x: Tensor, product: str = "linear") -> bool:
-    """Return whether this is faster than `tiles`, where `activations.runs_gluon`: to 64 rows blocks of 32 are not."""
-    return len(x) > 64 or step_of.fn(quant_type(type_name).name) == 256
+    """Return whether this is faster than `tiles`, where `activations.runs_gluon`: to 64 rows blocks of 32 are not,
+    but for those of tables."""
+    name = quant_type(type_name).name
+    return len(x) > 64 or step_of.fn(name) == 256 or name in ("MXFP4", "NVFP4", "IQ4_NL")
 
 
 def config(num_rows: int) -> dict[str, int]:
