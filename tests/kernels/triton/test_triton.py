@@ -167,7 +167,7 @@ def test_cuda_subnormal_scales_are_kept(name, cuda):
 def test_cuda_products_equal_float64(name, cuda):
     weight = packed_weights(name, 130, 768)
     dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
-    for rows in (1, 2, 5, 17, 65, 257):
+    for rows in (1, 2, 5, 17, 40, 65, 257):
         for dtype, bound in dtypes_of(name).items():
             x, dy = normal(rows, 768, dtype=dtype), normal(rows, 130, dtype=dtype)
             y = ops.linear(x.cuda(), packed, name, layout="planes")
@@ -193,6 +193,19 @@ def test_cuda_experts_equal_float64(name, tokens, cuda):
             assert relative_error(dx, experts_truth(dy, weight, chosen, name, transposed=True)) <= bound
             absent = (chosen < 0) | (chosen >= 5)
             assert not y[absent].any() and not dx[absent].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("tokens", [100, 300])
+def test_cuda_experts_with_long_rows_equal_float64(name, tokens, cuda):
+    """On a Hopper GPU these run beside their decoding, in tiles of 64 and of 128."""
+    weight = packed_weights(name, 5, 130, 2304)
+    packed, x = pack_planes(name, weight).cuda(), normal(tokens, 2304, dtype=torch.bfloat16)
+    ids = torch.randint(-1, 6, (tokens, 2), generator=torch.Generator().manual_seed(2))
+    y = ops.experts_linear(x.cuda(), packed, ids.cuda(), name, layout="planes").cpu()
+    assert relative_error(y, experts_truth(x, weight, ids, name)) <= BF16_ERROR
+    assert not y[(ids < 0) | (ids >= 5)].any()
 
 
 @pytest.mark.gpu
