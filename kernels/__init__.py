@@ -1,1 +1,1 @@
-"""Plain-PyTorch and Triton kernels; importing this package touches no device."""
+"""Plain-PyTorch, Triton and Gluon kernels; importing this package touches no device."""
