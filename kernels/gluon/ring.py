@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.triton.activations import arrange
-from dynquant.kernels.triton.fragments import decode, fetch, kind_of, step_of
+from dynquant.kernels.triton.fragments import decode, fetch, joined, kind_of, step_of
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table
 
@@ -112,19 +112,6 @@ def _held():
 
 
 @gluon.jit
-def _joined(level):
-    """Tensors [64, 4, n, 2] one after another along the third axis."""
-    if len(level) == 1:
-        return level[0]
-    else:
-        upper = ()
-        for i in tl.static_range(len(level) // 2):
-            both = gl.permute(gl.join(level[2 * i], level[2 * i + 1]), (0, 1, 4, 2, 3))
-            upper += (gl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[3], 2]),)
-        return _joined(upper)
-
-
-@gluon.jit
 def _operand(pairs, LAYOUT: gl.constexpr, dtype: gl.constexpr):
     """Pairs of `decode` as the left operand of a product, [64, 8 * len(pairs)]: threads keep what they have."""
     level = ()
@@ -134,7 +121,7 @@ def _operand(pairs, LAYOUT: gl.constexpr, dtype: gl.constexpr):
         )
         both = gl.join(first.to(dtype, bitcast=True), second.to(dtype, bitcast=True))
         level += (gl.reshape(both, [both.shape[0], 4, 1, 2]),)
-    w = gl.permute(_joined(level), (0, 2, 1, 3))
+    w = gl.permute(joined(level), (0, 2, 1, 3))
     return gl.convert_layout(gl.reshape(w, [w.shape[0], 8 * len(pairs)]), LAYOUT, assert_trivial=True)
 
 

@@ -550,7 +550,7 @@ def matrix(pairs, BN: tl.constexpr, WARPS: tl.constexpr, dtype: tl.constexpr, KI
             )
             first, second = first.to(dtype, bitcast=True), second.to(dtype, bitcast=True)
         level += (tl.join(first, second)[:, :, None, :],)
-    w = tl.reshape(_joined(level), [BN // (16 * WARPS), 2, WARPS, 8, 4, len(pairs), 2])
+    w = tl.reshape(joined(level), [BN // (16 * WARPS), 2, WARPS, 8, 4, len(pairs), 2])
     return tl.reshape(tl.permute(w, (0, 2, 1, 3, 5, 4, 6)), [BN, 8 * len(pairs)])
 
 
@@ -562,7 +562,7 @@ def rows(BN: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _joined(level):
+def joined(level):
     """Tensors [BN, 4, n, 2] one after another along the third axis."""
     if len(level) == 1:
         return level[0]
@@ -571,4 +571,4 @@ def _joined(level):
         for i in tl.static_range(len(level) // 2):
             both = tl.permute(tl.join(level[2 * i], level[2 * i + 1]), (0, 1, 4, 2, 3))
             upper += (tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[3], 2]),)
-        return _joined(upper)
+        return joined(upper)
