@@ -56,6 +56,7 @@ from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
+from dynquant.storage.file_kinds import kind_of
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 from dynquant.storage.lock import locked
 from dynquant.storage.work_files import check_work, remove_work
@@ -292,10 +293,12 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         check_is_free(output)
     else:
         if not is_gguf(path):
-            fault = (
-                f"{path} is neither a directory nor a GGUF file" if path.exists() else f"There is no directory {path}"
+            if not path.exists():
+                raise ExportError(f"There is no directory {path}. Check the path.")
+            kind = kind_of(path)
+            raise ExportError(
+                f"{path} is neither a directory nor a GGUF file{', but ' + kind if kind else ''}. Check the path."
             )
-            raise ExportError(f"{fault}. Check the path.")
         check_ending(output, ".gguf", "--output")
         check_work(output)
         file = GGUFSource(path)

@@ -10,6 +10,7 @@ from dynquant import __version__
 from dynquant.errors import PlanError
 from dynquant.options import Options, shown_values
 from dynquant.storage.atomic import file_hash, write_atomically
+from dynquant.storage.file_kinds import JSON, kind_of
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ def read_document(
     Raises:
         PlanError: missing, not JSON, or not such a document; the first field that is wrong is named.
     """
+    if (kind := kind_of(path)) not in ("", JSON):  # a model may be larger than memory
+        raise PlanError(f"{path} is {kind}, not {what} of dynquant. {way_out}")
     try:
         document = TypeAdapter(form).validate_json(path.read_bytes())
         check(document)

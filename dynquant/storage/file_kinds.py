@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dynquant.errors import CheckpointError
 
-GGUF, SAFETENSORS = "a GGUF file", "a safetensors file"
+GGUF, SAFETENSORS, JSON = "a GGUF file", "a safetensors file", "a JSON file"
 _STARTS = {
     b"GGUF": GGUF,
     b"PK\x03\x04": "a zip archive, as pickled weights are",
@@ -28,7 +28,7 @@ def kind_of(path: Path) -> str:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < _MAX_HEADER_BYTES:
         return SAFETENSORS
     if start.lstrip()[:1] in (b"{", b"["):
-        return "a JSON file"
+        return JSON
     return next((kind for letters, kind in _STARTS.items() if start.startswith(letters)), "")
 
 
