@@ -40,9 +40,9 @@ def calibrated(calibrated_16m, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(small_moe, calibrated) -> Path:
-    """Experts of one layer in IQ1_S and IQ2_XXS, the rest in F16: the damage is all ours, and seconds of work."""
-    crushed = {"blk.1.ffn_up_exps.weight": "IQ1_S", CRUSHED_DOWN: "IQ2_XXS"}
-    return save_plan(small_moe, calibrated, "plan.json", crushed)
+    """The experts of one layer in IQ1_S and IQ2_XXS, the rest in F16: the damage is all ours, and seconds of work."""
+    ternary = dict.fromkeys(("blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight"), "IQ1_S")
+    return save_plan(small_moe, calibrated, "plan.json", ternary | {CRUSHED_DOWN: "IQ2_XXS"})
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_held_out_kl_at_the_same_bytes(small_moe, files, tmp_path):
         kl[name] = report.texts[0].kl.mean.value
     assert len({path.stat().st_size for path in files.values()}) == 1
     assert kl["dynquant"] < 0.85 * kl["ggml"]
-    assert kl["tuned"] < 0.98 * kl["dynquant"]
+    assert kl["tuned"] < 0.97 * kl["dynquant"]
 
 
 def test_the_encoder_is_named_in_the_file(files):
