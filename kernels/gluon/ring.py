@@ -29,6 +29,7 @@ from dynquant.kernels import shapes
 from dynquant.kernels.triton.activations import arrange
 from dynquant.kernels.triton.fragments import decode, fetch, joined, kind_of, step_of
 from dynquant.kernels.triton.gemv import add_splits
+from dynquant.kernels.triton.tiles import column_shares
 from dynquant.kernels.triton.unpack import table
 
 _CONFIGS = {
@@ -83,7 +84,7 @@ def multiply(
     step = step_of.fn(name)
     num_steps, chunk = arranged.shape[1] // step, min(step, constants["CHUNK"])
     columns = shapes.ceil_div(num_rows, _GROUPS.value * _ROWS.value)
-    shares = _shares(columns * num_tiles, num_steps) if tiles is None else 1
+    shares = column_shares(columns * num_tiles, _RESIDENT, num_steps) if tiles is None else 1
     target = product if shares == 1 else product.new_empty(shares, *product.shape, dtype=torch.float32)
     ring_kernel[(columns * num_tiles, shares)](
         TensorDescriptor.from_tensor(arranged, [block_m, chunk], _SLICES),
@@ -94,14 +95,6 @@ def multiply(
     if shares > 1:
         add_splits(target, product, pdl=True)
     return product
-
-
-def _shares(num_programs: int, num_steps: int) -> int:
-    """Return how many programs share the columns of a matrix so that the device is busy: a power of two."""
-    shares = 1
-    while 2 * shares * num_programs <= _RESIDENT and num_steps >= 4 * shares:
-        shares *= 2
-    return shares
 
 
 @triton.constexpr_function

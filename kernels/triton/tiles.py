@@ -52,10 +52,13 @@ def input_grad_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
     return {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 1, **limit}
 
 
-def column_shares(num_programs: int, config: dict[str, int], num_steps: int) -> int:
-    """Return how many programs should share the columns of a matrix so that the device is busy: a power of two."""
+def column_shares(num_programs: int, resident: int, num_steps: int) -> int:
+    """Return how many programs should share the columns of a matrix so that the device is busy: a power of two.
+
+    `resident` programs keep it busy.
+    """
     shares = 1
-    while 2 * shares * num_programs <= _RESIDENT[config["BM"]] and num_steps >= 4 * shares:
+    while 2 * shares * num_programs <= resident and num_steps >= 4 * shares:
         shares *= 2
     return shares
 
@@ -200,7 +203,7 @@ def multiply(
     places = num_tiles * config["BM"] if tiles is None else num_pairs + config["BM"]
     arranged = arrange(x, name, places, places=order, slots=num_pairs // len(x))
     programs, num_steps = shapes.ceil_div(num_rows, config["BN"]) * num_tiles, arranged.shape[1] // step_of.fn(name)
-    shares = column_shares(programs, config, num_steps) if tiles is None else 1
+    shares = column_shares(programs, _RESIDENT[config["BM"]], num_steps) if tiles is None else 1
     target = product if shares == 1 else product.new_empty(shares, *product.shape, dtype=torch.float32)
     is_early = has_hopper_instructions(x.device)
     tile_linear_kernel[(programs // num_tiles, num_tiles, shares)](
