@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dynquant.calibration.statistics import CalibrationStats, InputStats
-from dynquant.checkpoints.model import HyperParams
+from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.errors import StatsError
 
@@ -32,12 +32,13 @@ class LayerCoverage:
     starved: tuple[int, ...]
 
 
-def coverage_report(stats: CalibrationStats, hyper: HyperParams) -> list[LayerCoverage]:
+def coverage_report(stats: CalibrationStats, model: Model) -> list[LayerCoverage]:
     """Return `expert_coverage`, or raise StatsError when the model has routed experts and the statistics have none."""
     rows = expert_coverage(stats)
-    if hyper.n_expert and not rows:
+    # A configuration may count experts of layers that the model does not have (`first_k_dense_replace`).
+    if not rows and any(role.is_routed_expert for role in model.roles.values()):
         raise StatsError(
-            f"The model has {hyper.n_expert} experts per layer, but the statistics hold none; calibrate it again."
+            f"The model has {model.hyper.n_expert} experts per layer, but the statistics hold none; calibrate it again."
         )
     return rows
 

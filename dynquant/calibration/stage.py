@@ -143,7 +143,7 @@ def calibrate(
 
 def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> None:
     """Say how many tokens the experts saw, and which layers have starved experts."""
-    rows = coverage_report(stats, model.hyper)
+    rows = coverage_report(stats, model)
     if not rows:
         return
     fewest = min(min(row.tokens) for row in rows)

@@ -64,7 +64,7 @@ class CheckpointWeights:
             if held is None or not held.fills(tensor):
                 raise self._lacks(name, tuple(tensor.shape), traced.reasons.get(name))
             if name in stacked:
-                self.stacks[name] = _stack_of(held)
+                self.stacks[name] = _stack_of(held, self.source)
             else:
                 self.entries[name] = held
 
@@ -155,9 +155,9 @@ class CheckpointWeights:
         )
 
 
-def _stack_of(held: StridedMap) -> ExpertStack:
+def _stack_of(held: StridedMap, checkpoint: SafetensorsSource) -> ExpertStack:
     source = held.pieces[0].source
-    if held == whole(source, held.shape):
+    if held == whole(source, held.shape) and checkpoint.info(source).shape == held.shape:  # not a matrix
         return ExpertStack(held.shape, source)
     matrices = [held.sliced(0, expert, expert + 1).viewed(held.shape[1:]) for expert in range(held.shape[0])]
     return ExpertStack(held.shape, None, tuple(matrices))

@@ -6,6 +6,7 @@ import unicodedata
 import weakref
 from collections import Counter
 from concurrent.futures import wait
+from dataclasses import replace
 from importlib import resources
 from unittest.mock import Mock
 
@@ -43,7 +44,6 @@ from tests.helpers.gguf_writing import finish
 from tests.helpers.tiny_models import write_f32
 
 N_LAYER, N_EXPERT = 6, 8
-HYPER = HyperParams("deepseek2", N_LAYER, 256, 4, 4, 8192, n_expert=N_EXPERT, n_expert_used=2, leading_dense=1)
 
 
 def test_windows_that_run_backward_together_fit_in_a_share_of_the_memory(small_moe, monkeypatch):
@@ -344,9 +344,9 @@ def starved_router(moe):
     bias.copy_(before)
 
 
-def test_starved_expert_is_listed_and_gets_the_layer_mean(moe, windows, starved_router):
+def test_starved_expert_is_listed_and_gets_the_layer_mean(moe, moe_model, windows, starved_router):
     found = collect(moe, windows)
-    row = coverage_report(found, HYPER)[1]
+    row = coverage_report(found, moe_model)[1]
     assert row.layer == 2 and row.tokens[5] == 0
     assert 5 in row.starved and row.tokens[5] == 0
     weights = importance(found, "blk.2.ffn_gate_exps.weight", (N_EXPERT, 256, 256))
@@ -364,10 +364,13 @@ def test_importance_refuses_another_shape(stats):
     assert importance(stats, "token_embd.weight", (8192, 256)) is None
 
 
-def test_coverage_of_statistics_without_experts(stats):
+def test_coverage_of_statistics_without_experts(stats, moe_model):
     dense = CalibrationStats(stats.provenance, {"blk.0.ffn_down.weight": stats.inputs["blk.0.ffn_down.weight"]})
     with pytest.raises(StatsError, match="8 experts"):
-        coverage_report(dense, HYPER)
+        coverage_report(dense, moe_model)
+    rest = frozenset(name for name, role in moe_model.roles.items() if role.is_routed_expert)
+    of_dense_layers = replace(moe_model, source=moe_model.source.without(rest))
+    assert of_dense_layers.hyper.n_expert == 8 and coverage_report(dense, of_dense_layers) == []
 
 
 def test_calibrate_a_model_on_disk(small_moe, tmp_path):
@@ -379,7 +382,7 @@ def test_calibrate_a_model_on_disk(small_moe, tmp_path):
     assert found.provenance.fingerprint == model.fingerprint
     assert found.provenance.num_windows == 4 and found.provenance.text_name == "text.txt"
     assert [steps[0], steps[-1]] == [("calibrate", 0, 192), ("sample", 64, 64)]
-    assert [row.layer for row in coverage_report(found, model.hyper)] == [1, 2, 3, 4, 5]
+    assert [row.layer for row in coverage_report(found, model)] == [1, 2, 3, 4, 5]
 
 
 def test_all_three_sources_are_read(tmp_path, tokenizer):
