@@ -120,9 +120,11 @@ def _trainer(
     disable_progress_bars()
     train, held = (Dataset.from_list(list(part.rows)) for part in parts)
     settings = trainer_settings(adapted, options.training, run.checkpoints, num_examples=len(train), device=device)
+    # Routers are frozen: a loss of their balance (`router_aux_loss_coef`) would only move what they read.
+    config = SFTConfig(**settings, max_length=options.max_length, router_aux_loss_coef=0.0)
     trainer = SFTTrainer(
-        adapted, SFTConfig(**settings, max_length=options.max_length), train_dataset=train, eval_dataset=held,
-        processing_class=tokenizer, callbacks=callbacks(options.training, progress),
+        adapted, config, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
+        callbacks=callbacks(options.training, progress),
     )  # fmt: skip
     use_packed_head(trainer)
     return trainer

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 _CHUNK_LOGITS = 2**25
 """Logits in memory at a time; they are recomputed in the backward pass."""
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -51,13 +52,17 @@ def _score(
     from trl.trainer.utils import FusedCausalLMOutput
 
     kwargs["use_cache"] = False
-    hidden = model.base_model(*args, **kwargs).last_hidden_state
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    outputs = model.base_model(*args, **kwargs)
+    hidden = outputs.last_hidden_state
     if shift_labels is None:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     else:
         labels = shift_labels
     mask = labels != -100
-    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    head = model.get_output_embeddings()
     rows = max(1, _CHUNK_LOGITS // text.vocab_size)
     parts = [
         checkpoint(_measure, head, text, temperature, h, y, use_reentrant=False)
@@ -68,7 +73,19 @@ def _score(
         flat = torch.cat(values)
         measured[name] = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return FusedCausalLMOutput(loss=-measured["log_probs"].sum() / count, label_mask=mask, **measured)
+    loss, balance = -measured["log_probs"].sum() / count, None
+    if kwargs.get("output_router_logits"):
+        balance = _balance_loss(text, outputs.router_logits, kwargs.get("attention_mask"))
+        loss = loss + getattr(text, "router_aux_loss_coef", 0.0) * balance
+    return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=balance, **measured)
+
+
+def _balance_loss(text: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+    """Return the loss by which a mixture of experts is trained to spread its tokens, as transformers computes it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    count = next(number for name in _EXPERT_COUNTS if (number := getattr(text, name, None)))
+    return load_balancing_loss_func(router_logits, count, text.num_experts_per_tok, attention_mask)
 
 
 def _measure(head: nn.Module, text: Any, temperature: float, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

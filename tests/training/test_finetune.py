@@ -16,6 +16,7 @@ from dynquant.errors import DataError, TrainingError
 pytest.importorskip("trl", reason="trl is not installed")
 from contextlib import nullcontext
 
+from dynquant.families.open import open_model
 from dynquant.lora import add_adapter, load_adapter
 from dynquant.session import Session, ignore_progress
 from dynquant.training import base as packed_base
@@ -24,6 +25,9 @@ from dynquant.training.base import open_packed_model, open_tokenizer
 from dynquant.training.options import FinetuneOptions, TrainOptions
 from dynquant.training.trl_head import use_packed_head
 from tests.helpers.commands import refused
+from tests.helpers.exports import export_safetensors
+from tests.helpers.packed_models import plan_of
+from tests.helpers.tiny_gguf import GGML
 
 
 def finetune(packed, data, output, options, *, device=None, progress=ignore_progress, **more):
@@ -181,6 +185,30 @@ def test_a_packed_head_is_scored_like_trls_own(crushed):
     output = packed(input_ids=ids, labels=labels, fused_lm_head=True)
     torch.testing.assert_close(output.log_probs[:, 4:], expected[:, 4:], atol=1e-4, rtol=1e-4)
     assert not output.log_probs[:, :4].any()
+
+
+def test_the_balance_of_experts_is_trls_own(tiny_moe):
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.5
+    add_fused_lm_head(model)
+    ids = torch.randint(1, 8000, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    use_packed_head(SimpleNamespace(model=model))
+    found = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert found.aux_loss > 1
+    torch.testing.assert_close((found.aux_loss, found.loss), (expected.aux_loss, expected.loss))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen2-moe", "mixtral"])
+def test_experts_whose_configuration_has_a_balance_loss_train(name, lists, tiny_text, tmp_path):
+    model = open_model(tiny_text(name))
+    export_safetensors(model, plan_of(model, "Q4_0"), None, tmp_path / "packed", encoder=GGML)
+    report = finetune(str(tmp_path / "packed"), lists, tmp_path / "adapter", SHORT)
+    assert report.history[-1].held_out < report.history[0].held_out
 
 
 def test_a_trainer_without_a_fused_head_is_refused(crushed):
