@@ -24,7 +24,7 @@ from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.recipes.folder import SuperWeight
 from dynquant.running.expert_hooks import ExpertCall, expert_layout, expert_stack, record_experts
 from dynquant.running.stored_experts import StoredExperts
-from dynquant.running.weight_inputs import WeightInputs
+from dynquant.running.weight_inputs import WeightInputs, is_conv1d
 from dynquant.storage.documents import FrozenRecord
 
 Zeroed = Callable[[str, int | None, int, int], AbstractContextManager[float]]
@@ -162,7 +162,7 @@ def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tenso
     """Return a writable view of a down-projection's weights, [out, in]."""
     layer: Any = hf_model.get_submodule(module)
     if expert is None:
-        return layer.weight.data
+        return layer.weight.data.T if is_conv1d(layer) else layer.weight.data
     layout = expert_layout(layer)
     stack = expert_stack(layer, layout.down)
     matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]

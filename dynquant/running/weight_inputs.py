@@ -166,7 +166,12 @@ def _row_and_column(positions: Tensor, shape: tuple[int, ...], is_transposed: bo
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer, transposed
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether this is GPT-2's linear layer, whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D"
 
 
 def _expert_inputs(model: Model, hf_model: nn.Module, held: dict[str, StridedMap]) -> dict[nn.Module, ExpertInputs]:

@@ -11,7 +11,7 @@ from dynquant.analysis.outliers.super_weights import Criteria, DownScan, ablatio
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.running.weight_inputs import weight_inputs
+from dynquant.running.weight_inputs import LinearInput, WeightInputs, weight_inputs
 
 TEXT = (
     "The general idea of the theory is that every body in the universe attracts every other body. Call me Ishmael. "
@@ -169,3 +169,16 @@ def test_experts_that_calibration_starved_are_no_super_experts_and_make_none():
     some = [1.0] * 39 + [400.0] + [0.0] * 23 + [900.0], [1.0] * 40 + [0.0] * 24, [100] * 40 + [0] * 23 + [1]
     (expert,) = find_super_experts(expert_stats(*some))
     assert expert.expert == 39 and expert.ratio == 400
+
+
+def test_a_layer_that_is_stored_transposed_is_scanned():
+    """GPT-2's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    hf_model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)).eval()
+    layer = hf_model.transformer.h[0].mlp.c_proj
+    layer.weight.data[5, 7] = 50.0  # column 5, row 7
+    weights = WeightInputs({"blk.0.ffn_down.weight": LinearInput((layer,))}, {}, {})
+    (spike,), _ = DownScan(hf_model, weights, torch.arange(20)).run()
+    assert (spike.row, spike.col) == (7, 5) and spike.share > 0.9
