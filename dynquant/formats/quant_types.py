@@ -114,6 +114,11 @@ def fit_to_row(wanted: QuantType, row_length: int, fallbacks: Iterable[QuantType
     return chosen, reason
 
 
+def fits_blocks(row_length: int) -> bool:
+    """Return whether rows of this length are whole blocks of any type that is no float."""
+    return any(row_length % each.block_size == 0 for each in QUANT_TYPES.values() if not each.is_float)
+
+
 def candidates_for_row(wanted: QuantType, row_length: int) -> tuple[QuantType, ...]:
     """The types among which a planner may choose where `wanted` is a candidate: itself, or what `fit_to_row` stores
     with and without STAND_INS."""

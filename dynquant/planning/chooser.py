@@ -13,7 +13,7 @@ from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
-from dynquant.formats.quant_types import fit_to_row, quant_type
+from dynquant.formats.quant_types import fit_to_row, fits_blocks, quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import BF16
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
@@ -113,14 +113,20 @@ def check_budget(model: Model, target: Target, types: Sequence[str], stats: Cali
 
 
 def _fixed_words(model: Model, table: ErrorTable, held: Mapping[str, Choice], stats: CalibrationStats | None) -> str:
-    """Return which bytes no candidate type makes smaller: those of tensors without a choice, and of matrices whose
-    smallest types need statistics that they do not have."""
+    """Return which bytes no candidate type makes smaller: those of tensors without a choice, of matrices whose rows
+    fit no type's blocks, and of matrices whose smallest types need statistics that they do not have."""
+    smallest = {name: min(rows.values(), key=lambda row: row.bytes).type for name, rows in table.tensors().items()}
     unread = {
-        name: min(rows.values(), key=lambda row: row.bytes).type
-        for name, rows in table.tensors().items()
+        name: type_name
+        for name, type_name in smallest.items()
         if not (model.reads_input(name) if stats is None else stats.input_of(name))
     }
-    return fixed_words(fixed_sizes(model, table.tensors(), held), unread)
+    uncut = {
+        name: model.source.info(name).shape[-1]
+        for name, type_name in smallest.items()
+        if quant_type(type_name).is_float and not fits_blocks(model.source.info(name).shape[-1])
+    }
+    return fixed_words(fixed_sizes(model, table.tensors(), held), unread, uncut)
 
 
 def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats) -> Rules:

@@ -45,16 +45,23 @@ def notes_of(entries: Collection[PlanEntry], stats: CalibrationStats | None) -> 
     return tuple(notes)
 
 
-def fixed_words(sizes: Mapping[Role, int], unread: Mapping[str, str]) -> str:
+def fixed_words(sizes: Mapping[Role, int], unread: Mapping[str, str], uncut: Mapping[str, int]) -> str:
     """Return which bytes of the smallest file no candidate type makes smaller.
 
     `sizes` are bytes by role of tensors without a choice, `unread` names the smallest type of each matrix without
-    statistics.
+    statistics, `uncut` the row length of each matrix that no type's blocks divide.
     """
     named = {words: sizes[role] for role, words in _FIXED.items() if role in sizes}
     named["vectors, norms and routers"] = sum(size for role, size in sizes.items() if role not in _FIXED)
     parts = [f"{human_bytes(size)} of {words}" for words, size in named.items()]
     words = f" Of the smallest size, {', '.join(parts)} have no choice."
+    if uncut:
+        lengths = " and ".join(f"{length:,}" for length in sorted(set(uncut.values())))
+        words += (
+            f" Rows of {lengths} weights are no whole number of any quant type's blocks, so these matrices stay "
+            f"floats: {', '.join(_templates(uncut))}."
+        )
+    unread = {name: type_name for name, type_name in unread.items() if name not in uncut}
     if unread:
         types = sorted(set(unread.values()), key=lambda name: QUANT_TYPES[name].bits_per_weight)
         some = ", ".join(_templates(unread))

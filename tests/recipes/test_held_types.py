@@ -1,5 +1,6 @@
 """Matrices that no cost decides on: layers that predict tokens ahead, indexers, states, and names that say nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,13 @@ def test_a_budget_is_refused_with_the_bytes_that_have_no_choice(model):
     assert "below the smallest" in said and "of layers that predict tokens ahead (--no-mtp" in said
     assert "4.10 kB of tensors of unknown purpose" in said and "of vectors, norms and routers have no choice" in said
     assert "Matrices without statistics go down to Q4_K only: per_layer_token_embd.weight." in said
+
+
+def test_rows_that_no_block_divides_are_named(model):
+    shapes = {"token_embd.weight": (64, 200), "blk.0.ffn_down.weight": (200, 333), "blk.0.ffn_up.weight": (352, 200)}
+    source = DictSource({name: torch.zeros(shape) for name, shape in shapes.items()})
+    with pytest.raises(PlanError, match=r"Rows of 200 and 333 weights are no whole number .* floats: token_embd.*down"):
+        check_budget(replace(model, source=source), Target(bpw=4), ("Q4_K", "Q8_0"), None)
 
 
 def test_the_smallest_size_that_is_told_before_calibration_is_possible_after_it(model):
