@@ -41,6 +41,10 @@ class EvaluationError(DynquantError):
     """Two models cannot be compared, or the evaluation data is unusable."""
 
 
+class OtherGraphError(EvaluationError):
+    """llama.cpp has other tensors in the graph of an architecture than a file of it holds: it loads no such file."""
+
+
 class DataError(DynquantError):
     """Training data are missing, empty or malformed."""
 

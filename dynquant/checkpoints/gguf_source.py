@@ -150,3 +150,12 @@ def split_files(path: Path) -> list[Path]:
     if number != 1:
         raise CheckpointError(f"{path} is part {number} of a split GGUF; give the first part, {files[0].name}.")
     return files
+
+
+def short_context(source: GGUFSource) -> int:
+    """Return the largest context in which llama.cpp turns positions by the factors for short texts, where a model has
+    others for long ones (longrope); else 0. What decides is the context's size, not the length of a text in it."""
+    if "rope_factors_long.weight" not in source.names():
+        return 0
+    values = (field.value for field in source.metadata if field.key.endswith(".rope.scaling.original_context_length"))
+    return int(next(values, 0))

@@ -16,15 +16,15 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.errors import CheckpointError, DynquantError, EvaluationError
+from dynquant.checkpoints.gguf_source import GGUFSource, short_context
+from dynquant.errors import CheckpointError, DynquantError, EvaluationError, OtherGraphError
 from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.branches import Branches, neighbours_that, num_shared
@@ -47,6 +47,9 @@ _SEQUENCES = 64
 
 _CONTEXTS_SHARE = 0.25
 """Contexts of windows that are scored side by side take this much of the free memory at most."""
+
+_OF_ANOTHER_GRAPH = re.compile(r"check_tensor_dims|done_getting_tensors|missing tensor|has wrong shape")
+"""Words of llama.cpp on a file whose tensors are not those of its graph."""
 
 _Window = tuple[Sequence[int], Collection[int]]
 """Token ids, and the places after which logits are wanted."""
@@ -196,6 +199,7 @@ class LlamaCppRunner:
         self._has_state = llama_cpp().llama_model_is_recurrent(self._model) or llama_cpp().llama_model_is_hybrid(
             self._model
         )
+        self._short_context = short_context(_source(path, path.stat().st_mtime_ns))
         self._context = None
         self._prefix_length = 0
         self.vocab_size: int = llama_cpp().llama_vocab_n_tokens(llama_cpp().llama_model_get_vocab(self._model))
@@ -204,6 +208,8 @@ class LlamaCppRunner:
         self._free_context()
         params = self._api.llama_context_default_params()
         params.n_ctx = max(num_tokens, BATCH_TOKENS)  # llama.cpp aborts when sequences outnumber its tokens
+        if num_tokens <= self._short_context:
+            params.n_ctx = min(params.n_ctx, self._short_context)
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max = 2 + MAX_CHOICES if self._has_state else _SEQUENCES  # each has memory for its state
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
@@ -296,12 +302,13 @@ class LlamaCppRunner:
     def write(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int], is_done: IsDone | None = None
     ) -> Iterator[list[list[int]]]:
-        for group in neighbours_that(self._are_written_together, prompts):
+        for group in neighbours_that(partial(self._are_written_together, num_tokens), prompts):
             yield self._written(group, num_tokens, stop, is_done)
 
-    def _are_written_together(self, prompts: Sequence[Sequence[int]]) -> bool:
+    def _are_written_together(self, num_new: int, prompts: Sequence[Sequence[int]]) -> bool:
         num_tokens = sum(map(len, prompts)) - len(prompts) * num_shared(prompts)
-        return not self._has_state and len(prompts) <= _SEQUENCES and num_tokens <= _WRITTEN_TOKENS
+        is_short = not self._short_context or num_tokens + len(prompts) * num_new <= self._short_context
+        return not self._has_state and len(prompts) <= _SEQUENCES and num_tokens <= _WRITTEN_TOKENS and is_short
 
     def _written(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: frozenset[int], is_done: IsDone | None
@@ -326,7 +333,7 @@ class LlamaCppRunner:
         return written
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
-        self._clear(len(tokens))
+        self._clear(len(tokens), is_whole=False)
         self._decode([(token, i, (0,), False) for i, token in enumerate(tokens)])
         self._prefix_length = len(tokens)
 
@@ -391,8 +398,10 @@ class LlamaCppRunner:
             self._api.llama_free(self._context)
         self._context = None
 
-    def _clear(self, num_tokens: int) -> None:
-        if not self._context or self._api.llama_n_ctx(self._context) < num_tokens:
+    def _clear(self, num_tokens: int, *, is_whole: bool = True) -> None:
+        """Empty the context, which has room for so many tokens then; they are all that comes if `is_whole`."""
+        size = self._api.llama_n_ctx(self._context) if self._context else 0
+        if size < num_tokens or (is_whole and num_tokens <= self._short_context < size):
             self.reserve(num_tokens)
         self._api.llama_memory_clear(self._memory, True)
         self._prefix_length = 0
@@ -450,6 +459,7 @@ def separate_window_logits(file: Path, tokens: Sequence[int], threads: int | Non
 
     Raises:
         EvaluationError: llama.cpp cannot load or run the file; its last words are told.
+        OtherGraphError: it cannot because of tensors that are not those of its graph.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -457,7 +467,9 @@ def separate_window_logits(file: Path, tokens: Sequence[int], threads: int | Non
         arguments = [str(file.resolve()), name, str(threads or usable_cores())]
         done = run_module(__name__, arguments, GGML_NO_BACKTRACE="1")  # it would start a debugger
         if done.returncode:
-            raise EvaluationError(f"llama.cpp cannot run it: {_reason(done.stderr)}")
+            reason = _reason(done.stderr)
+            kind = OtherGraphError if _OF_ANOTHER_GRAPH.search(reason) else EvaluationError
+            raise kind(f"llama.cpp cannot run it: {reason}")
         return torch.from_numpy(np.load(folder / _LOGITS))
 
 

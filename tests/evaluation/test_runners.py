@@ -4,19 +4,23 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFValueType
 
+from dynquant.checkpoints.gguf_source import MetadataField
+from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation import runners
 from dynquant.evaluation.llama_cpp import llama_vocabulary
 from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, tokenizer_notes
 from dynquant.families.open import locate_model, open_config, open_model
 from dynquant.inputs.model_inputs import Batch
-from tests.helpers.tiny_models import write_f32
+from tests.helpers.tiny_models import save_tiny, write_f32
 
 TEXT = "A quantized model answers a question.\n\nWhat is mitosis?  É naïve \t 42 + 7\nAnswer:"
 
@@ -44,6 +48,31 @@ def test_gguf_in_float32_gives_the_logits_of_transformers(small_moe, f32_moe, to
     log_p, log_q = logits
     assert log_p.shape == (200, 8192)
     assert float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) < 1e-9
+
+
+def test_the_size_of_a_context_does_not_make_a_text_long(small_moe, tmp_path) -> None:
+    """llama.cpp turns positions by the factors for long texts (longrope) where the context is large."""
+    model, plain = open_model(save_tiny("llama", tmp_path / "llama", small_moe)), tmp_path / "plain.gguf"
+    write_f32(model, plain)
+    keys = {
+        "llama.rope.scaling.type": ("longrope", GGUFValueType.STRING),
+        "llama.rope.scaling.original_context_length": (256, GGUFValueType.UINT32),
+    }
+    fields = [MetadataField(key, *value) for key, value in keys.items()]
+    factors = {"rope_factors_short.weight": torch.ones(32), "rope_factors_long.weight": torch.full((32,), 4.0)}
+    tensors = {name: model.source.load(name) for name in model.source.names()} | factors
+    scaled = replace(model, source=DictSource(tensors), metadata=(*model.metadata, *fields))
+    opened = [open_runner(write_f32(scaled, tmp_path / "scaled.gguf")), open_runner(plain)]
+    prompts = [list(range(start, start + 60)) for start in (1, 100, 200, 300)]
+    short, expected = (runner.window_logits(prompts[0]) for runner in opened)
+    torch.testing.assert_close(short, expected, atol=1e-4, rtol=0)
+    of_long_text = opened[0].window_logits(prompts[0] * 5)[:60]
+    assert (of_long_text - expected).abs().max() > 0.1
+    groups, expected = (list(runner.write(prompts, 20, frozenset())) for runner in opened)
+    assert [len(group) for group in groups] == [3, 1]
+    assert list(chain.from_iterable(groups)) == list(chain.from_iterable(expected))
+    for runner in opened:
+        runner.close()
 
 
 def test_windows_longer_than_a_batch_and_the_context_grow_on_demand(runner, tokens) -> None:
