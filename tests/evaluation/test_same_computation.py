@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.checkpoints.model import Model
-from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.errors import CheckpointError, EvaluationError, OtherGraphError
 from dynquant.evaluation.agreement import same_computation
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
 from dynquant.evaluation.llama_cpp import separate_window_logits
@@ -155,6 +155,17 @@ def test_a_process_of_its_own_gives_logits_and_reasons(base: Path, tmp_path: Pat
     assert torch.equal(separate_window_logits(base, [5, 6, 7], 1), llama_logits(base, [5, 6, 7]))
     with pytest.raises(EvaluationError, match=r"^llama\.cpp cannot run it: .*none\.gguf"):
         separate_window_logits(tmp_path / "none.gguf", [5], 1)
+
+
+def test_a_file_that_no_llama_cpp_loads_is_refused(tiny_moe: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(*_: object) -> None:
+        raise OtherGraphError("llama.cpp cannot run it: wrong number of tensors; expected 34, got 28")
+
+    monkeypatch.setattr(same_computation, "separate_window_logits", ends)
+    with pytest.raises(CheckpointError, match=r"graph of `qwen3moe` has other tensors .*expected 34.*--allow-diff"):
+        notes_on(tiny_moe, base)
+    compared, (note,) = notes_on(tiny_moe, base, allow_difference=True)
+    assert compared is None and "was not compared" in note
 
 
 @pytest.fixture

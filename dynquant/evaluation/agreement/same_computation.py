@@ -7,6 +7,7 @@ both. With F32 weights the two agree to a mean KL of 1e-9 and less. With other w
 transformers, whose modules then round their inputs alike, and ten times as much is no difference.
 """
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
-from dynquant.errors import CheckpointError, DynquantError
+from dynquant.errors import CheckpointError, DynquantError, OtherGraphError
 from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
@@ -94,7 +95,8 @@ def check_computation(
     compared, and that is told, too.
 
     Raises:
-        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed.
+        CheckpointError: the two differ by more than `REFUSED`, or llama.cpp has another graph and loads no such file,
+            and that is not allowed.
     """
     if model.hf_directory is None or not (model.base_gguf or model.is_converted):
         return None
@@ -112,10 +114,21 @@ def check_computation(
             with nullcontext(model.base_gguf) if model.base_gguf else _file_in_f32(model) as file:
                 compared = compare(model, file, session, max_memory=max_memory)
         except DynquantError as error:
+            if isinstance(error, OtherGraphError) and not allow_difference:
+                raise CheckpointError(_refused_graph(model, error)) from error
             session.note(f"{_subject(model)} was not compared with transformers: {error}")
             return None
     _judge(compared, _subject(model), model, session, allow_difference=allow_difference)
     return compared
+
+
+def _refused_graph(model: Model, error: OtherGraphError) -> str:
+    said = re.sub(r"^.*error loading model: |; llama_model_load.*$", "", str(error))
+    return (
+        f"llama.cpp would load no GGUF file of {model.name}: its graph of `{model.arch}` has other tensors ({said}). "
+        "A setting of config.json asks for what the graph does not have; a newer llama-cpp-python may have it. With "
+        "--allow-difference the run goes on, for packed safetensors, which need no llama.cpp."
+    )
 
 
 def check_written(
@@ -129,6 +142,8 @@ def check_written(
     try:
         compared = compare(model, file, session, takes_weights=True, max_memory=max_memory)
     except DynquantError as error:
+        if isinstance(error, OtherGraphError) and not allow_difference:
+            raise CheckpointError(f"{file} is written, but {_refused_graph(model, error)}") from error
         session.note(f"{file.name} was not compared with transformers: {error}")
         return
     try:
