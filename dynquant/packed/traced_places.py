@@ -60,8 +60,13 @@ def lay_out_traced(
     traced = parameter_map(hf_model, source.checkpoint)
     builder = _Builder(model, hf_model, traced)
     by_parameter: dict[str, list[tuple[PlanEntry | TypedTensor, StridedMap]]] = {}
-    skipped = set()
+    tensors = list(tensors)
+    copied = [entry for entry in tensors if entry.name in _copied(source)]
+    # Transformers has one matrix: the one of more bits.
+    skipped = {entry.name for entry in sorted(copied, key=lambda entry: entry.quant_type.bits_per_weight)[:-1]}
     for entry in tensors:
+        if entry.name in skipped:
+            continue
         entries = traced.gguf(source, entry.name)
         if entries is not None:
             for parameter in entries.sources:
@@ -100,13 +105,21 @@ def traced_places(model: Model, hf_model: Any) -> dict[str, Place]:
     by_parameter: dict[str, list[tuple[TypedTensor, StridedMap]]] = {}
     for name in source.names():
         shape = tuple(source.info(name).shape)
-        entries = traced.gguf(source, name) if len(shape) > 1 else None
+        entries = traced.gguf(source, name) if len(shape) > 1 and name not in _copied(source)[:1] else None
         for parameter in () if entries is None else entries.sources:
             by_parameter.setdefault(parameter, []).append((TypedTensor(name, shape), entries))
     for parameter, tensors in by_parameter.items():
         with suppress(CheckpointError):
             builder.add(parameter, tensors)
     return builder.places
+
+
+def _copied(source: ConvertedSource) -> tuple[str, ...]:
+    """Return embedding and output where both are made of the same tensor, which transformers ties; else nothing."""
+    names = ("token_embd.weight", "output.weight")
+    if not set(names) <= set(source.names()) or len({source.checkpoint_names(name) for name in names}) > 1:
+        return ()
+    return names
 
 
 _Tensors = Sequence[tuple[PlanEntry | TypedTensor, StridedMap]]
@@ -144,7 +157,8 @@ class _Builder:
         elif attribute == "weight" and _is_linear(module) and not self._is_read_directly(path):
             self._add_linear(path, parameter, tensors)
         else:
-            self._add_single(parameter, tensors, isinstance(module, nn.Embedding) and attribute == "weight")
+            is_table = isinstance(module, nn.Embedding) and attribute == "weight"
+            self._add_single(parameter, tensors, is_table and not self._has_head_read_directly(parameter))
         self._replaced.add(parameter)
 
     def complete_experts(self, by_parameter: Mapping[str, _Tensors]) -> None:
@@ -212,6 +226,11 @@ class _Builder:
         except (OSError, TypeError):
             return False
         return f"self.{name}.weight" in code
+
+    def _has_head_read_directly(self, parameter: str) -> bool:
+        """Return whether a layer that is tied to this parameter, and packed with it, has its weight read directly."""
+        tied: Mapping[str, str] = getattr(self._hf_model, "all_tied_weights_keys", None) or {}
+        return any(self._is_read_directly(key.rpartition(".")[0]) for key, of in tied.items() if of == parameter)
 
     def _place(self, entry: PlanEntry | TypedTensor, key: str, order: Tensor | None = None, **options: Any) -> None:
         self.places[entry.name] = Place(entry.name, key, tuple(entry.shape), order, **options)
