@@ -91,6 +91,13 @@ def check_loads(source: GGUFSource) -> None:
     ):
         if not holds:
             raise keys.wrong(key, needed)
+    windows = keys.get("attention.sliding_window_pattern")
+    if isinstance(windows, list) and not any(windows) and keys.integer("attention.sliding_window", 0):
+        raise CheckpointError(
+            f"{source.path} has a sliding window ({keys.arch}.attention.sliding_window) and no layer that attends in "
+            "it (sliding_window_pattern), at which llama.cpp ends the process. Where all layers attend globally, set "
+            "`sliding_window` in config.json to null and convert the checkpoint again."
+        )
     num_tokens = len(keys.values.get("tokenizer.ggml.tokens") or ())
     eos = keys.values.get("tokenizer.ggml.eos_token_id", 0)
     if num_tokens and not (isinstance(eos, int) and 0 <= eos < num_tokens):

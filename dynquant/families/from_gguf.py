@@ -251,6 +251,8 @@ def _gemma3(keys: Keys) -> dict[str, Any]:
 
 
 def _deepseek(keys: Keys) -> dict[str, Any]:
+    if keys.get("expert_count") is None and keys.first("ffn_gate_exps.weight") is None:
+        keys.refuse("it has no experts, as Youtu has none")
     rope = keys.integer("rope.dimension_count")
     # Files from before llama.cpp absorbed MLA (April 2025) give the widths of heads under the plain keys.
     key_width = keys.integer("attention.key_length_mla", keys.integer("attention.key_length", 0))

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -96,6 +97,18 @@ def test_a_missing_key_is_named(key: str, whole, tmp_path: Path) -> None:
     path = rewritten(whole("llama"), tmp_path / "m.gguf", without=f"llama.{key}")
     with pytest.raises(CheckpointError, match=rf"lacks the key `llama\.{key}`"):
         open_model(path)
+
+
+def test_a_window_of_no_layer_is_refused(moe_model, tmp_path: Path) -> None:
+    """At which llama.cpp ends the process."""
+    keys = {
+        "sliding_window": (4096, GGUFValueType.UINT32),
+        "sliding_window_pattern": ([False] * 6, GGUFValueType.ARRAY),
+    }
+    fields = [MetadataField(f"deepseek2.attention.{key}", *value, GGUFValueType.BOOL) for key, value in keys.items()]
+    edited = replace(moe_model, metadata=(*moe_model.metadata, *fields))
+    with pytest.raises(CheckpointError, match=r"no layer that attends in it.*`sliding_window` .* to null"):
+        open_model(write_f32(edited, tmp_path / "m.gguf"))
 
 
 def test_experts_in_tensors_of_their_own_are_recognised(whole, tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ from dynquant.families.tokenizers.tokenizer import write_tokenizer
 
 OWN_KEYS = ("general.quantization_version", "general.file_type")
 """Keys that are said of a file, when one is written."""
+_OWN_OUTPUT = (
+    "apertus", "dots1", "exaone-moe", "gpt-oss", "gptneox", "minimax-m2", "nemotron", "olmo2", "olmoe", "phimoe",
+    "stablelm",
+)  # fmt: skip
+"""Architectures of which llama.cpp loads no file without `output.weight`, also where the checkpoint ties it."""
 _FLOATS = ("F32", "F16")
 _OF_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_)|projector|embed_vision|embed_audio")
 _SELECTION = TypeAdapter(Selection)
@@ -45,8 +50,9 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     check_values(directory)
     checkpoint = SafetensorsSource(directory)
     description = describe(directory, checkpoint, tree, no_mtp=not mtp)
-    source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
+    source = ConvertedSource(checkpoint, _with_output(list(_conversions(description, checkpoint)), description))
     metadata = _with_magnitude(field for field in description.keys.metadata if field.key not in OWN_KEYS)
+    metadata = tuple(filter(_says_something, _without_unused_window(metadata)))
     fault = description.about["tokenizer_fault"]
     if fault:
         metadata = tuple(map(_without_quirk, metadata)) + _own_tokenizer(directory, source, fault, tree)
@@ -70,6 +76,15 @@ def _conversions(description: Description, checkpoint: SafetensorsSource) -> Ite
         selection = _SELECTION.validate_python(entry["selection"])
         dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
         yield Conversion(name, parts, shape, dtype, unchanged if selection.is_identity else selection)
+
+
+def _with_output(conversions: list[Conversion], description: Description) -> list[Conversion]:
+    """Return the conversions with a copy of the embedding as the output where llama.cpp does not take it itself."""
+    arch = next(field.value for field in description.keys.metadata if field.key == "general.architecture")
+    by_name = {conversion.name: conversion for conversion in conversions}
+    if arch not in _OWN_OUTPUT or "output.weight" in by_name or "token_embd.weight" not in by_name:
+        return conversions
+    return [*conversions, replace(by_name["token_embd.weight"], name="output.weight")]
 
 
 def _check_width(directory: Path, source: ConvertedSource, metadata: tuple[MetadataField, ...]) -> None:
@@ -121,6 +136,20 @@ def _with_magnitude(fields: Iterable[MetadataField]) -> tuple[MetadataField, ...
         default = 1.0 if rope.startswith("grok.") else yarn_magnitude(metadata[f"{rope}factor"].value)
         metadata[f"{rope}attn_factor"] = replace(field, key=f"{rope}attn_factor", value=field.value / default)
     return tuple(metadata.values())
+
+
+def _without_unused_window(metadata: tuple[MetadataField, ...]) -> tuple[MetadataField, ...]:
+    """Return the keys without a sliding window in which no layer attends: llama.cpp ends the process at one."""
+    pattern = next((field for field in metadata if field.key.endswith(".attention.sliding_window_pattern")), None)
+    if pattern is None or not isinstance(pattern.value, list) or any(pattern.value):
+        return metadata
+    window = pattern.key.removesuffix("_pattern")
+    return tuple(field for field in metadata if field.key not in (pattern.key, window))
+
+
+def _says_something(field: MetadataField) -> bool:
+    """Return whether a key is more than a count of no layers that predict tokens ahead, which `mtp` decides on."""
+    return not field.key.endswith(".nextn_predict_layers") or bool(field.value)
 
 
 def _tell_unused(directory: Path, unused: list[str], fault: str, *, has_tower: bool) -> None:

@@ -27,6 +27,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIGMOID_ROUTERS = ("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minimax_m2")
 _UNSTATED: dict[str, dict[str, Any]] = {
     **{kind: {"scoring_func": "sigmoid"} for kind in _SIGMOID_ROUTERS},
+    "gpt2": {"n_ctx": None},
     "phimoe": {"original_max_position_embeddings": None},
     "solar_open": {"partial_rotary_factor": 1.0},
 }
@@ -320,7 +321,8 @@ def _as_expected(stated: dict[str, Any]) -> dict[str, Any]:
     model_type = str(stated.get("model_type"))
     for key, value in _UNSTATED.get(model_type, {}).items():
         if stated.get(key) is None:
-            stated[key] = stated.get("max_position_embeddings") if value is None else value
+            context = stated.get("max_position_embeddings", stated.get("n_positions"))
+            stated[key] = context if value is None else value
     if model_type in _UNSTATED_ROTARY and stated.get("rotary_pct") is None:
         rope = stated.get("rope_parameters") or {}
         stated["rotary_pct"] = rope.get("partial_rotary_factor", _UNSTATED_ROTARY[model_type])

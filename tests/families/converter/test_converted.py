@@ -19,10 +19,17 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError
+from dynquant.evaluation.agreement.same_computation import check_computation
 from dynquant.families.converter.converted import open_converted
 from dynquant.families.open import open_model
+from dynquant.running.load import load_directory
+from dynquant.session import Session
 from tests.helpers.commands import succeed
-from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, randomize
+from tests.helpers.exports import export_safetensors
+from tests.helpers.packed_models import plan_of
+from tests.helpers.tiny_gguf import GGML
+from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, randomize, write_f32
+from tests.helpers.traced_models import packed_and_decoded
 
 COMMON: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -182,6 +189,57 @@ def test_an_own_magnitude_of_yarn_is_that_of_transformers(tree: Path, tmp_path: 
     succeed("export", directory, "--preset", "f16", "-o", file)
     tokens = list(range(100, 228))
     assert mean_kl(hf_logits(directory, tokens), llama_logits(file, tokens)) < 1e-4
+
+
+OPEN = {
+    "gpt2": {"vocab_size": 8192, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "olmo3": COMMON | {"layer_types": ["full_attention"] * 2},
+    "olmo2": COMMON | {"tie_word_embeddings": True},
+    "youtu": COMMON | {
+        "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+    "granitemoe": COMMON | {"num_local_experts": 1, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+}  # fmt: skip
+"""Checkpoints of whose file the converter leaves something out, or at which llama.cpp ended the process."""
+
+
+@pytest.mark.parametrize("model_type", OPEN)
+def test_what_the_converter_leaves_open_is_filled_in(model_type: str, tree: Path, tmp_path: Path, small_moe) -> None:
+    directory = saved(model_type, OPEN[model_type], tmp_path, small_moe)
+    file, tokens = write_f32(open_model(directory), tmp_path / "model.gguf"), list(range(100, 228))
+    assert mean_kl(hf_logits(directory, tokens), llama_logits(file, tokens)) < 1e-8
+
+
+def test_a_tied_output_is_packed_once(tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    model = open_model(saved("olmo2", OPEN["olmo2"], tmp_path, small_moe))
+    assert "output.weight" in model.source.names()
+    plan = plan_of(model, lambda name: "Q4_0" if name == "token_embd.weight" else "Q8_0")
+    export_safetensors(model, plan, None, tmp_path / "packed", encoder=GGML)
+    packed, tokens = load_directory(tmp_path / "packed", torch.float32), torch.arange(100, 160)[None]
+    assert packed.config.tie_word_embeddings  # of the 8 bits that the output has
+    logits = packed(tokens).logits[0].detach()
+    assert mean_kl(hf_logits(model.path, tokens[0].tolist()), logits) < 5e-3
+
+
+def test_a_packed_embedding_whose_tied_output_is_read_directly_stays_float(tree: Path, tmp_path, small_moe) -> None:
+    settings = COMMON | {"state_size": 16, "time_step_rank": 16, "tie_word_embeddings": True, "intermediate_size": 128}
+    model, tokens = open_model(saved("mamba", settings, tmp_path, small_moe)), torch.arange(100, 160)[None]
+    _, found, expected = packed_and_decoded(model, tmp_path, tokens)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_count_of_no_layers_ahead_is_no_key(tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    """Else files of plans, which are written without such layers, would lack the bytes of it."""
+    settings = COMMON | ARCHITECTURES["glm4_moe"] | {"num_nextn_predict_layers": 0}
+    directory = saved("glm4_moe", settings, tmp_path, small_moe)
+    assert open_model(directory).metadata == open_model(directory, mtp=False).metadata
+
+
+def test_a_graph_of_other_tensors_is_refused_before_anything_is_measured(tree: Path, tmp_path, small_moe) -> None:
+    model = open_model(saved("ernie4_5", COMMON | {"use_bias": True}, tmp_path, small_moe))
+    with pytest.raises(CheckpointError, match=r"graph of `ernie4_5` has other tensors \(.*wrong number of tensors"):
+        check_computation(model, Session(threads=1, device="cpu"))
 
 
 def test_a_tensor_without_a_place_is_refused_by_name(tree: Path, tmp_path: Path, small_moe: Path) -> None:
