@@ -7,7 +7,7 @@ stored, a layer takes a quarter of its float32. What is stored in integers is de
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -221,7 +221,8 @@ class SafetensorsSource:
         if span.dtype not in _FLOAT_DTYPES:
             raise CheckpointError(
                 f"{span.path} stores `{name}` as {span.dtype}; only F32, F16 and BF16 checkpoints, and FP8 (F8_E4M3) "
-                "with block scales, can be read. Convert the checkpoint to bfloat16 first."
+                "with block scales, can be read. Convert the checkpoint to bfloat16 first; tables of whole numbers "
+                "have no place here."
             )
         return TensorInfo(name, span.shape, span.dtype)
 
@@ -275,6 +276,8 @@ def _fp8_layout(directory: Path, config: Mapping[str, Any]) -> tuple[tuple[int, 
 def checkpoint_spans(directory: Path) -> dict[str, FileSpan]:
     """Return the places of a checkpoint's tensors, in order of names: all that transformers reads, from headers alone.
 
+    Names are those of `names_with_output`.
+
     Raises:
         CheckpointError: no weights; a file that is missing, truncated, corrupt or not that of the index; weights of
             which programs read different ones; or names that a training wrapper left.
@@ -294,7 +297,11 @@ def checkpoint_spans(directory: Path) -> dict[str, FileSpan]:
     for path, held in ((path, spans_of(path)) for path in paths):
         lost = [name for name, place in files.items() if place == path and name not in held]
         if lost:
-            raise CheckpointError(f"{path} does not hold `{lost[0]}`, which {INDEX_NAME} places there.")
+            raise CheckpointError(
+                f"{path} does not hold `{lost[0]}`, which {INDEX_NAME} places there: the two are of different "
+                "versions. Fetch both again, or, if no tensor is missing, write both anew by `save_pretrained` of "
+                "transformers."
+            )
         if twice := spans.keys() & held.keys():
             raise CheckpointError(
                 f"`{min(twice)}` is stored twice, in {spans[min(twice)].path} and in {path}. The directory mixes two "
@@ -304,7 +311,20 @@ def checkpoint_spans(directory: Path) -> dict[str, FileSpan]:
     for pattern, origin in _WRAPPERS.items():
         if wrapped := next((name for name in spans if re.search(pattern, name)), None):
             raise CheckpointError(f"{directory} holds `{wrapped}`: {origin}.")
-    return dict(sorted(spans.items()))
+    called = names_with_output(spans)
+    return dict(sorted((called[name], span) for name, span in spans.items()))
+
+
+def names_with_output(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of a checkpoint's tensors in the model that has an output, by the stored names.
+
+    Checkpoints saved without the output (of `AutoModel`, as many that embed texts are) lack `model.` before all names,
+    which transformers adds.
+    """
+    stored = list(names)
+    if "embed_tokens.weight" not in stored or any(name.startswith("model.") for name in stored):
+        return {name: name for name in stored}
+    return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in stored}
 
 
 def weight_files(directory: Path) -> list[Path]:

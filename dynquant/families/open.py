@@ -16,7 +16,13 @@ import gguf
 
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField, is_gguf, split_files
 from dynquant.checkpoints.model import Model, PrunedExperts
-from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource, refuse_quantized
+from dynquant.checkpoints.safetensors_source import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SafetensorsSource,
+    names_with_output,
+    refuse_quantized,
+)
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError, ExportError, hub_failures
 from dynquant.families.common.config import Config, quantization_of, read_config, read_json
@@ -322,7 +328,7 @@ def _indexed_names(directory: Path) -> list[str] | None:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise CheckpointError(f"{index} has no `weight_map`, so it is not a safetensors index. Fetch it again.")
-    return [name.removeprefix("language_model.") for name in names]
+    return list(names_with_output(name.removeprefix("language_model.") for name in names).values())
 
 
 def _build(directory: Path, book: ConversionBook, checkpoint: TensorSource | None) -> Model:

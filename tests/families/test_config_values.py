@@ -56,6 +56,8 @@ VALUES = [
         {},
         "`first_k_dense_replace` as {}, which a 'deepseek_v3' cannot have; a whole number is",
     ),
+    ("dtype", "int4", "`dtype` as 'int4'; the name of a float type, as 'bfloat16', is needed"),
+    ("text_config", {"hidden_size": 8}, "has a `text_config`, which a 'deepseek_v3' has no place for"),
     ("hidden_act", 5, "`hidden_act` as 5, which a 'deepseek_v3' cannot have; a text is needed"),
     ("attention_bias", "yes", "`attention_bias` as 'yes', which a 'deepseek_v3' cannot have; true or false is needed"),
 ]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.load import load_directory, load_hf
 from tests.helpers.commands import refused, run
+from tests.helpers.edited_checkpoints import edited_weights
 from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import save_tiny, write_f32
 from tests.helpers.tiny_vision import save_vision_model
@@ -248,3 +250,34 @@ def test_weights_of_another_shape_are_named(model: Path) -> None:
     name = r"`model\.layers\.1\.self_attn\.k_proj\.weight`"
     with pytest.raises(CheckpointError, match=rf"1 tensors have other shapes .*{name} is stored as \[64, 256\], and"):
         load_directory(model, torch.float32)
+
+
+def test_a_checkpoint_without_its_output_is_named_as_one_with(small_moe: Path, tmp_path: Path) -> None:
+    """As `AutoModel` saves one, and many models that embed texts are published: transformers adds `model.`."""
+    whole = save_tiny("llama-tied", tmp_path / "whole", small_moe)
+    base = edited_weights(
+        whole, tmp_path / "base", lambda tensors: _rename(tensors, lambda name: name.removeprefix("model."))
+    )
+    for directory in (base, whole):
+        opened = open_model(directory)
+        loaded = dict(load_hf(opened).named_parameters())
+        assert torch.equal(opened.source.load("token_embd.weight"), loaded["model.embed_tokens.weight"])
+    assert open_model(base).fingerprint == open_model(whole).fingerprint
+    assert inspect(base).num_weights == inspect(whole).num_weights
+
+
+def _rename(tensors: dict[str, torch.Tensor], called: Callable[[str], str]) -> None:
+    for name in list(tensors):
+        tensors[called(name)] = tensors.pop(name)
+
+
+def test_missing_tensors_are_explained(model: Path, tmp_path: Path) -> None:
+    def of_tower(name: str) -> str:
+        return name.replace("model.", "model.language_model.", 1)
+
+    named = edited_weights(model, tmp_path / "named", lambda tensors: _rename(tensors, of_tower))
+    with pytest.raises(CheckpointError, match=r"`model\.language_model\.embed_tokens\.weight` in the place of `model"):
+        open_model(named)
+    without = edited_weights(model, tmp_path / "without", lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"the output is the embedding.*set `tie_word_embeddings` to true"):
+        open_model(without)

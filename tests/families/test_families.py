@@ -13,9 +13,14 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_config, open_hf
+from dynquant.running.load import load_directory
+from dynquant.running.streaming.layer_stream import LayerStream
 from tests.helpers.edited_checkpoints import edited_config, edited_weights
+from tests.helpers.exports import export_gguf, export_safetensors
+from tests.helpers.packed_models import plan_of
 from tests.helpers.representatives import represented_by
-from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, write_f32
+from tests.helpers.tiny_gguf import GGML
+from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 
 NUM_TOKENS = 400
 QUICK = ("llama-tied", "mixtral", "qwen2", "qwen3-moe", "gemma3-period-3", "deepseek-v2-lite", "deepseek-v3")
@@ -87,6 +92,27 @@ def test_one_expert_is_read_alone(deepseek_v3: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SafetensorsSource, "load", lambda self, *args: read.append(args[0]) or load(self, *args))
     assert torch.equal(source.load("blk.1.ffn_up_exps.weight", 5), whole[5])
     assert read == ["model.layers.1.mlp.experts.5.up_proj.weight"]
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_one_expert_is_a_stack_too(name: str, tmp_path: Path, small_moe: Path) -> None:
+    counts = {"num_experts": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
+    model = open_hf(save_tiny(name, tmp_path / name, small_moe, **counts))
+    for stack in (name for name in model.source.names() if "_exps" in name):
+        whole = model.source.load(stack)
+        assert whole.shape == model.source.info(stack).shape and whole.dim() == 3
+        assert torch.equal(model.source.load(stack, 0), whole[0])
+    plan = plan_of(model, "Q8_0")
+    export_gguf(model, plan, None, tmp_path / "model.gguf", encoder=GGML)
+    tokens = random_tokens()[:40]
+    reference = hf_logits(model.path, tokens)
+    assert mean_kl(reference, llama_logits(tmp_path / "model.gguf", tokens)) < 5e-3
+    export_safetensors(model, plan, None, tmp_path / "packed", encoder=GGML)
+    packed = load_directory(tmp_path / "packed", torch.float32)
+    assert mean_kl(reference, packed(torch.tensor([tokens])).logits[0].detach()) < 5e-3
+    layers = LayerStream(model)
+    with layers.running(), torch.inference_mode():
+        assert mean_kl(reference, layers.hf_model(torch.tensor([tokens])).logits[0]) < 1e-9
 
 
 def test_fused_experts_give_the_same_tensors(deepseek_v3: Path, tmp_path: Path) -> None:
@@ -188,7 +214,7 @@ def test_nan_names_the_tensor(deepseek_v3: Path, tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act.*silu"),
         ({"rope_interleave": False}, "rope_interleave"),
         ({"quantization_config": {"quant_method": "fp8"}}, "stored as floats.*take `quantization_config` out"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rope scaling `dynamic`"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0}}, "rope scaling `proportional`"),
         (
             {
                 "rope_parameters": {
@@ -201,7 +227,7 @@ def test_nan_names_the_tensor(deepseek_v3: Path, tmp_path: Path) -> None:
             "mscale_all_dim",
         ),
     ],
-    ids=["shape", "nan", "type", "activation", "rope-layout", "quantized", "dynamic-rope", "yarn-mscale"],
+    ids=["shape", "nan", "type", "activation", "rope-layout", "quantized", "other-rope", "yarn-mscale"],
 )
 def test_configurations_that_would_differ_are_refused(
     deepseek_v3: Path, tmp_path: Path, changes: dict[str, object], message: str
@@ -240,6 +266,17 @@ def test_sliding_window_of_mistral_is_reported(tmp_path: Path) -> None:
     AutoConfig.for_model("mistral", sliding_window=4096).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="up to 4096 tokens"):
         open_config(tmp_path)
+
+
+def test_dynamic_scaling_is_told_and_is_none_within_the_context(deepseek_v3: Path, tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    edited = edited_config(deepseek_v3, tmp_path / "dynamic", lambda config: config.update(rope_parameters=dynamic))
+    with pytest.warns(UserWarning, match="`dynamic` changes the angles of texts beyond 1024 tokens"):
+        model = open_config(edited)
+    keys, expected = metadata(model), metadata(open_config(deepseek_v3))
+    assert {key: keys[key] for key in expected if "rope" in key} == {k: v for k, v in expected.items() if "rope" in k}
+    tokens = random_tokens()[:40]
+    assert torch.equal(hf_logits(edited, tokens), hf_logits(deepseek_v3, tokens))
 
 
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])

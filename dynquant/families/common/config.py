@@ -35,6 +35,8 @@ _IN_WORDS = {
     "int": "a whole number", "float": "a number with a point", "str": "a text", "bool": "true or false",
     "dict": "an object", "list": "a list",
 }  # fmt: skip
+_TYPES = ("dtype", "torch_dtype")
+"""Names of the type that the weights were saved in."""
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Sizes of a language model, which are more than zero and not null."""
 
@@ -108,6 +110,15 @@ def _is_count(value: object, key: str, at_least: int = 0) -> TypeGuard[int]:
     return is_whole and at_least <= value <= _LARGEST.get(key, _MAX_INTEGER)
 
 
+def _is_float_type(value: object) -> bool:
+    if value in (None, "auto") or isinstance(value, dict):
+        return True
+    import torch
+
+    named = getattr(torch, str(value).removeprefix("torch."), None)
+    return isinstance(named, torch.dtype) and named.is_floating_point
+
+
 def _items(value: object) -> list[object]:
     """Return the values of a list by layer, or of a single one; none for null, which stands for a default."""
     values = value if isinstance(value, list) else [value]
@@ -148,6 +159,8 @@ def _check_numbers(values: Mapping[str, object], path: Path, prefix: str = "") -
             needed = "a whole number"
         elif _REAL.fullmatch(key) and not all(_is_finite(item) and item >= 0 for item in _items(value)):
             needed = "a finite number that is not negative"
+        elif key in _TYPES and prefix in ("", "text_config.") and not _is_float_type(value):
+            needed = "the name of a float type, as 'bfloat16',"
         if needed:
             raise CheckpointError(
                 f"{path} gives `{name}` as {value!r:.80}; {needed} is needed. Correct it, or fetch the file again."
@@ -208,9 +221,15 @@ def hf_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers validates with many exception types, none of them a contract
         raise CheckpointError(refused_value(directory, error)) from error
+    if isinstance(getattr(config, "text_config", None), dict):
+        raise CheckpointError(
+            f"{directory / 'config.json'} has a `text_config`, which a {config.model_type!r} has no place for, so that "
+            "transformers would not read it. Correct it, or fetch the file again."
+        )
+    return config
 
 
 def check_values(directory: Path) -> None:

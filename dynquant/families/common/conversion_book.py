@@ -16,6 +16,7 @@ from dynquant.families.common.conversion import Conversion, Transform, differ, u
 from dynquant.families.common.selection import Selection
 from dynquant.families.common.strided_maps import whole
 
+OUTPUT_NAME = "lm_head.weight"
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 """Ends of names of what checkpoints may hold although the configuration decides it."""
 
@@ -77,7 +78,11 @@ class ConversionBook:
         if not checkpoint_names:
             raise CheckpointError(f"{self.config.path} calls for experts and gives their number as 0. Fetch it again.")
         dtypes = [self._take(part, shape[1:]) for part in checkpoint_names]
-        self.conversions.append(Conversion(name, checkpoint_names, shape, dtypes[0]))
+        if len(checkpoint_names) > 1:
+            self.conversions.append(Conversion(name, checkpoint_names, shape, dtypes[0]))
+        else:  # a matrix that is a stack of one
+            of_one = Selection(shape[1:], whole("", shape[1:]).viewed(shape))
+            self.conversions.append(Conversion(name, checkpoint_names, shape, dtypes[0], of_one))
 
     def add_rows(self, name: str, checkpoint_name: str, shape: tuple[int, ...], start: int, stored_rows: int) -> None:
         """Rows `start…` of every slice of a fused tensor [slices, stored_rows, columns]."""
@@ -107,7 +112,7 @@ class ConversionBook:
         if self._missing:
             raise CheckpointError(
                 f"{where} lacks {len(self._missing)} tensors that its configuration calls for: "
-                f"{some_of(self._missing)}. The download is incomplete, or config.json belongs to another model."
+                f"{some_of(self._missing)}. {self._likely_cause()}"
             )
         unknown = [name for name in self._unused if not name.endswith(COMPUTED_BUFFERS)]
         if unknown:
@@ -116,6 +121,24 @@ class ConversionBook:
                 f"Leaving them out would change the model. {WAY_OUT}"
             )
         return self.conversions
+
+    def _likely_cause(self) -> str:
+        """Return why tensors may be missing, with the way out."""
+        if self._missing == [OUTPUT_NAME]:
+            return (
+                "The download is incomplete; or the output is the embedding, and config.json should say so: set "
+                "`tie_word_embeddings` to true."
+            )
+        first = next(name for name in self._missing if name != OUTPUT_NAME)
+        core = first.removeprefix("model.")
+        stored = next((name for name in sorted(self._unused) if name.endswith(f".{core}") or name == core), None)
+        if stored is not None:
+            return (
+                f"It holds `{stored}` in the place of `{first}`: its tensors are named for another class of model. "
+                "Load it in transformers with the class that wrote it, `save_pretrained` its language model, and give "
+                "that."
+            )
+        return "The download is incomplete, or config.json belongs to another model."
 
     def _take(self, checkpoint_name: str, shape: tuple[int, ...]) -> str:
         """Mark as used, check the shape, and return the stored type."""

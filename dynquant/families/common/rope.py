@@ -1,10 +1,11 @@
 """Rotary position embeddings: transformers' `rope_parameters` to GGUF keys, and llama3's frequency factors.
 
-Supported: default, linear, yarn, llama3. The checks hold each to what llama.cpp's rope computes; `dynamic`, `longrope`
-and partial rotation are refused.
+Supported: default, linear, yarn, llama3, and dynamic up to the context of the checkpoint. The checks hold each to what
+llama.cpp's rope computes; `longrope` and partial rotation are refused.
 """
 
 import math
+import warnings
 
 import gguf
 import torch
@@ -35,8 +36,16 @@ def write_rope(config: Config, writer: gguf.GGUFWriter, parameters: dict[str, ob
         writer.add_rope_scaling_factor(_number(config, parameters, "factor"))
     elif kind == "yarn":
         _write_yarn(config, writer, parameters)
+    elif kind == "dynamic":
+        context = config.integer("max_position_embeddings")
+        warnings.warn(
+            f"{config.path}: rope scaling `dynamic` changes the angles of texts beyond {context} tokens, which "
+            f"llama.cpp does not do. The GGUF equals the checkpoint up to {context} tokens of context and differs "
+            "beyond.",
+            stacklevel=4,
+        )
     elif kind not in ("default", "llama3"):
-        config.refuse(f"rope scaling `{kind}` is not supported (known: default, linear, yarn, llama3)")
+        config.refuse(f"rope scaling `{kind}` is not supported (known: default, linear, yarn, llama3, dynamic)")
 
 
 def yarn_factor(config: Config, parameters: dict[str, object]) -> float:
