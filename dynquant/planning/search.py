@@ -31,7 +31,7 @@ from dynquant.encoding.store import ENCODED_NAME, EncodedStore, WeightStore, ope
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import PlanError, StatsError
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
-from dynquant.evaluation.statistics import bootstrap_mean
+from dynquant.evaluation.statistics import Estimate, bootstrap_mean
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.vllm_schemes import Scheme
@@ -257,10 +257,11 @@ def _selected(
     checked = scorer.scored(_drawn(search, table), "checking predictions")
     frontier = scorer.scored(_frontier(search, table, unit_text), "measuring the frontier")
     pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked or candidates if plan.kl]).reshape(-1, 2)
-    agreement = {"rank_correlation": rank_correlation(pairs)} if checked else {}
+    rho = rank_correlation(pairs) if checked else None
+    agreement: dict[str, Estimate | Fit | None] = {"rank_correlation": rho}
     positive = pairs[(pairs > 0).all(1)]  # near the original, the unbiased KL may be below 0
     if len(positive):
-        agreement["fit"] = Fit.of(*positive.T, slope=None if checked and len(positive) > 1 else _USUAL_SLOPE)
+        agreement["fit"] = Fit.of(*positive.T, slope=None if rho and len(positive) > 1 else _USUAL_SLOPE)
     plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
     about = {"text": scorer.inputs.name, "num_tokens": scorer.inputs.num_tokens}
     selection = Selection(**about, chosen=chosen, **plans, **agreement)
