@@ -99,8 +99,8 @@ class Chooser(_Explained):
         """Return the stored types of every fixed recipe, of the tensors that have a choice."""
         columns = {name: self.model.source.info(name).shape[-1] for name in table.tensors()}
         return {
-            label: {name: fit_to_row(quant_type(wanted[name]), width)[0].name for name, width in columns.items()}
-            for label, wanted in fixed_recipes(self.model).items()
+            label: {name: fit_to_row(quant_type(recipe[name]), width)[0].name for name, width in columns.items()}
+            for label, recipe in fixed_recipes(self.model).items()
         }
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
