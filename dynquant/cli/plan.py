@@ -41,7 +41,7 @@ def plan(
 
     Example: dynquant plan ./model --like published-IQ1_S.gguf -o plan/
 
-    Example: dynquant plan ./model --for vllm --bpw 5 --select -o plan/
+    Example: dynquant plan ./model --for vllm --bpw 5 -o plan/
     """
     from dynquant.planning import stage
     from dynquant.publishing.effort_time import with_estimate
