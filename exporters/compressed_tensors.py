@@ -8,9 +8,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from math import prod
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,27 +17,21 @@ from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.published.packed_parts import has_known_schemes
 from dynquant.checkpoints.safetensors_format import ShardLayout
 from dynquant.checkpoints.safetensors_source import checkpoint_spans
-from dynquant.encoding.parts import WeightChecks, as_slice, ranges
-from dynquant.encoding.stream import Guidance
-from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
+from dynquant.encoding.linears import LinearPiece, encode_piece, fused_scales, pieces_of
 from dynquant.errors import ExportError
 from dynquant.exporters.compressed_config import served_config, transformers_problem
 from dynquant.exporters.model_card import CARD_NAME, compressed_card, with_closing_pass
 from dynquant.exporters.output import Encoding
 from dynquant.families.common.config import quantization_of
-from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
+from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
-from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.resources import free_memory
 from dynquant.session import Progress
 from dynquant.storage.atomic import writing_folder
 from dynquant.storage.work_files import STAGING, check_folder, work_path
 from dynquant.workers import side_by_side
-
-_CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
-"""Float32 weights of a stack of experts that are encoded together, at least one expert."""
 
 
 def export_compressed_tensors(
@@ -128,48 +121,6 @@ def check_is_compressed(path: Path) -> None:
         )
 
 
-def encode_layer(
-    entry: PlanEntry,
-    linear: LinearLayer,
-    experts: range,
-    guidance: Guidance,
-    *,
-    checks: WeightChecks | None = None,
-    **options: Any,
-) -> list[EncodedLayer]:
-    """Return some experts of an entry (of a matrix: the range 0 to 1) as they are stored.
-
-    `options` are `global_scale` and `device` of `encode_layers`.
-
-    Raises:
-        EncodeError: NaN or Inf weights; the layer is named.
-    """
-    weights = torch.stack([linear.load(expert) for expert in experts])
-    if checks is not None:
-        checks.add(entry.name, entry.shape, experts, weights)
-    part = as_slice(experts)
-    importance = guidance.importance and guidance.importance(entry.name, entry.shape)
-    return encode_layers(
-        entry.scheme,
-        weights,
-        importance=None if importance is None else importance[part],
-        hessian=guidance.hessian and guidance.hessian(entry.name, entry.shape, part),
-        name=entry.modules[experts.start],
-        **options,
-    )
-
-
-def global_scales(plan: Plan, checkpoint: LinearCheckpoint) -> dict[str, float]:
-    """Return NVFP4's global scale by layer, of the layers that have one; those that vLLM fuses have the same."""
-    names = {entry.name for entry in plan.entries if entry.scheme.strategy == "tensor_group"}
-    linears = [linear for linear in checkpoint.linears if linear.name in names]
-    peaks: dict[str, float] = {}
-    for linear in linears:
-        peak = max(float(linear.load(expert).abs().max()) for expert in range(linear.num_experts))
-        peaks[linear.fusion] = max(peak, peaks.get(linear.fusion, 0.0))
-    return {linear.name: nvfp4_global_scale(peaks[linear.fusion]) for linear in linears}
-
-
 def _tensors(
     encoding: Encoding, checkpoint: LinearCheckpoint, finished: set[str], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -179,58 +130,40 @@ def _tensors(
             values = checkpoint.source.load(tensor.key)
             encoding.checks.add(tensor.key, tuple(values.shape), range(1), values)
             yield tensor.key, values.to(FLOAT_DTYPES[tensor.dtype])
-    plan, device = encoding.plan, encoding.encoder.device
-    linears = {linear.name: linear for linear in checkpoint.linears}
-    scales = global_scales(plan, checkpoint)
-    at_once = _CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS
-    total, done = sum(prod(entry.shape) for entry in plan.entries), 0
+    device, linears = encoding.encoder.device, {linear.name: linear for linear in checkpoint.linears}
+    schemes = schemes_of(encoding.plan)
+    scales = fused_scales(linears[name] for name, scheme in schemes.items() if scheme.strategy == "tensor_group")
 
-    def is_finished(entry: PlanEntry, experts: range) -> bool:
-        suffixes = [part.key for part in entry.scheme.parts(*entry.shape[-2:])]
-        modules = entry.modules[experts.start : experts.stop]
-        return {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished
+    def is_finished(piece: LinearPiece) -> bool:
+        suffixes = [part.key for part in piece.scheme.parts(*piece.linear.shape[-2:])]
+        return {f"{module}.{suffix}" for module in piece.modules for suffix in suffixes} <= finished
 
-    def encode(piece: tuple[PlanEntry, range]) -> dict[str, torch.Tensor]:
-        entry, experts = piece
-        options = {"global_scale": scales.get(entry.name), "device": device}
-        layers = encode_layer(entry, linears[entry.name], experts, encoding.guidance, checks=encoding.checks, **options)
-        modules = entry.modules[experts.start : experts.stop]
-        pairs = zip(modules, layers, strict=True)
+    def encode(piece: LinearPiece) -> dict[str, torch.Tensor]:
+        how = {"global_scales": scales, "device": device, "checks": encoding.checks}
+        pairs = zip(piece.modules, encode_piece(piece, encoding.guidance, **how), strict=True)
         return {f"{module}.{suffix}": value for module, layer in pairs for suffix, value in layer.stored().items()}
 
-    pieces = [
-        (entry, experts)
-        for entry in plan.entries
-        for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:])))
-    ]
-    missing = [piece for piece in pieces if not is_finished(*piece)]
+    pieces = [piece for name, scheme in schemes.items() for piece in pieces_of(linears[name], scheme, device)]
+    missing = [piece for piece in pieces if not is_finished(piece)]
     limit = encoding.limits.memory
     for piece in missing:
-        if limit is not None and _needed_bytes(piece) > limit:
+        if limit is not None and piece.needed_bytes > limit:
             raise ExportError(
-                f"`{piece[0].name}` takes {_needed_bytes(piece):,} bytes while it is encoded, and --max-memory leaves "
-                f"{limit:,} for that. Allow more."
+                f"`{piece.linear.name}` takes {piece.needed_bytes:,} bytes while it is encoded, and --max-memory "
+                f"leaves {limit:,} for that. Allow more."
             )
-    done = total - sum(_num_weights(*piece) for piece in missing)
+    total = sum(piece.num_weights for piece in pieces)
+    done = total - sum(piece.num_weights for piece in missing)
     progress("quantize", done, total, unit="weights")
     if device.type == "cpu":
-        budget = free_memory() // 2 if limit is None else limit
-        layers = side_by_side(encode, missing, encoding.session.threads, cost=_needed_bytes, budget=budget)
+        how = {"cost": attrgetter("needed_bytes"), "budget": free_memory() // 2 if limit is None else limit}
+        layers = side_by_side(encode, missing, encoding.session.threads, **how)
     else:
         layers = map(encode, missing)
-    for (entry, experts), tensors in zip(missing, layers, strict=True):
+    for piece, tensors in zip(missing, layers, strict=True):
         yield from ((name, tensor) for name, tensor in tensors.items() if name not in finished)
-        done += _num_weights(entry, experts)
-        progress("quantize", done, total, unit="weights", tensor=entry.name)
-
-
-def _num_weights(entry: PlanEntry, experts: range) -> int:
-    return len(experts) * prod(entry.shape[-2:])
-
-
-def _needed_bytes(piece: tuple[PlanEntry, range]) -> int:
-    """Memory that encoding takes at most: what the search needs for each weight, and hessians with their factors."""
-    return 80 * _num_weights(*piece) + 32 * len(piece[1]) * piece[0].shape[-1] ** 2
+        done += piece.num_weights
+        progress("quantize", done, total, unit="weights", tensor=piece.linear.name)
 
 
 def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:

@@ -25,10 +25,8 @@ from torch import Tensor, nn
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Price
 from dynquant.analysis.sensitivity.streamed_backward import StreamedBackward
-from dynquant.encoding.store import EncodedStore
-from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.encoding.store import WeightStore
 from dynquant.running.linear_hooks import sampled_log_probability
-from dynquant.running.live_weights import LiveWeights
 from dynquant.running.streaming.layer_replay import LayerReplay
 from dynquant.session import Progress, ignore_progress
 
@@ -38,7 +36,7 @@ Costs = dict[str, dict[str, Price]]  # tensor -> type -> its price
 
 def fisher_probe(
     hf_model: nn.Module,
-    store: EncodedStore,
+    store: WeightStore,
     table: ErrorTable,
     windows: Tensor,
     *,
@@ -55,13 +53,13 @@ def fisher_probe(
         StatsError: the model's decoder layers cannot be found.
     """
     generator = torch.Generator().manual_seed(seed)
-    live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1), is_exact=True)
+    live, replay = store.live(hf_model), LayerReplay(hf_model, windows.split(1), is_exact=True)
     names = table.tensors().keys() & set(live.names())
-    probed = {name: _probed_types(table.tensors()[name].values()) for name in sorted(names)}
+    probed = {name: _probed_types(table.tensors()[name].values(), store) for name in sorted(names)}
     store.fill(((name, type_name) for name, types in probed.items() for type_name in types), progress)
 
     def differences(name: str) -> Tensor:
-        original = store.model.source.load(name).to(replay.device).flatten()
+        original = store.original(name).to(replay.device).flatten()
         return torch.stack([original - store.decoded(name, t, replay.device).flatten() for t in probed[name]])
 
     for _ in replay.keep():  # the inputs of all layers
@@ -107,8 +105,8 @@ def _price(products: Tensor) -> Price:
     return Price(kl=float(squares.mean()), se=error)
 
 
-def _probed_types(rows: Iterable[ErrorRow]) -> list[str]:
+def _probed_types(rows: Iterable[ErrorRow], store: WeightStore) -> list[str]:
     """Return types spread over the sizes of those that lose anything, `_PROBED_TYPES` of them."""
-    by_size = sorted((row for row in rows if not QUANT_TYPES[row.type].is_float), key=lambda row: row.bytes)
+    by_size = sorted((row for row in rows if not store.is_float(row.type)), key=lambda row: row.bytes)
     places = ((2 * number + 1) * len(by_size) // (2 * _PROBED_TYPES) for number in range(_PROBED_TYPES))
     return list(dict.fromkeys(by_size[place].type for place in places if by_size))

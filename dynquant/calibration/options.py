@@ -57,7 +57,7 @@ class CalibrationOptions(Options):
         Flag(
             "Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
             "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or "
-            "none. Default: activations; two-sided with --select, whose models run backward anyway.",
+            "none. Default: activations; two-sided with --select of GGUF types, whose models run backward anyway.",
             show_default=False,
         ),
     ] = "activations"

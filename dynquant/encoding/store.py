@@ -10,15 +10,17 @@ protect super weights have a name of their own. Float types are not kept: they c
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile
@@ -31,6 +33,7 @@ from dynquant.errors import WriteError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.resources import count_mapped, free_memory
+from dynquant.running.live_weights import LiveWeights
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import write_atomically
 from dynquant.workers import side_by_side
@@ -39,9 +42,38 @@ ENCODED_NAME = "encoded"
 """The folder of all stores beside a plan."""
 
 
+class WeightStore(Protocol):
+    """Weights of a model in the formats that plans choose among, as the written files have them."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def fixed(self) -> Mapping[str, str]:
+        """Formats of tensors that no plan decides, and that differ from the original's."""
+
+    def live(self, hf_model: nn.Module) -> LiveWeights:
+        """Return the places of the weights in the running model."""
+
+    def is_float(self, type_name: str) -> bool:
+        """Return whether a format has no codes."""
+
+    def original(self, name: str) -> torch.Tensor:
+        """Return the weights of a tensor as they were, float32."""
+
+    def fill(self, names_and_types: Iterable[tuple[str, str]], progress: Progress = ignore_progress) -> None:
+        """Encode what is not there."""
+
+    def decoded(self, name: str, type_name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the weights of a tensor in a format, float32 on `device`."""
+
+
 @dataclass(frozen=True)
 class EncodedStore:
-    """Encodes tensors of `model` on demand; `directory` is this store's own, from `store_directory`."""
+    """Encodes tensors of `model` on demand: a `WeightStore` of quant types.
+
+    `directory` is this store's own, from `store_directory`.
+    """
 
     model: Model
     guidance: Guidance
@@ -52,9 +84,25 @@ class EncodedStore:
     """Are told of the weights of tensors that are encoded, not of those whose blocks are there."""
     limits: PartLimits = field(default_factory=PartLimits)
 
+    @property
+    def fixed(self) -> Mapping[str, str]:
+        return {}
+
     @cached_property
     def _tensors(self) -> TensorEncoder:
         return TensorEncoder(self.model, self.guidance, self.encoder, self.threads, self.checks, self.limits)
+
+    def live(self, hf_model: nn.Module) -> LiveWeights:
+        """Return the places of GGUF tensors in the running model."""
+        return LiveWeights(self.model, hf_model)
+
+    def is_float(self, type_name: str) -> bool:
+        """Return whether a quant type is a float type."""
+        return QUANT_TYPES[type_name].is_float
+
+    def original(self, name: str) -> torch.Tensor:
+        """Return a tensor of the original, float32."""
+        return self.model.source.load(name)
 
     def packed(self, name: str, type_name: str) -> torch.Tensor:
         """Blocks of a tensor, uint8 [..., rows, row_bytes], from disk where they were encoded before.
@@ -152,7 +200,16 @@ def store_directory(
         content.append(moments.identity)
     if isinstance(model.source, GGUFSource):
         content.append("copies")  # stores of versions before encoded what such a file holds in the wanted type
-    directory = parent / f"{encoder.name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+    return folder_of(parent, encoder.name, content)
+
+
+def folder_of(parent: Path, name: str, content: Sequence[str]) -> Path:
+    """Make and return the directory of a store below `parent`, named by a hash of what decides its bytes.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    directory = parent / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
     make_directory(directory)
     return directory
 

@@ -1,9 +1,9 @@
 """A running transformers model that takes on the weights of any plan, tensor by tensor, and its KL on text or pictures.
 
-Blocks come from an `EncodedStore`, so that a plan costs the decoding of the tensors in which it differs from the one
-before, and a forward pass. Activations are float32, as in llama.cpp with F32 KV; what is scored is what the file holds.
-A pass takes several sequences, and applies the head at the scored positions only. Its size is bounded by the memory of
-the logits, which a vocabulary of 150,000 tokens makes the largest tensor.
+Weights come from a `WeightStore`, which encodes them once, so that a plan costs the decoding of the tensors in which it
+differs from the one before, and a forward pass. Activations are float32, as in llama.cpp with F32 KV; what is scored is
+what the file holds. A pass takes several sequences, and applies the head at the scored positions only. Its size is
+bounded by the memory of the logits, which a vocabulary of 150,000 tokens makes the largest tensor.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,12 +13,10 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from dynquant.encoding.store import EncodedStore
+from dynquant.encoding.store import WeightStore
 from dynquant.evaluation.distributions import Distributions
-from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.packed.float32_products import use_tensor_cores
-from dynquant.running.live_weights import LiveWeights
 from dynquant.running.streaming.layer_replay import LayerReplay
 
 DRAWN_TOGETHER = 1024  # tokens whose draws from the tails have one seed
@@ -32,21 +30,23 @@ class RenderedModel:
     Raises CheckpointError when the original's weights cannot be followed into the running model.
     """
 
-    def __init__(self, hf_model: nn.Module, store: EncodedStore) -> None:
+    def __init__(self, hf_model: nn.Module, store: WeightStore) -> None:
         self.hf_model = hf_model
         use_tensor_cores(hf_model, weights_stay=False)
-        self.live = LiveWeights(store.model, hf_model)
+        self.live = store.live(hf_model)
         self._store = store
         self._names = set(self.live.names())
         self.types: dict[str, str] = {}
 
     def install(self, types: Mapping[str, str]) -> None:
-        """Give every named tensor these types' weights; tensors that are not named become the original's again.
+        """Give every named tensor these types' weights; others become the original's again, but for those that every
+        file stores in another type.
 
         Raises:
             CheckpointError: a tensor in a quantized type has no place in the running model.
         """
-        self.live.check(name for name, type_name in types.items() if not QUANT_TYPES[type_name].is_float)
+        self.live.check(name for name, type_name in types.items() if not self._store.is_float(type_name))
+        types = {**self._store.fixed, **types}
         placed = {name: type_name for name, type_name in types.items() if name in self._names}
         changed = {name for name in self.types.keys() | placed.keys() if placed.get(name) != self.types.get(name)}
         self._store.fill((name, placed[name]) for name in sorted(changed & placed.keys()))
@@ -66,7 +66,7 @@ class RenderedModel:
     def _weights(self, name: str, type_name: str | None) -> Tensor:
         device = self.live.parameters(name)[0].device
         if type_name is None:
-            return self._store.model.source.load(name).to(device)
+            return self._store.original(name).to(device)
         return self._store.decoded(name, type_name, device)
 
 

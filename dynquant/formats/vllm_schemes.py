@@ -243,7 +243,8 @@ def zero_points_of(parts: Mapping[str, Tensor]) -> Tensor | None:
 
 def _unpacked(packed: Tensor, num_bits: int, count: int) -> Tensor:
     """Return `count` signed integers of each row of int32, packed from the low bits up without gaps."""
-    first = torch.arange(count) * num_bits
-    bytes_ = torch.nn.functional.pad(packed.contiguous().view(torch.uint8), (0, 1)).to(torch.int32)
-    pairs = bytes_[:, first // 8] | (bytes_[:, first // 8 + 1] << 8)
-    return ((pairs >> (first % 8)) & ((1 << num_bits) - 1)).to(torch.float32) - (1 << (num_bits - 1))
+    bytes_ = packed.contiguous().view(torch.uint8)
+    eights = torch.nn.functional.pad(bytes_, (0, -bytes_.shape[-1] % num_bits)).unflatten(-1, (-1, num_bits))
+    words = sum(eights[..., i].to(torch.int64) << (8 * i) for i in range(num_bits))
+    numbers = torch.stack([(words >> (i * num_bits)) & ((1 << num_bits) - 1) for i in range(8)], dim=-1).flatten(-2)
+    return numbers[:, :count].to(torch.float32) - (1 << (num_bits - 1))

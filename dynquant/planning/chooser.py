@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from dynquant.analysis.errors.measure import tensor_formats, unmeasured_table
 from dynquant.analysis.errors.measure_schemes import scheme_formats
-from dynquant.analysis.errors.table import ErrorTable
+from dynquant.analysis.errors.table import ErrorTable, Option
 from dynquant.analysis.outliers.super_experts import find_super_experts
 from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
@@ -15,10 +15,18 @@ from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, fits_blocks, quant_type
 from dynquant.formats.storage_format import Choice
-from dynquant.formats.vllm_schemes import BF16
-from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
+from dynquant.formats.vllm_schemes import BF16, SCHEMES
+from dynquant.planning.frontier import fixed_recipes
+from dynquant.planning.planner import (
+    Rules,
+    check_budget_range,
+    coupled_tensors,
+    plan_types,
+    size_range,
+    unit_options,
+)
 from dynquant.planning.target import Target
-from dynquant.recipes.build_plan import fixed_bytes, fixed_sizes
+from dynquant.recipes.build_plan import UNIFORM, fixed_bytes, fixed_sizes
 from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.held_types import held_types
 from dynquant.recipes.plan_notes import fixed_words
@@ -28,12 +36,30 @@ from dynquant.session import Session
 _NAMED_STATISTICS = 1024  # bytes of a file's header, at most, that name the statistics it was made with
 
 
-class Chooser:
+class _Explained:
+    """Plans that were chosen, with the reason of every type."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
+
+    def explained(self, types: Mapping[str, str]) -> dict[str, Choice]:
+        """Return types that were chosen before, with their reasons."""
+        return self._reasons[tuple(sorted(types.items()))]
+
+    def _types(self, choices: dict[str, Choice]) -> dict[str, str]:
+        """Keep the reasons of a plan, and return its types."""
+        types = {name: choice.type for name, choice in choices.items()}
+        self._reasons[tuple(sorted(types.items()))] = choices
+        return types
+
+
+class Chooser(_Explained):
     """Types at the target's budget for any pricing of a table, with the reason of each kept."""
 
     def __init__(
         self, model: Model, target: Target, stats: StatsFile, table: ErrorTable, rules: Rules, session: Session
     ) -> None:
+        super().__init__()
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self.model, self.target, self.session = model, target, session
         held = held_types(model, target.mtp_type)
@@ -46,15 +72,19 @@ class Chooser:
         rules = replace(rules, coupled=coupled, fixed_bytes=fixed, fixed_words=words, num_weights=model.num_weights)
         self._rules = {flag: replace(rules, floors=flag) for flag in (True, False)}
         self.memory = target.memory(model)
-        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
-        allowed = self.target.allowed(table)
+        allowed = self.allowed(table)
         rules = self._rules[floors and self.target.floors]
-        choices = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules)
-        types = {name: choice.type for name, choice in choices.items()}
-        self._reasons[tuple(sorted(types.items()))] = choices
-        return types
+        return self._types(plan_types(allowed, self._budget(allowed, rules, file_bytes), rules))
+
+    def allowed(self, table: ErrorTable) -> ErrorTable:
+        """Return the rows that the target leaves to choose from."""
+        return self.target.allowed(table)
+
+    def units(self, table: ErrorTable) -> dict[tuple[str, ...], list[Option]]:
+        """Return tensors that share their type, and their options; see `unit_options`."""
+        return unit_options(table, self._rules[False])
 
     def _budget(self, table: ErrorTable, rules: Rules, wanted: int | None) -> int | None:
         """File bytes: the target's, None for the planner's default, or the possible size nearest to `wanted`."""
@@ -65,15 +95,12 @@ class Chooser:
             return self.memory.file_budget(*size_range(table, rules), rules.fixed_words)
         return self.target.budget(self.model.num_weights)
 
-    def explained(self, types: Mapping[str, str]) -> dict[str, Choice]:
-        """Types that were chosen before, with their reasons."""
-        return self._reasons[tuple(sorted(types.items()))]
-
-    def stored(self, wanted: Mapping[str, str], table: ErrorTable) -> dict[str, str]:
-        """Wanted types of a recipe -> the stored ones, of the tensors that have a choice."""
+    def recipes(self, table: ErrorTable) -> dict[str, dict[str, str]]:
+        """Return the stored types of every fixed recipe, of the tensors that have a choice."""
+        columns = {name: self.model.source.info(name).shape[-1] for name in table.tensors()}
         return {
-            name: fit_to_row(quant_type(wanted[name]), self.model.source.info(name).shape[-1])[0].name
-            for name in table.tensors()
+            label: {name: fit_to_row(quant_type(recipe[name]), width)[0].name for name, width in columns.items()}
+            for label, recipe in fixed_recipes(self.model).items()
         }
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
@@ -139,8 +166,9 @@ def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats) -> Rules:
     return Rules(outliers=experts, super_weights=weights)
 
 
-class SchemeChooser:
-    """Schemes of the linear layers of a checkpoint, out of those named in `schemes`.
+class SchemeChooser(_Explained):
+    """Schemes of the linear layers of a checkpoint, out of those named in `schemes`, for files of at most `budget`
+    bytes.
 
     Layers that vLLM fuses are coupled, there are no floors, and sizes are those of safetensors with their headers.
 
@@ -148,8 +176,17 @@ class SchemeChooser:
         PlanError: none of the schemes fits a layer, and BF16 is not among them.
     """
 
-    def __init__(self, checkpoint: LinearCheckpoint, schemes: Sequence[str], mixed_experts: bool = False) -> None:
-        candidates = checkpoint.candidates(schemes, mixed_experts=mixed_experts)
+    def __init__(
+        self,
+        checkpoint: LinearCheckpoint,
+        schemes: Sequence[str],
+        mixed_experts: bool = False,
+        *,
+        budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.candidates = candidates = checkpoint.candidates(schemes, mixed_experts=mixed_experts)
+        self._budget = budget
         units = checkpoint.units(mixed_experts=mixed_experts).values()
         for linear in checkpoint.linears:
             if "BF16" not in schemes and candidates[linear.name] == [BF16]:
@@ -170,13 +207,38 @@ class SchemeChooser:
             fixed_bytes=fixed_safetensors_bytes(checkpoint), stored_bytes=lambda row: self._bytes[row.name, row.type],
         )  # fmt: skip
 
-    def check_budget(self, model: Model, budget: int) -> None:
-        """Raise PlanError for a budget that `choose` would refuse, before anything is measured."""
-        sizes = size_range(unmeasured_table(model, self._formats, ()), self._rules)
-        check_budget_range(budget, *sizes, replace(self._rules, num_weights=model.num_weights))
+    def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
+        del floors  # schemes have none
+        allowed, budget = self.allowed(table), self._budget
+        if file_bytes is not None:
+            smallest, largest = size_range(allowed, self._rules)
+            budget = max(smallest, min(largest, file_bytes))
+        return self._types(plan_types(allowed, budget, self._rules))
 
-    def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:
-        """Return scheme and reason of every linear layer for files of at most `budget` bytes. Raises PlanError: the
-        budget is below the smallest possible size; the range is named."""
-        rows = table.with_rows(row for row in table.rows if (row.name, row.type) in self._bytes)
-        return plan_types(rows, budget, self._rules)
+    def choose(self, table: ErrorTable) -> dict[str, Choice]:
+        """Return scheme and reason of every linear layer. Raises PlanError: the budget is below the smallest possible
+        size; the range is named."""
+        return self.explained(self(table))
+
+    def check_budget(self, model: Model) -> None:
+        """Raise PlanError for a budget that `choose` would refuse, before anything is measured."""
+        if self._budget is not None:
+            sizes = size_range(unmeasured_table(model, self._formats, ()), self._rules)
+            check_budget_range(self._budget, *sizes, replace(self._rules, num_weights=model.num_weights))
+
+    def allowed(self, table: ErrorTable) -> ErrorTable:
+        """Return the rows of candidates."""
+        return table.with_rows(row for row in table.rows if (row.name, row.type) in self._bytes)
+
+    def units(self, table: ErrorTable) -> dict[tuple[str, ...], list[Option]]:
+        """Return layers that share their scheme, and their options; see `unit_options`."""
+        return unit_options(table, self._rules)
+
+    def recipes(self, table: ErrorTable) -> dict[str, dict[str, str]]:
+        """Return plans of one scheme, of those that all layers can have."""
+        uniform = {name: dict.fromkeys(table.tensors(), name) for name in SCHEMES}
+        return {UNIFORM + name.lower(): types for name, types in uniform.items() if types.items() <= self._bytes.keys()}
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """Return the bytes of all files, at most."""
+        return self._rules.fixed_bytes + sum(self._bytes[pair] for pair in types.items())

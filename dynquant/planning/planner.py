@@ -97,6 +97,13 @@ def size_range(table: ErrorTable, rules: Rules) -> tuple[int, int]:
     return _Planner(table, rules).size_range
 
 
+def unit_options(table: ErrorTable, rules: Rules) -> dict[tuple[str, ...], list[Option]]:
+    """Return the tensors that take one type together, mostly one alone, and the types that all of them have, with the
+    sums of bytes and costs. Raises PlanError: coupled tensors have no type in common."""
+    planner = _Planner(table, rules)
+    return {planner.groups[first]: options for first, options in planner.all_options.items()}
+
+
 def check_budget_range(budget: int, smallest: int, largest: int, rules: Rules) -> None:
     """Raise PlanError for a budget outside the sizes that `size_range` returns; both are named, and what is fixed.
 

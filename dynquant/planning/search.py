@@ -3,10 +3,11 @@
 Surrogate costs propose, held-out KL selects (PrismaQuant's rule). On text, each method of pricing gives candidates at
 the same budget, with and without floors; around the best of them large tensors are moved by a step. With pictures,
 vision tower and projector are kept, at 8 bits or lower, in every combination; each is a plan of the same budget, so
-what a module keeps is paid for by the language model. All are rendered from blocks that are encoded once, and scored on
-windows of the calibration source behind those that calibration used, on windows or samples that it held back, or on a
-file of the user's. `check` draws plans around the chosen one and says how well predicted and measured KL agree. Every
-KL is the unbiased one of `distributions`.
+what a module keeps is paid for by the language model. Types of GGUF and schemes of vLLM have choosers and stores of
+their own, and all else in common. Plans are rendered from weights that are encoded once, and scored on windows of the
+calibration source behind those that calibration used, on windows or samples that it held back, or on a file of the
+user's. `check` draws plans around the chosen one and says how well predicted and measured KL agree. Every KL is the
+unbiased one of `distributions`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,23 +19,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynquant.analysis.errors.table import ErrorTable, Option, Price, lower_hull
+from dynquant.analysis.errors.table import ErrorTable, Price, lower_hull
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.sensitivity.unit_kl import refine
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import HELD_BACK
 from dynquant.calibration.stage import StatsFile, calibration_inputs
 from dynquant.checkpoints.model import Model
-from dynquant.encoding.store import ENCODED_NAME, EncodedStore, open_store
+from dynquant.encoding.scheme_store import SchemeStore, open_scheme_store
+from dynquant.encoding.store import ENCODED_NAME, EncodedStore, WeightStore, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import PlanError, StatsError
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
-from dynquant.evaluation.statistics import bootstrap_mean
+from dynquant.evaluation.statistics import Estimate, bootstrap_mean
+from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.formats.vllm_schemes import Scheme
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
-from dynquant.planning.chooser import Chooser
-from dynquant.planning.frontier import fixed_recipes
+from dynquant.planning.chooser import Chooser, SchemeChooser
 from dynquant.planning.options import CLOSED_FORM, FISHER, UNIT_KL, SearchOptions
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
 from dynquant.planning.target import Target
@@ -50,7 +53,7 @@ SearchResult = tuple[ErrorTable, Selection, tuple[ModuleChoice, ...]]
 _USUAL_SLOPE = 1.35
 """Growth of log KL with the log of added up prices where no plans are drawn to measure it; 1.29 to 1.43 were seen."""
 _LARGE = 0.1
-"""Share of the file from which one tensor is tried in other types than its price says."""
+"""Share of what a plan decides from which one tensor is tried in other types than its price says."""
 _CLEAR = 0.95
 """Share of the KL under which such a try counts: of the best of several, a few per cent are chance."""
 _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost."
@@ -62,14 +65,28 @@ def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name:
     return open_store(model, stats, encoder, directory / ENCODED_NAME, session.threads)
 
 
+def scheme_store(
+    model: Model,
+    checkpoint: LinearCheckpoint,
+    schemes: Mapping[str, Sequence[Scheme]],
+    stats: StatsFile,
+    directory: Path,
+    session: Session,
+) -> SchemeStore:
+    """Return the linear layers of a checkpoint beside the plan, in the schemes of each, encoded as `export` will."""
+    place = torch.device(chosen_device(session.device))
+    return open_scheme_store(model, checkpoint, schemes, stats, directory / ENCODED_NAME, place, session.threads)
+
+
 @dataclass(frozen=True)
 class Search:
     """Tools with which candidates are made, rendered and scored."""
 
-    store: EncodedStore
+    store: WeightStore
     options: SearchOptions
-    chooser: Chooser
+    chooser: Chooser | SchemeChooser
     target: Target
+    stats: StatsFile
     calibration: CalibrationOptions
     session: Session
 
@@ -190,8 +207,7 @@ def _selection_samples(search: Search) -> ModelInputs:
 
 def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchResult]:
     search = searches[0]
-    table, options = search.target.allowed(table), search.options
-    provenance = search.chooser.context["stats"].provenance
+    table, options, provenance = search.chooser.allowed(table), search.options, search.stats.stats.provenance
     used, window = provenance.max_tokens or 0, provenance.window or 512
     windows, calibrated = _text_windows(search.model, options, search.calibration, search.session, (used, window))
     hf_model = search.running(search.model)
@@ -241,10 +257,11 @@ def _selected(
     checked = scorer.scored(_drawn(search, table), "checking predictions")
     frontier = scorer.scored(_frontier(search, table, unit_text), "measuring the frontier")
     pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked or candidates if plan.kl]).reshape(-1, 2)
-    agreement = {"rank_correlation": rank_correlation(pairs)} if checked else {}
+    rho = rank_correlation(pairs) if checked else None
+    agreement: dict[str, Estimate | Fit | None] = {"rank_correlation": rho}
     positive = pairs[(pairs > 0).all(1)]  # near the original, the unbiased KL may be below 0
     if len(positive):
-        agreement["fit"] = Fit.of(*positive.T, slope=None if checked and len(positive) > 1 else _USUAL_SLOPE)
+        agreement["fit"] = Fit.of(*positive.T, slope=None if rho and len(positive) > 1 else _USUAL_SLOPE)
     plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
     about = {"text": scorer.inputs.name, "num_tokens": scorer.inputs.num_tokens}
     selection = Selection(**about, chosen=chosen, **plans, **agreement)
@@ -374,33 +391,33 @@ def _with_moves(
 
 
 def _moved(search: Search, table: ErrorTable, best: Candidate) -> list[Candidate]:
-    """Return plans in which one large tensor has the next smaller or larger type that is worth its bytes, and the rest
-    is chosen around it.
+    """Return plans in which one large tensor, or tensors that share their type, have the next smaller or larger type
+    that is worth its bytes, and the rest is chosen around it.
 
     Such a tensor, mostly an embedding or an output matrix, is one choice of many bytes, and the one whose price is
     least certain: unit KL is measured among the errors of all others, whose directions count the more, the more precise
     the tensor is, so that what is precise seems to be worth it. Qwen2.5-Coder-0.5B at 4.17 bits kept both in IQ4_NL and
     took Q2_0 for a quarter of its layers: KL 0.09 to 0.15 on four texts, where 0.04 to 0.07 was to be had with the
-    embedding in Q2_0 (reports/damage.md).
+    embedding in Q2_0 (reports/damage.md). Routed experts, which have one scheme in a plan for vLLM, are such a choice.
     """
-    tensors, plans = table.tensors(), []
-    for name, type_name in best.types.items():
-        held = tensors[name][type_name].bytes
-        if held < _LARGE * best.bytes:
+    least, plans = _LARGE * (best.bytes - search.chooser.file_bytes({})), []
+    for unit, options in search.chooser.units(table).items():
+        held = next(option.bytes for option in options if option.type == best.types[unit[0]])
+        if held < least:
             continue
-        hull = lower_hull(Option(row.bytes, table.cost(row), row.type) for row in tensors[name].values())
+        hull = lower_hull(options)
         near = (
             [option for option in hull if option.bytes < held][-1:],
             [option for option in hull if option.bytes > held][:1],
         )
+        label = unit[0] + f" and {len(unit) - 1} with it" * (len(unit) > 1)
         for option in chain(*near):
-            rows = [row for row in table.rows if row.name != name or row.type == option.type]
+            rows = [row for row in table.rows if row.name not in unit or row.type == option.type]
             try:
-                plans.append(
-                    (f"{best.method}, {name} in {option.type}", search.chooser(table.with_rows(rows), floors=False))
-                )
+                types = search.chooser(table.with_rows(rows), floors=False)
             except PlanError:
                 continue  # the rest has no room for it, or nothing to spend what it frees
+            plans.append((f"{best.method}, {label} in {option.type}", types))
     return [search.candidate(label, types, table) for label, types in _unlike(plans) if types != best.types]
 
 
@@ -444,8 +461,7 @@ def _frontier(search: Search, table: ErrorTable, unit_text: ScoredInputs | None)
             f"--frontier: {missing} of its {search.options.frontier_points} sizes have no plan of their "
             "own with these --types"
         )
-    for label, recipe in fixed_recipes(search.model).items():
-        types = search.chooser.stored(recipe, table)
+    for label, types in search.chooser.recipes(table).items():
         size = search.chooser.file_bytes(types)
         if low <= size <= high:
             points.append(Candidate(label=label, bytes=size, types=types))

@@ -77,11 +77,17 @@ class Selection(FrozenRecord):
         return read_document(path, cls, "a selection", "Plan again.")
 
 
-def rank_correlation(pairs: np.ndarray, *, resamples: int = 2000) -> Estimate:
-    """Rank correlation of predicted and measured KL, [plans, 2], with a 95 % bootstrap interval over plans."""
+def rank_correlation(pairs: np.ndarray, *, resamples: int = 2000) -> Estimate | None:
+    """Return the rank correlation of predicted and measured KL, [plans, 2], with a 95 % bootstrap interval over plans;
+    None where too few plans differ."""
     from scipy.stats import spearmanr
 
+    def varies(plans: np.ndarray) -> bool:
+        return all(len(np.unique(column)) > 2 for column in plans.T)
+
     picks = np.random.default_rng(0).integers(0, len(pairs), (resamples, len(pairs)))
-    values = [spearmanr(*pairs[pick].T).statistic for pick in picks if len(set(pick.tolist())) > 2]
-    low, high = np.nanquantile(values, [0.025, 0.975])
+    values = [spearmanr(*pairs[pick].T).statistic for pick in picks if varies(pairs[pick])]
+    if not values:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
     return Estimate(value=float(spearmanr(*pairs.T).statistic), low=float(low), high=float(high))

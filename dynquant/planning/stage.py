@@ -34,7 +34,14 @@ from dynquant.planning.pruning import (
     sized_without_experts,
     without_experts,
 )
-from dynquant.planning.search import Search, SearchResult, check_selection_text, encoded_store, search_plans
+from dynquant.planning.search import (
+    Search,
+    SearchResult,
+    check_selection_text,
+    encoded_store,
+    scheme_store,
+    search_plans,
+)
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
@@ -110,15 +117,22 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
     choosers = [Chooser(model, target, stats, table, rules, session) for target in targets]
     results: Sequence[SearchResult | None] = [None] * len(targets)
     if search is not None and store is not None:
-        tools = [Search(store, search, each, each.target, options.calibration, session) for each in choosers]
-        results = search_plans(tools, table)
-        for priced, _, _ in results:
-            table = table.remembering(priced)
-        table.save(path)  # prices take long, so they are kept
-        results[-1][1].save(directory / file_names.SELECTION_NAME)
+        tools = [Search(store, search, each, each.target, stats, options.calibration, session) for each in choosers]
+        table, results = _searched(tools, table, path)
     else:
         (directory / file_names.SELECTION_NAME).unlink(missing_ok=True)
     return [_built(*each, table=table, path=path) for each in zip(choosers, recipes, results, strict=True)]
+
+
+def _searched(searches: Sequence[Search], table: ErrorTable, path: Path) -> tuple[ErrorTable, list[SearchResult]]:
+    """Search, and write what was found: prices, which take long, into the table at `path`, and selection.json beside
+    it, of the last search."""
+    results = search_plans(searches, table)
+    for priced, _, _ in results:
+        table = table.remembering(priced)
+    table.save(path)
+    results[-1][1].save(path.with_name(file_names.SELECTION_NAME))
+    return table, results
 
 
 def _pruned(
@@ -164,9 +178,12 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     """Choose a scheme for every linear layer; return the plan, and leave the table of their errors in the folder."""
     _check_vllm(options)
     target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
+    search = None if target.has_types else _search_of(options)
     check_table_name(path)
     schemes = tuple(vllm_scheme(name).name for name in target.types) or _readable_schemes(session)
     whole, places = open_language_model(str(options.model), session), (target.tensor_parallel, target.group_size)
+    if search is not None:
+        _check_runs(whole, options, search, session)
     if gone := options.prune_experts:
         linears = linears_without_experts(linear_checkpoint(whole, *places), whole, gone)
         _chooser(sized_without_experts(whole, gone), linears, target, schemes)
@@ -174,24 +191,34 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     checkpoint = linear_checkpoint(model, *places)
     chooser, uniform = _chooser(model, checkpoint, target, schemes)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
+    request = {"recipe": target.recipe, "stats_hash": stats.hash}
     with stats.finishing():
-        request = {"recipe": target.recipe, "stats_hash": stats.hash}
         if uniform is not None:
             return plan_for_vllm(model, checkpoint, uniform, **request)
         table = scheme_table(model, checkpoint, schemes, stats, path, session)
     _, table = _probe(model, table, options, session)
-    chosen = chooser.choose(table, target.budget(model.num_weights))
+    if not target.mixed_experts:
+        mixed = SchemeChooser(checkpoint, schemes, mixed_experts=True, budget=target.budget(model.num_weights))
+        _tell_gain(table.priced(CLOSED_FORM), chooser, mixed, session)
+    selection: Selection | None = None
+    if search is not None:
+        store = scheme_store(model, checkpoint, chooser.candidates, stats, options.output, session)
+        tools = Search(store, search, chooser, target, stats, options.calibration, session)
+        _, ((table, selection, _),) = _searched([tools], table, path)
+    else:
+        (options.output / file_names.SELECTION_NAME).unlink(missing_ok=True)
+    chosen = chooser.choose(table) if selection is None else chooser.explained(selection.winner.types)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
-    others, promise = (tensor.key for tensor in checkpoint.others), _promise(table, chosen, None)
-    if not target.mixed_experts and promise["predicted_kl"] is not None:
-        mixed = SchemeChooser(checkpoint, schemes, mixed_experts=True).choose(table, target.budget(model.num_weights))
-        _tell_gain(promise["predicted_kl"], _promise(table, mixed, None)["predicted_kl"], session)
+    others, promise = (tensor.key for tensor in checkpoint.others), _promise(table, chosen, selection)
     return _of_table(plan, table, path, checkpoint.source, others, types=schemes, **promise)
 
 
-def _tell_gain(one_scheme: float, mixed: float, session: Session) -> None:
-    """Say what experts with schemes of their own would gain, where it is clear."""
+def _tell_gain(table: ErrorTable, chooser: SchemeChooser, mixed_chooser: SchemeChooser, session: Session) -> None:
+    """Say what experts with schemes of their own would gain by the closed form, where it is clear."""
+    if not table.sensitivity:
+        return
+    one_scheme, mixed = (table.price_of(choose(table)).kl for choose in (chooser, mixed_chooser))
     if mixed < _CLEARLY_LESS * one_scheme:
         session.note(
             f"one scheme for the routed experts of all layers costs KL here: with --mixed-experts the same bytes are "
@@ -208,9 +235,8 @@ def _chooser(
     Raises:
         PlanError: no choice meets the budget, or a layer has no scheme.
     """
-    chooser, budget = SchemeChooser(checkpoint, schemes, target.mixed_experts), target.budget(model.num_weights)
-    if budget is not None:
-        chooser.check_budget(model, budget)
+    chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts, budget=target.budget(model.num_weights))
+    chooser.check_budget(model)
     return chooser, uniform_schemes(target.preset, checkpoint) if target.preset else None
 
 
@@ -237,16 +263,13 @@ def _weighted_errors(table: ErrorTable) -> dict[tuple[str, str], float]:
 
 def _check_vllm(options: PlanOptions) -> None:
     """Refuse options that plans for vLLM have no place for."""
-    target, search = options.target, options.search
+    target = options.target
     flags = {
         "--data": options.calibration.data,
         "--fits": target.fits,
         "--couple": target.couple,
         "--like": target.like,
         "--recipe": target.patterns,
-        "--select": search.select,
-        "--frontier": search.frontier,
-        "--sensitivity": search.methods,
         "--base-gguf": options.base_gguf,
         "--no-mtp": not options.mtp,
         "--vision": target.vision != "auto",
@@ -254,7 +277,7 @@ def _check_vllm(options: PlanOptions) -> None:
     if refused := [flag for flag, value in flags.items() if value]:
         raise PlanError(
             f"{' and '.join(refused)} is for plans of GGUF types; --for vllm goes with --bpw, --size, --preset, "
-            "--types and options of calibration."
+            "--types, --select and options of calibration."
         )
 
 

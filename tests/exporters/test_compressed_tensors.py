@@ -229,15 +229,15 @@ def test_an_interrupted_export_leaves_no_directory_and_goes_on(llama, mixed_llam
     checkpoint = linear_checkpoint(model)
     from dynquant.exporters import compressed_tensors
 
-    encode, calls = compressed_tensors.encode_layer, []
+    encode, calls = compressed_tensors.encode_piece, []
 
-    def counted(entry, *arguments, **options):
-        calls.append(entry.name)
+    def counted(piece, *arguments, **options):
+        calls.append(piece.linear.name)
         if len(calls) == 9:
             raise KeyboardInterrupt
-        return encode(entry, *arguments, **options)
+        return encode(piece, *arguments, **options)
 
-    monkeypatch.setattr(compressed_tensors, "encode_layer", counted)
+    monkeypatch.setattr(compressed_tensors, "encode_piece", counted)
     with pytest.raises(KeyboardInterrupt):
         export_compressed_tensors(model, plan, checkpoint, target, threads=1)
     assert not target.exists()
@@ -288,7 +288,7 @@ def test_budgets_hold_and_fused_layers_share_their_scheme(priced, deepseek, mixe
     model = open_model(deepseek)
     sizes = []
     for budget in (9_340_000, 9_700_000, 10_300_000, 11_600_000):
-        wanted = SchemeChooser(checkpoint, tuple(LOSSES), mixed).choose(table, budget)
+        wanted = SchemeChooser(checkpoint, tuple(LOSSES), mixed, budget=budget).choose(table)
         plan = plan_for_vllm(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
         assert plan.predicted_bytes <= budget
         sizes.append(plan.predicted_bytes)
@@ -311,14 +311,15 @@ def test_budgets_hold_and_fused_layers_share_their_scheme(priced, deepseek, mixe
 def test_budgets_below_the_smallest_size_name_the_range(priced, deepseek):
     model = open_model(deepseek)
     for mixed in (False, True):
-        chooser = SchemeChooser(priced[0], tuple(LOSSES), mixed)
+        chooser = SchemeChooser(priced[0], tuple(LOSSES), mixed, budget=100_000)
         with pytest.raises(PlanError, match=r"budget of 100,000 bytes is below .* between 9,\d+,\d+ and") as measured:
-            chooser.choose(priced[1], 100_000)
+            chooser.choose(priced[1])
         with pytest.raises(PlanError) as before:
-            chooser.check_budget(model, 100_000)
+            chooser.check_budget(model)
         bits = re.search(r", (\d+\.\d\d) to \d+\.\d\d bits per weight", str(before.value))
         assert str(before.value).replace(bits[0], "") == str(measured.value)
-        chooser.check_budget(model, Target(bpw=float(bits[1])).budget(model.num_weights))
+        least = Target(bpw=float(bits[1])).budget(model.num_weights)
+        SchemeChooser(priced[0], tuple(LOSSES), mixed, budget=least).check_budget(model)
 
 
 def typed(*arguments):
@@ -367,7 +368,8 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
         (("plan", "MODEL", "--for", "vllm", "--types", "w4a16,q4_k"), "`q4_k` is not a scheme"),
         (("plan", "MODEL", "--for", "sglang", "--bpw", "5"), "--for sglang is not known"),
         (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--size", "1GB"), "not --bpw and --size"),
-        (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--select"), "--select is for plans of GGUF types"),
+        (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--couple", "qkv"), "--couple is for plans of GGUF types"),
+        (("plan", "MODEL", "--for", "vllm", "--preset", "uniform-fp8", "--select"), "leave nothing to choose"),
         (("plan", "MODEL", "--mixed-experts", "--bpw", "5"), "--mixed-experts goes with --for vllm"),
         (("plan", "MODEL", "--for", "vllm", "--group-size", "48"), "give 128 or 64 or 32"),
         (("plan", "MODEL", "--for", "vllm", "--types", "w2a16", "--bpw", "1"), "bytes in every plan; ask for"),

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from dynquant.calibration.second_moments import load_beside
 from dynquant.calibration.statistics import CalibrationStats
+from dynquant.encoding.linears import LinearPiece, encode_piece, fused_scales
 from dynquant.encoding.stream import guidance_of
-from dynquant.exporters.compressed_tensors import encode_layer, global_scales
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
@@ -56,7 +56,7 @@ def kl_by_rounding(
     }
     plan = plan_for_vllm(model, checkpoint, wanted, recipe="", mixed_experts=True)
     guidance = guidance_of(stats, load_beside(stats_path, stats))
-    scales, linears = global_scales(plan, checkpoint), {linear.name: linear for linear in checkpoint.linears}
+    scales, linears = fused_scales(checkpoint.linears), {linear.name: linear for linear in checkpoint.linears}
     for rounding in ("nearest", "importance", "feedback"):
         told = guidance if rounding == "feedback" else replace(guidance, hessian=None)
         weights = {}
@@ -67,8 +67,7 @@ def kl_by_rounding(
             elif rounding == "nearest":
                 found = [rounded_to_nearest(entry, linear.load(expert)) for expert in experts]
             else:
-                scale = scales.get(entry.name)
-                encoded = encode_layer(entry, linear, experts, told, global_scale=scale)
+                encoded = encode_piece(LinearPiece(linear, entry.scheme, experts), told, global_scales=scales)
                 found = [one.decoded() for one in encoded]
             weights |= {f"{module}.weight": one for module, one in zip(entry.modules, found, strict=True)}
         with tempfile.TemporaryDirectory() as folder:

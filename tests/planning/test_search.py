@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,9 +32,9 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning import search as search_module
 from dynquant.planning.options import PlanOptions, SearchOptions
-from dynquant.planning.planner import Rules, plan_types
+from dynquant.planning.planner import Rules, plan_types, unit_options
 from dynquant.planning.search import _proposed, encoded_store
-from dynquant.planning.selection import Candidate, Fit
+from dynquant.planning.selection import Candidate, Fit, rank_correlation
 from dynquant.planning.stage import _check_runs, make_plan
 from dynquant.planning.target import Target
 from dynquant.running.linear_hooks import sampled_log_probability
@@ -240,6 +241,12 @@ def test_a_fit_gives_back_the_line_that_made_the_points():
     assert fit.predicted(0.0) == (0, 0)
 
 
+def test_plans_that_are_alike_have_no_rank_correlation():
+    assert rank_correlation(np.array([[0.1, 0.2], [0.1, 0.2], [0.3, 0.4], [0.3, 0.4], [0.1, 0.2]])) is None
+    rho = rank_correlation(np.array([[0.1, 0.2], [0.2, 0.3], [0.3, 0.4], [0.4, 0.5], [0.5, 0.6]]))
+    assert [rho.value, rho.low, rho.high] == pytest.approx([1, 1, 1])
+
+
 def test_gradients_and_kl_that_are_noise_leave_the_costs_in_proportion(table, monkeypatch):
     types = types_of(table, "Q4_K")
 
@@ -316,6 +323,7 @@ def test_a_large_tensor_is_moved_by_a_step_and_the_rest_pays_for_it(table, monke
     def candidate(label, types, _):
         return Candidate(label=label, bytes=size_of(types), types=dict(types))
 
+    choose.file_bytes, choose.units = size_of, partial(unit_options, rules=Rules(floors=False))
     search = SimpleNamespace(chooser=choose, candidate=candidate)
     best = candidate("unit-kl, no floors", types, None)
     moved = {one.label: one for one in search_module._moved(search, table, best)}
