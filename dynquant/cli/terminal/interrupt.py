@@ -2,8 +2,8 @@
 
 Python runs a signal handler only when the main thread is back from native code, which may take minutes. The signal's
 number also reaches a thread, through the wake-up descriptor: it gives the main thread a moment to unwind and then
-ends the process. What is on disk must therefore be sound at any time, as after a kill. Native code that keeps
-Python's lock also keeps this thread waiting; encoders, PyTorch and llama.cpp do not.
+ends the process; the files of its locks go with it. What is on disk must therefore be sound at any time, as after a
+kill. Native code that keeps Python's lock also keeps this thread waiting; encoders, PyTorch and llama.cpp do not.
 
 Where Python has nobody to raise an exception to (what native code calls back, as LLVM does when numba compiles, and
 what is called for objects that go), it prints the exception and goes on: the process ends there instead.
@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+from dynquant.storage.lock import remove_held
 
 EXIT_STATUS = 130
 GRACE_SECONDS = 0.5
@@ -98,4 +100,5 @@ class _Ending:
         speaker = threading.Thread(target=self._say, daemon=True)  # a pipe that nobody reads would hold this one
         speaker.start()
         speaker.join(SAYING_SECONDS)
+        remove_held()
         os._exit(EXIT_STATUS)  # sys.exit would wait for native threads
