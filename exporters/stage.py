@@ -56,7 +56,7 @@ from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
-from dynquant.storage.file_kinds import kind_of
+from dynquant.storage.file_kinds import but_is
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 from dynquant.storage.lock import locked
 from dynquant.storage.work_files import check_work, remove_work
@@ -295,10 +295,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         if not is_gguf(path):
             if not path.exists():
                 raise ExportError(f"There is no directory {path}. Check the path.")
-            kind = kind_of(path)
-            raise ExportError(
-                f"{path} is neither a directory nor a GGUF file{', but ' + kind if kind else ''}. Check the path."
-            )
+            raise ExportError(f"{path} is neither a directory nor a GGUF file{but_is(path)}. Check the path.")
         check_ending(output, ".gguf", "--output")
         check_work(output)
         file = GGUFSource(path)

@@ -21,6 +21,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.storage.atomic import writing
+from dynquant.storage.file_kinds import GGUF, refuse_other_kind
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _METADATA = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
@@ -52,6 +53,7 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
 
 def _open(path: Path) -> GGUFSource:
     try:
+        refuse_other_kind(path, GGUF, "an importance matrix in a GGUF file", refusal=StatsError)
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":

@@ -141,7 +141,10 @@ def opened_tensors(path: Path) -> safe_open:
 def read_tensors_header(path: Path) -> dict[str, Any]:
     """Return the header of a file of `save_tensors`, with the checksums; errors are those of `read_tensors`."""
     with opened_tensors(path) as file:
-        header = parse_json((file.metadata() or {})["dynquant"])
+        metadata = file.metadata() or {}
+    if "dynquant" not in metadata:
+        raise ValueError("it has no header of dynquant")
+    header = parse_json(metadata["dynquant"])
     if not isinstance(header, dict) or not isinstance(header.get("crc32", {}), dict):
         raise ValueError("its header is no object")
     return header
