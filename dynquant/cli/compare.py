@@ -291,8 +291,8 @@ def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptio
     windows = SecondMoments.load(path_beside(stats)).tokens
     model = open_and_announce(options.model, session)
     output = plain.with_name(f"{plain.stem}{TUNED}.gguf")
-    (file,) = tune_file(model, plain, windows, TuneOptions(tokens=options.tune), output, session, encoder=encoder)
-    return file
+    tuning = TuneOptions(tokens=options.tune)
+    return tune_file(model, plain, windows, tuning, output, session, encoder=encoder).files[0]
 
 
 def metrics_of(report: "EvalReport") -> dict[str, dict]:

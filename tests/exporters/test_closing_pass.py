@@ -232,9 +232,17 @@ def test_what_cannot_run_the_original_is_refused_before_calibration(small_moe, t
     for options, reason in (
         (
             ExportOptions(**how, encoder="ggml", tune=600),
-            r"The closing pass \(--tune 600\) cannot run: it goes with --encoder dynquant",
+            r"The closing pass \(--tune 600\) cannot run: it goes with --encoder dynquant\. Give --tune 0 to go",
         ),
-        (ExportOptions(**how, asymmetric=600, calibration=CalibrationOptions(hessians="none")), "no second moments"),
+        (
+            ExportOptions(**how, asymmetric=600, calibration=CalibrationOptions(hessians="none")),
+            r"no second moments, .*\. Leave out --asymmetric to go without\.$",
+        ),
+        (
+            ExportOptions(**how, tune=600, asymmetric=300, calibration=CalibrationOptions(hessians="none")),
+            r"^The closing pass \(--tune 600\) and asymmetric calibration \(--asymmetric 300\) cannot run: there are "
+            r"no .*\. Give --tune 0 and leave out --asymmetric to go without\.$",
+        ),
     ):
         with pytest.raises(ExportError, match=reason):
             export(options)
@@ -277,7 +285,7 @@ def test_statistics_of_too_few_windows_are_refused_before_anything_is_written(mo
     stats = tmp_path / "stats.safetensors"
     succeed("calibrate", small_moe, "--calibration", short, "-o", stats)
     before = {*tmp_path.iterdir()}
-    with pytest.raises(ExportError, match="takes 5 windows of text, and calibration had 3"):
+    with pytest.raises(ExportError, match=r"calibration had 3\. Calibrate on more text, or give --tune 0 to"):
         how = {"preset": "uniform-q4_k", "stats": stats, "tune": 600}
         export(ExportOptions(model=str(small_moe), output=tmp_path / "new" / "m.gguf", **how, **more))
     assert {*tmp_path.iterdir()} == before
@@ -303,7 +311,7 @@ def test_a_release_whose_files_cannot_be_tuned_is_refused_before_calibration(sma
 def test_a_calibration_of_few_windows_is_refused_before_anything_is_encoded(moe_model, windows):
     moments = SecondMoments(StatsProvenance(fingerprint="f", text_hash="0", text_name="t"), windows[:3])
     encoding = Encoding(model=moe_model, plan=None, encoder=load_encoder("dynquant", "cpu"), moments=moments)
-    with pytest.raises(ExportError, match="takes 5 windows of text, and calibration had 3"):
+    with pytest.raises(ExportError, match=r"calibration had 3\. Calibrate on more text, or give --tune 0 to"):
         closing_pass_of(encoding, 600, ClosingPassOptions())
     assert closing_pass_of(encoding, None, ClosingPassOptions()) is None
 
