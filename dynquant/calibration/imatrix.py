@@ -19,7 +19,7 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsP
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import role_of
-from dynquant.errors import CheckpointError, StatsError
+from dynquant.errors import CheckpointError, StatsError, unreadable
 from dynquant.storage.atomic import writing
 from dynquant.storage.file_kinds import GGUF, refuse_other_kind
 
@@ -63,7 +63,7 @@ def _open(path: Path) -> GGUFSource:
             )
         return GGUFSource(path)
     except (OSError, CheckpointError) as error:
-        raise StatsError(f"The importance matrix cannot be read: {error}") from error
+        raise StatsError(unreadable(path, error) or f"The importance matrix cannot be read: {error}") from error
 
 
 def _provenance(path: Path, source: GGUFSource) -> tuple[list[str], int, int]:

@@ -48,6 +48,7 @@ from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
 from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows
+from dynquant.lora.saved import read_adapter_config
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
@@ -147,6 +148,8 @@ def _check_program(options: EvalOptions, candidate: Path) -> None:
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
+    if options.adapter is not None:
+        read_adapter_config(options.adapter)
     if options.kv_type and not runs_in_llama_cpp:
         raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
 

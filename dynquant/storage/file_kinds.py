@@ -9,7 +9,7 @@ from dynquant.errors import CheckpointError, DynquantError
 from dynquant.storage.atomic import read_tensors_header
 from dynquant.storage.strict_json import parse_json
 
-GGUF, SAFETENSORS, JSON = "a GGUF file", "a safetensors file", "a JSON file"
+GGUF, SAFETENSORS, JSON, EMPTY = "a GGUF file", "a safetensors file", "a JSON file", "an empty file"
 _STARTS = {
     b"GGUF": GGUF,
     b"PK\x03\x04": "a zip archive, as pickled weights are",
@@ -45,6 +45,8 @@ def kind_of(path: Path) -> str:
             start = file.read(64)
     except OSError:
         return ""  # what reads the file will say so
+    if not start:
+        return EMPTY
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < _MAX_HEADER_BYTES:
         return SAFETENSORS
     if start.lstrip()[:1] in (b"{", b"["):
@@ -77,9 +79,10 @@ def refuse_other_kind(
     path: Path,
     kind: str,
     what: str,
-    way_out: str = "Check which file you mean.",
+    way_out: str = "",
     refusal: type[DynquantError] = CheckpointError,
 ) -> None:
     """Raise `refusal` for a file that is known to be of another kind than `what` is."""
-    if kind_of(path) not in ("", kind):
+    if (other := kind_of(path)) not in ("", kind):
+        way_out = way_out or ("Fetch or make it again." if other == EMPTY else "Check which file you mean.")
         raise refusal(f"{path} is {content_of(path)}, not {what}. {way_out}")
