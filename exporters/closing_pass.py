@@ -24,6 +24,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
 from dynquant.encoding.interface import Encoder
 from dynquant.errors import ExportError
+from dynquant.evaluation.reference_cache import model_files
 from dynquant.evaluation.statistics import shown_kl
 from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.output import Encoding
@@ -37,6 +38,7 @@ from dynquant.inputs.text import MIX
 from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
+from dynquant.storage.atomic import check_space
 from dynquant.storage.work_files import WRITTEN, work_path
 
 _FEW_HELD_TOKENS = 2048
@@ -72,6 +74,7 @@ def tune_file(
     What the original writes is kept in a folder `shared` for other files of the model, or only until the end.
     """
     file = _quantized_file(path, model, session)
+    check_space(output.parent, sum(part.stat().st_size for part in model_files(path)))  # it is copied in the end
     where = {"dtype": torch.float32, "device": chosen_device(session.device)}
     hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
     written = shared / WRITTEN if shared else work_path(output, WRITTEN)
