@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the process within a second, also inside native code.
+"""Ctrl-C, SIGTERM and a terminal that closes end the process within a second, also inside native code.
 
 Python runs a signal handler only when the main thread is back from native code, which may take minutes. The signal's
 number also reaches a thread, through the wake-up descriptor: it gives the main thread a moment to unwind and then
@@ -26,7 +26,8 @@ GRACE_SECONDS = 0.5
 SAYING_SECONDS = 0.3
 """Time that the last words may take: a terminal or pipe may not be read any more."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
 
 
 class Interrupted(BaseException):
@@ -35,9 +36,10 @@ class Interrupted(BaseException):
 
 @contextmanager
 def ends_promptly(say: Callable[[], None]) -> Iterator[None]:
-    """Within the block, SIGINT or SIGTERM calls `say`, once, and ends the process with EXIT_STATUS.
+    """Within the block, SIGINT, SIGTERM or SIGHUP calls `say`, once, and ends the process with EXIT_STATUS.
 
-    Does nothing outside the main thread, where Python allows no handlers.
+    SIGHUP is ignored where it was, as under nohup. Does nothing outside the main thread, where Python allows no
+    handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +47,8 @@ def ends_promptly(say: Callable[[], None]) -> Iterator[None]:
     ending = _Ending(say)
     receiver, sender = socket.socketpair()
     sender.setblocking(False)  # Python's handler writes to it and must not wait
-    before = {number: signal.signal(number, ending.raise_once) for number in _SIGNALS}
+    heeded = [each for each in _SIGNALS if each != _HANGUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ending.raise_once) for number in heeded}
     descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     print_unraisable, sys.unraisablehook = sys.unraisablehook, ending.unraisable
     threading.Thread(target=ending.watch, args=(receiver,), daemon=True, name="signals").start()
