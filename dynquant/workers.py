@@ -222,7 +222,7 @@ _function_of_copy: Callable[[Any], Any]
 
 
 def _enter_copy(function: Callable[[Any], Any], living: int, life: int) -> None:
-    """Make a forked process a worker: silent at Ctrl-C and at the end of a terminal, with one thread, gone with the other."""
+    """Make a forked process a worker: silent at Ctrl-C and hang-ups, with one thread, and gone when the other is."""
     global _function_of_copy
     _function_of_copy = function
     for number in (signal.SIGINT, signal.SIGHUP):
