@@ -49,6 +49,8 @@ class Flag:
     """A text such as `140GB`."""
     is_tokens: bool = False
     """A number of tokens, which may be typed as `16k`."""
+    choices: tuple[str, ...] = ()
+    """All values that there are; empty for a field of any."""
     parse: Callable[[str], Any] | None = None
     """Makes the value of what was typed; a field of type tuple[str, ...] is split at commas without it."""
 
@@ -72,7 +74,11 @@ class Flag:
             raise OptionError(f"{self.option(field)}: {error}") from error
 
     def check(self, value: Any, field: str, *, is_whole: bool) -> None:
-        """Raise OptionError for a number or size outside the range."""
+        """Raise OptionError for a number or size outside the range, or none of the choices."""
+        if self.choices:
+            if value not in self.choices:
+                raise OptionError(f"{self.option(field)} {value} is not known; give one of {', '.join(self.choices)}.")
+            return
         try:
             number = parse_size(value) if self.is_size else value
         except OptionError as error:
@@ -160,7 +166,7 @@ class Options:
         object.__setattr__(self, "_typed", _TYPED.get())
         for name, (kind, flag) in flags(type(self)).items():
             value = getattr(self, name)
-            if flag.min is not None and value is not None:
+            if (flag.min is not None or flag.choices) and value is not None:
                 flag.check(value, name, is_whole=int in (kind, *get_args(kind)))
         for name, (flag, writes) in _outputs(type(self)).items():
             if (output := getattr(self, name)) is not None:
@@ -304,8 +310,14 @@ GroupSize = Annotated[
         max=128,
     ),
 ]
+ENCODERS = ("dynquant", "ggml")
 EncoderName = Annotated[
-    str, Flag("dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.", ("--encoder",))
+    str,
+    Flag(
+        "dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.",
+        ("--encoder",),
+        choices=ENCODERS,
+    ),
 ]
 MeasuringEncoder = Annotated[
     str,
@@ -313,6 +325,7 @@ MeasuringEncoder = Annotated[
         "Encoder that errors are measured with; give `export` the same one. dynquant: loses less at the same bytes. "
         "ggml: byte-equal to llama-quantize.",
         ("--encoder",),
+        choices=ENCODERS,
     ),
 ]
 Exact = Annotated[

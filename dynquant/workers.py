@@ -222,10 +222,11 @@ _function_of_copy: Callable[[Any], Any]
 
 
 def _enter_copy(function: Callable[[Any], Any], living: int, life: int) -> None:
-    """Make a forked process a worker: silent at Ctrl-C, with one thread, and gone when the other process is."""
+    """Make a forked process a worker: silent at Ctrl-C and hang-ups, with one thread, and gone when the other is."""
     global _function_of_copy
     _function_of_copy = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     os.close(life)

@@ -12,6 +12,7 @@ far it goes and whether the result is kept is decided in `tuning.training`.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
 from dynquant.encoding.interface import Encoder
 from dynquant.errors import ExportError
+from dynquant.evaluation.reference_cache import model_files
 from dynquant.evaluation.statistics import shown_kl
 from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.output import Encoding
@@ -36,6 +38,7 @@ from dynquant.inputs.text import MIX
 from dynquant.resources import chosen_device, total_memory
 from dynquant.running.load import load_hf
 from dynquant.session import Session
+from dynquant.storage.atomic import check_space
 from dynquant.storage.work_files import WRITTEN, work_path
 
 _FEW_HELD_TOKENS = 2048
@@ -43,7 +46,15 @@ _SAMPLED_ON_GPU = 3
 """Tokens that the original writes for every given one where that is cheap: with 504 thousand tokens instead of 111
 thousand the KL of textbook-moe-89m at 21.4 MB falls by 19 % instead of 13 %, and thrice the same ones are no better
 (reports/damage.md)."""
+_MORE_TEXT = "calibrate on more text"
 BYTES_PER_WEIGHT = 20  # peak memory: the model, its gradients, the decoded codes of one or two parts, and activations
+
+
+class TunedFiles(NamedTuple):
+    """Files of a tuned model, and what came of the closing pass, in words."""
+
+    files: list[Path]
+    outcome: str
 
 
 def tune_file(
@@ -56,13 +67,14 @@ def tune_file(
     *,
     encoder: str,
     shared: Path | None = None,
-) -> list[Path]:
+) -> TunedFiles:
     """Tune the scales and norms of a GGUF file or compressed-tensors directory of `model` on token ids [n, window], and
     write the result.
 
     What the original writes is kept in a folder `shared` for other files of the model, or only until the end.
     """
     file = _quantized_file(path, model, session)
+    check_space(output.parent, sum(part.stat().st_size for part in model_files(path)))  # it is copied in the end
     where = {"dtype": torch.float32, "device": chosen_device(session.device)}
     hf_model, original = load_hf(model, **where), model.original and load_hf(model.original, **where)
     written = shared / WRITTEN if shared else work_path(output, WRITTEN)
@@ -74,7 +86,7 @@ def tune_file(
     files = file.write(output, tuned.replacements, encoder=encoder, outcome=outcome)
     if shared is None:
         written.unlink(missing_ok=True)
-    return files
+    return TunedFiles(files, outcome)
 
 
 def _quantized_file(path: Path, model: Model, session: Session) -> QuantizedFile:
@@ -159,6 +171,19 @@ def obstacle(model: Model, encoder: Encoder | None, *, has_moments: bool) -> str
     return None
 
 
+def cannot_run(reason: str, tokens: int | None, asymmetric: int = 0, *, instead: str = "") -> ExportError:
+    """Return the refusal of what runs the original and cannot: the closing pass over `tokens` (0 or None: not it) and
+    asymmetric calibration. `instead` is a way out before that to go without."""
+    passes = {
+        f"the closing pass (--tune {tokens})": "give --tune 0" if tokens else "",
+        f"asymmetric calibration (--asymmetric {asymmetric})": "leave out --asymmetric" if asymmetric else "",
+    }
+    what = " and ".join(words for words, way_out in passes.items() if way_out)
+    ways = f"{instead}, or " * bool(instead) + " and ".join(filter(None, passes.values()))
+    whole = f"{what} cannot run: {reason}. {ways[0].upper()}{ways[1:]} to go without."
+    return ExportError(f"{whole[0].upper()}{whole[1:]}")
+
+
 def check_can_tune(
     model: Model, tokens: int, calibration: CalibrationOptions, seed: int, encoder: Encoder | None = None
 ) -> None:
@@ -168,15 +193,15 @@ def check_can_tune(
         ExportError: the original cannot run, or the text is too short.
         StatsError: the text is missing or empty.
     """
-    reason, way_out = obstacle(model, encoder, has_moments=calibration.hessians != "none"), "Give"
+    reason, instead = obstacle(model, encoder, has_moments=calibration.hessians != "none"), ""
     if reason is None and (count := count_windows(model, calibration, seed, FEWEST_WINDOWS)) < FEWEST_WINDOWS:
         reason = (
             f"it takes {FEWEST_WINDOWS} windows of {calibration.window} tokens beside those that calibration holds "
             f"back, and {calibration.text or MIX} with --tokens {calibration.tokens} gives {count}"
         )
-        way_out = "Calibrate on more text, or give"
+        instead = _MORE_TEXT
     if reason is not None:
-        raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. {way_out} --tune 0 to go without.")
+        raise cannot_run(reason, tokens, instead=instead)
 
 
 def check_windows(windows: Tensor, text: str, window: int) -> None:
@@ -194,7 +219,7 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
     model, moments = encoding.model, encoding.moments
     if tokens == 0 or (tokens is None and moments is None):
         return None
-    reason = obstacle(model, encoding.encoder, has_moments=moments is not None)
+    reason, instead = obstacle(model, encoding.encoder, has_moments=moments is not None), ""
     device = chosen_device(encoding.session.device)
     if reason is not None:
         pass
@@ -204,10 +229,11 @@ def closing_pass_of(encoding: Encoding, tokens: int | None, options: ClosingPass
         reason = too_large
     elif len(moments.tokens) < FEWEST_WINDOWS:
         reason = f"it takes {FEWEST_WINDOWS} windows of text, and calibration had {len(moments.tokens)}"
+        instead = _MORE_TEXT
     if reason is None:
         return tune_options(options, moments.tokens, device, tokens=options.most_tokens if tokens is None else tokens)
     if tokens is not None:
-        raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. Export with --tune 0.")
+        raise cannot_run(reason, tokens, instead=instead)
     encoding.session.note(f"no closing pass: {reason}")
     return None
 

@@ -22,7 +22,7 @@ from dynquant.checkpoints.safetensors_format import TORCH_DTYPES, ShardLayout
 from dynquant.encoding.parts import TensorPart, load_packed_part
 from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
-from dynquant.exporters.model_card import packed_card
+from dynquant.exporters.model_card import CARD_NAME, packed_card, with_closing_pass
 from dynquant.exporters.output import Encoding
 from dynquant.families.common.config import Config, quantization_of, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
@@ -40,11 +40,17 @@ _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)
 
 
 def export_safetensors(
-    encoding: Encoding, output: Path, *, shard_max_bytes: int | None = None, stored: GGUFSource | None = None
+    encoding: Encoding,
+    output: Path,
+    *,
+    shard_max_bytes: int | None = None,
+    stored: GGUFSource | None = None,
+    came_of_tuning: str = "",
 ) -> list[Path]:
     """Write a plan into the directory `output` and return its files.
 
-    With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again.
+    With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again; the card says what
+    `came_of_tuning` that file, if it was.
 
     Raises:
         CheckpointError: an architecture that cannot be loaded packed.
@@ -61,6 +67,8 @@ def export_safetensors(
     layout, config = _lay_out(model, plan, stored)
     types = {entry.name: entry.quant_type for entry in plan.entries}
     documents, shards = _describe(encoding, layout, config, name, shard_max_bytes or directory.SHARD_BYTES)
+    if came_of_tuning:
+        documents[CARD_NAME] = with_closing_pass(documents[CARD_NAME].decode(), came_of_tuning).encode()
     keeping = {
         name for name, place in layout.places.items() if name in types and place.keeps_bytes(types[name])
     } - layout.copied.keys()
@@ -148,7 +156,7 @@ def _describe(
         quantization["provenance"] |= gone
     quantization |= recorded(layout, model.arch)
     documents = {"config.json": directory.as_json({**config, "quantization_config": quantization})}
-    documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
+    documents[CARD_NAME] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= directory.index_of(shards)
     documents |= (
         directory.copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)

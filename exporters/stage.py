@@ -10,7 +10,7 @@ from dynquant.analysis.errors.stage import written_errors
 from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, statistics_at
-from dynquant.checkpoints.gguf_layout import mmproj_path, recorded_encoder
+from dynquant.checkpoints.gguf_layout import TUNED, mmproj_path, recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import mtp_layers
@@ -23,6 +23,7 @@ from dynquant.evaluation.agreement.same_computation import SameComputation, chec
 from dynquant.exporters.asymmetric.stream import asymmetric
 from dynquant.exporters.closing_pass import (
     TuneOptions,
+    cannot_run,
     check_can_tune,
     check_windows,
     closing_pass_of,
@@ -56,7 +57,7 @@ from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
-from dynquant.storage.file_kinds import kind_of
+from dynquant.storage.file_kinds import but_is
 from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 from dynquant.storage.lock import locked
 from dynquant.storage.work_files import check_work, remove_work
@@ -139,13 +140,8 @@ def _check_runs(model: Model, encoder: Encoder, options: ExportOptions) -> None:
     """Refuse, before calibration, what runs the original and cannot."""
     has_moments = options.stats is not None or options.calibration.hessians != "none"
     reason = obstacle(model, encoder, has_moments=has_moments)
-    asked = {
-        f"the closing pass (--tune {options.tune})": options.tune,
-        f"asymmetric calibration (--asymmetric {options.asymmetric})": options.asymmetric,
-    }
-    if reason is not None and any(asked.values()):
-        words = " and ".join(words for words, value in asked.items() if value)
-        raise ExportError(f"{words[0].upper()}{words[1:]} cannot run: {reason}. Export without.")
+    if reason is not None and (options.tune or options.asymmetric):
+        raise cannot_run(reason, options.tune, options.asymmetric)
 
 
 def _without_layers_ahead(model: Model, plan: Plan, stats: StatsFile | None, session: Session) -> Plan:
@@ -295,10 +291,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         if not is_gguf(path):
             if not path.exists():
                 raise ExportError(f"There is no directory {path}. Check the path.")
-            kind = kind_of(path)
-            raise ExportError(
-                f"{path} is neither a directory nor a GGUF file{', but ' + kind if kind else ''}. Check the path."
-            )
+            raise ExportError(f"{path} is neither a directory nor a GGUF file{but_is(path)}. Check the path.")
         check_ending(output, ".gguf", "--output")
         check_work(output)
         file = GGUFSource(path)
@@ -316,9 +309,9 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     encoder = ""
     if file is not None:
         check_complete(file)
-        encoder = recorded_encoder(file).removesuffix("+tune")
+        encoder = recorded_encoder(file).removesuffix(TUNED)
     with locked(output):
-        files = tune_file(model, path, windows, tuning, output, session, encoder=encoder)
+        files = tune_file(model, path, windows, tuning, output, session, encoder=encoder).files
         remove_work(output)
     return files
 

@@ -3,6 +3,11 @@
 Layers are encoded as `export` will encode them: under the second moments of their inputs, with error feedback, or under
 the importance where there are no moments. Rows do not depend on each other, and are drawn as those of types are
 (`sampling`).
+
+NVFP4's global scale alone is of a whole layer and of those that vLLM fuses with it; here it is that of the drawn rows.
+It decides only how scales of groups round to E4M3, which has the same precision over 15 powers of two: on ten layers
+of textbook-moe-16m errors under the two differ by 0.7 % up or down and by 0.03 % in the mean, and by no more where the
+layer's largest weight is 3,000 times that of the rows.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -19,8 +19,9 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsP
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import role_of
-from dynquant.errors import CheckpointError, StatsError
+from dynquant.errors import CheckpointError, StatsError, unreadable
 from dynquant.storage.atomic import writing
+from dynquant.storage.file_kinds import GGUF, refuse_other_kind
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _METADATA = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
@@ -52,6 +53,7 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
 
 def _open(path: Path) -> GGUFSource:
     try:
+        refuse_other_kind(path, GGUF, "an importance matrix in a GGUF file", refusal=StatsError)
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
@@ -61,7 +63,7 @@ def _open(path: Path) -> GGUFSource:
             )
         return GGUFSource(path)
     except (OSError, CheckpointError) as error:
-        raise StatsError(f"The importance matrix cannot be read: {error}") from error
+        raise StatsError(unreadable(path, error) or f"The importance matrix cannot be read: {error}") from error
 
 
 def _provenance(path: Path, source: GGUFSource) -> tuple[list[str], int, int]:

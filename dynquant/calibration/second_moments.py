@@ -32,6 +32,7 @@ from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
 from dynquant.families.common.settings import differing_settings
 from dynquant.storage.atomic import read_tensors, read_tensors_header
+from dynquant.storage.file_kinds import MOMENTS, SAFETENSORS, refuse_other_kind
 from dynquant.storage.file_names import path_beside
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
@@ -39,6 +40,7 @@ OUTPUT = ".output"  # ends the key of gradients of a weight's outputs
 OUTPUT_SHARE = 0.75
 """Share of what lies off the diagonal of outputs' moments that counts at most. The two factors are no exact product:
 with all of it their loss falls further, and the KL less far."""
+_WAY_OUT = "Make it with `dynquant calibrate MODEL -o stats.safetensors`."
 
 
 @dataclass
@@ -122,6 +124,7 @@ class SecondMoments:
     @classmethod
     def load(cls, path: Path) -> "SecondMoments":
         """Read hessians.safetensors by memory map, or raise StatsError when `calibrate` did not write it so."""
+        refuse_other_kind(path, SAFETENSORS, MOMENTS, _WAY_OUT, StatsError)
         try:
             header, tensors = read_tensors(path)
             provenance = StatsProvenance(**header["provenance"])
@@ -131,8 +134,7 @@ class SecondMoments:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
                 unreadable(path, error)
-                or f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
-                "`dynquant calibrate MODEL -o stats.safetensors`."
+                or f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). {_WAY_OUT}"
             ) from error
 
     def check_belongs_to(self, stats: CalibrationStats, path: Path) -> None:

@@ -20,8 +20,10 @@ from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
 from dynquant.families.common.settings import Setting, Settings, differing_settings
 from dynquant.storage.atomic import read_tensors, save_tensors
+from dynquant.storage.file_kinds import MOMENTS, SAFETENSORS, STATISTICS, content_of, refuse_other_kind
 
 SCHEMA_VERSION = 1
+_WAY_OUT = "Make it with `dynquant calibrate MODEL -o FILE`."
 _PART_TYPES = {
     "in_sum2": torch.float64, "counts": torch.int64, "samples": torch.bfloat16, "sample_counts": torch.int64,
     "max_in": torch.float32, "max_in_channel": torch.int64, "max_in_position": torch.int64,
@@ -165,6 +167,7 @@ class CalibrationStats:
     @classmethod
     def load(cls, path: Path) -> "CalibrationStats":
         """Read stats.safetensors by memory map, or raise StatsError when `calibrate` did not write it so."""
+        refuse_other_kind(path, SAFETENSORS, STATISTICS, _WAY_OUT, StatsError)
         try:
             header, tensors = read_tensors(path)
             parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -179,10 +182,10 @@ class CalibrationStats:
                 raise ValueError("`aliases` does not map weights to inputs of the file")
             return cls(StatsProvenance(**header["provenance"]), inputs, aliases)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            if content_of(path) == MOMENTS:
+                raise StatsError(f"{path} is {MOMENTS}, not {STATISTICS}, which lies beside it. {_WAY_OUT}") from error
             raise StatsError(
-                unreadable(path, error)
-                or f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
-                "Make it with `dynquant calibrate MODEL -o FILE`."
+                unreadable(path, error) or f"{path} is not {STATISTICS} ({type(error).__name__}: {error}). {_WAY_OUT}"
             ) from error
 
 

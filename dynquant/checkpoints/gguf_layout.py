@@ -36,6 +36,8 @@ MAX_NAME_LENGTH = 63
 """llama.cpp refuses longer tensor names (GGML_MAX_NAME is 64 with the terminator)."""
 PADDED_WIDTH = 16
 ENCODER_KEY = "dynquant.encoder"
+TUNED = "+tune"
+"""Ends the name of the encoder in a file that the closing pass has changed."""
 UNKNOWN_HASH = "0" * 64
 """Stands for a hash that is not known yet; it has the size of any other."""
 MAX_FILES = 65535
@@ -128,6 +130,11 @@ def predicted_bytes(
 def recorded_encoder(source: GGUFSource) -> str:
     """The encoder that a file of ours says it was written with; empty for other files."""
     return next((str(field.value).strip() for field in source.metadata if field.key == ENCODER_KEY), "")
+
+
+def is_tuned(source: GGUFSource) -> bool:
+    """Return whether a file of ours says that the closing pass has changed it."""
+    return recorded_encoder(source).endswith(TUNED)
 
 
 def layout(

@@ -85,7 +85,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         raise CheckpointError(f"There is no file {path}. Check the path; of a split GGUF all parts must be present.")
     try:
         refuse_stand_in(path)
-        refuse_other_kind(path, GGUF)
+        refuse_other_kind(path, GGUF, GGUF)
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             return _Parser(path, data).header()
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ from dynquant.checkpoints.safetensors_source import INDEX_NAME, checkpoint_spans
 from dynquant.checkpoints.tensor_roles import Role, role_ahead, role_of, roles_of
 from dynquant.errors import CheckpointError
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.storage.file_kinds import SAFETENSORS, kind_of
+from dynquant.storage.file_kinds import SAFETENSORS, but_is, kind_of
 from dynquant.storage.strict_json import parse_json
 
 _GGUF_KEYS = (
@@ -120,7 +120,7 @@ def inspect(path: str | Path) -> FileSummary:
         return _inspect_safetensors(path, checkpoint_spans(path))
     raise CheckpointError(
         f"{path} is neither a GGUF file, nor a safetensors file, nor a directory that holds a checkpoint"
-        f"{kind and f', but {kind}'}. Check the path."
+        f"{but_is(path)}. Check the path."
     )
 
 

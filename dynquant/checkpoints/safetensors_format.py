@@ -152,7 +152,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         refuse_stand_in(file)
-        refuse_other_kind(file, SAFETENSORS)
+        refuse_other_kind(file, SAFETENSORS, SAFETENSORS)
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")

@@ -17,7 +17,7 @@ from dynquant.cli.terminal import console
 from dynquant.errors import EvaluationError, OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import Flag, Former, ModelPath, Only, Options, Writes
+from dynquant.options import ENCODERS, Flag, Former, ModelPath, Only, Options, Writes
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
@@ -25,6 +25,7 @@ from dynquant.storage.atomic import write_atomically
 from dynquant.storage.file_names import STATS_NAME, files_beside, files_of_plan, path_beside
 
 if TYPE_CHECKING:
+    from dynquant.checkpoints.model import Model
     from dynquant.evaluation.report import EvalReport
 
 PLAN_PREFIX = "plan at "
@@ -89,13 +90,17 @@ class CompareOptions(Options):
     output: Annotated[Path, Flag("Directory for results and the shared plan.", ("-o", "--output")), _COMPARISON]
     questions: Annotated[RecipeQuestions, QUESTIONS] = field(default_factory=RecipeQuestions)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens"))] = field(default_factory=CalibrationOptions)
-    encoder: Annotated[str, Flag("ggml, or dynquant (slower; without its closing pass).")] = "ggml"
+    encoder: Annotated[str, Flag("ggml, or dynquant (slower; without its closing pass).", choices=ENCODERS)] = "ggml"
     select: Annotated[bool, Flag("Price plans by the Fisher probe and select each by KL, as plan --select.")] = False
     keep: Keep = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_some(self.recipes)
         self.questions.check_text()
+
+
+_VARIANTS = tuple(f"{encoder}{tuned}" for encoder in ENCODERS for tuned in ("", TUNED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,11 @@ class CompareEncodersOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_some(self.recipes)
         self.questions.check_text()
+        for variant in self.variants:
+            if variant not in _VARIANTS:
+                raise OptionError(f"--variants {variant} is not known; give some of {', '.join(_VARIANTS)}.")
 
 
 def compare(options: CompareOptions, session: Annotated[Session, Only(("threads",))]) -> None:
@@ -125,7 +134,10 @@ def compare(options: CompareOptions, session: Annotated[Session, Only(("threads"
 
     Example: dynquant compare ./model --presets llama-iq1_s,r1-iq1_s --text held-out.txt -o comparison/
     """
+    from dynquant.families.open import open_model
+
     results = _Results(options.output / "compare.json", options, session)
+    _check_readable(options, open_model(options.model))
     for recipe in options.recipes:
         size = _measure_plan(recipe, Target(preset=recipe), options, results)
         _measure_plan(f"{PLAN_PREFIX}{recipe}", Target(size=str(size)), options, results)
@@ -143,6 +155,7 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
 
     results = _Results(options.output / "encoders.json", options, session)
     stats, model = options.output / STATS_NAME, open_and_announce(options.model, session)
+    _check_readable(options, model)
     if options.tune and any(variant.endswith(TUNED) for variant in options.variants):
         check_can_tune(model, options.tune, options.calibration, session.seed)
     statistics_at(stats, model, options.calibration, session)
@@ -153,6 +166,21 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
                 for tuned in ("", TUNED):
                     (options.output / f"{recipe}-{encoder}{tuned}.gguf").unlink(missing_ok=True)
     results.show(encoder_table)
+
+
+def _check_some(recipes: tuple[str, ...]) -> None:
+    if not any(recipes):
+        raise OptionError("--presets names none; give some, as llama-iq1_s,uniform-q4_k.")
+
+
+def _check_readable(options: CompareOptions | CompareEncodersOptions, model: "Model") -> None:
+    """Refuse presets that are none, and texts or questions that cannot be read, before anything long runs."""
+    from dynquant.inputs.questions import check_readable
+    from dynquant.recipes.presets import preset_types
+
+    for recipe in options.recipes:
+        preset_types(recipe, model)
+    check_readable(options.questions.text, options.questions.question_files)
 
 
 class _Results:
@@ -291,8 +319,8 @@ def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptio
     windows = SecondMoments.load(path_beside(stats)).tokens
     model = open_and_announce(options.model, session)
     output = plain.with_name(f"{plain.stem}{TUNED}.gguf")
-    (file,) = tune_file(model, plain, windows, TuneOptions(tokens=options.tune), output, session, encoder=encoder)
-    return file
+    tuning = TuneOptions(tokens=options.tune)
+    return tune_file(model, plain, windows, tuning, output, session, encoder=encoder).files[0]
 
 
 def metrics_of(report: "EvalReport") -> dict[str, dict]:

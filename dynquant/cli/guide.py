@@ -20,13 +20,13 @@ status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 inter
 take `16k`, `128k` or `1m`: k is 1,024 and m 1,048,576, as lengths of context are called.
 
 While a command runs, its outputs are locked (`.NAME.lock` beside each): a second one that would write them is refused
-with the process and start time of the first; locks of dead processes do not count. An output that is one of the files
-that the command reads, also through links, is refused before any work, and so is a file whose name does not end as its
-kind does (`.gguf`, `.safetensors`, `.json`), with a name that would do. What an interrupted export leaves lies beside
-its output (`.NAME.untuned-...`, `NAME.journal`, `NAME.partial` and the like): the same command goes on from it, and one
-with other settings that finishes this output removes it. Files of your own with such names are not touched: a command
-that would need the name is refused. Who reads the command's output or progress through a pipe may go; the command goes
-on.
+with the process and start time of the first; locks that a kill left do not count, and the next command removes them. An
+output that is one of the files that the command reads, also through links, is refused before any work, and so is a file
+whose name does not end as its kind does (`.gguf`, `.safetensors`, `.json`), with a name that would do. What an
+interrupted export leaves lies beside its output (`.NAME.untuned-...`, `NAME.journal`, `NAME.partial` and the like): the
+same command goes on from it, and one with other settings that finishes this output removes it. Files of your own with
+such names are not touched: a command that would need the name is refused. Who reads the command's output or progress
+through a pipe may go; the command goes on.
 """
 
 

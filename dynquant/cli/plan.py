@@ -49,6 +49,8 @@ def plan(
     if config_only is not None:
         if options.model is not None:
             raise PlanError("--config-only DIR goes without a MODEL.")
+        if config_only.is_file():
+            raise PlanError(f"{config_only} (--config-only) is a file; give the directory that config.json is in.")
         why = "--config-only runs and writes nothing."
         options.refuse_unused(why, "stats", "encoder", "exact", "base_gguf", "mtp", "prune_experts", "effort")
         options.search.refuse_unused(why)

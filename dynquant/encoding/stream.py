@@ -32,6 +32,7 @@ from dynquant.encoding.parts import (
 from dynquant.errors import EncodeError, PlanError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.formats.quant_types import QuantType
+from dynquant.options import ENCODERS
 from dynquant.recipes.plan import Plan
 from dynquant.resources import free_memory, usable_cores
 from dynquant.session import Progress, ignore_progress
@@ -48,7 +49,6 @@ Target = Callable[[str, torch.Tensor, slice], torch.Tensor]
 PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
 """Encodes parts, somewhere and in any order, and gives each with its blocks."""
 
-ENCODERS = ("dynquant", "ggml")
 _PARTS_IN_MEMORY = 4
 """Parts that are to fit within a limit of memory together; threads without a part of their own help with these."""
 _LOADED_AHEAD = 4

@@ -23,20 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import is_gguf
-from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.safetensors_source import weight_files
-from dynquant.encoding.store import ENCODED_NAME, open_store
-from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
-from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.options import CONTEXT_SCORED, LOOKED_UP, TEXT_TASKS, EvalOptions, QuestionOptions
+from dynquant.evaluation.pictures.candidate import (
+    checked_candidate,
+    needs_pictures,
+    picture_candidate,
+    plan_at,
+    refuse_plan,
+    stored_bytes,
+)
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
-from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.evaluation.tasks import multiple_choice
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, check_fits, read_prompts, summarize_generation
 from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring
@@ -45,15 +46,13 @@ from dynquant.families.model_kind import check_same_kind, difference_of_kind
 from dynquant.families.open import locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
-from dynquant.inputs.processor import image_token_limits, load_processor
+from dynquant.inputs.processor import load_processor
 from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows
+from dynquant.lora.saved import read_adapter_config
 from dynquant.packed.float32_products import use_tensor_cores
-from dynquant.recipes.folder import stats_of_plan
-from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
-from dynquant.storage.file_names import STATS_NAME
 
 if TYPE_CHECKING:
     from dynquant.evaluation.tasks.harness import Harness, Samples
@@ -82,6 +81,7 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
 
 def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:
     asked = options.questions
+    refuse_plan(options)
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     _check_program(options, candidate)
     of_kinds = _notes_on_kinds(options, reference, candidate)
@@ -148,6 +148,8 @@ def _check_program(options: EvalOptions, candidate: Path) -> None:
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
+    if options.adapter is not None:
+        read_adapter_config(options.adapter)
     if options.kv_type and not runs_in_llama_cpp:
         raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
 
@@ -402,8 +404,11 @@ class _Asked(NamedTuple):
 def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> reports.PictureReport:
     tasks = options.questions.tasks
     model = open_model(options.reference)
+    plan_file = plan_at(Path(options.candidate))
     if not model.has_vision or model.hf_directory is None:
-        raise EvaluationError(f"{model.name} has no vision tower that transformers can run; leave --data out.")
+        way_out = needs_pictures(options, plan_file) if plan_file else "Leave --data out."
+        raise EvaluationError(f"{model.name} has no vision tower that transformers can run. {way_out}")
+    planned = checked_candidate(options, model, plan_file)
     file = read_samples(data)
     processor = load_processor(model.hf_directory)
     encoder = SampleEncoder(processor, image_token_of(model.hf_directory), strict=options.strict)
@@ -423,13 +428,13 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         original = runners.HuggingFaceRunner(hf_model)
         reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
         before = run.answers(original, "reference", asked, processor.tokenizer)
-        with _picture_candidate(options, model, original, processor) as (candidate, candidate_bytes):
+        with picture_candidate(options, model, original, processor, planned) as (candidate, candidate_bytes):
             scores = run.compared(lambda: candidate, inputs, reference[0]) if reference else None
             after = run.answers(candidate, "candidate", asked, processor.tokenizer)
     return reports.PictureReport(
         reference=model.name,
         candidate=str(options.candidate),
-        reference_bytes=_stored_bytes(model.hf_directory),
+        reference_bytes=stored_bytes(model.hf_directory),
         candidate_bytes=candidate_bytes,
         data=file.name,
         data_sha256=file.sha256,
@@ -458,43 +463,3 @@ def _encoded_samples(
     if not batches:
         raise EvaluationError("No sample can be used: all of their images fail to decode.")
     return tuple(batches), asked
-
-
-@contextmanager
-def _picture_candidate(
-    options: EvalOptions, model: Model, original: runners.HuggingFaceRunner, processor: Any
-) -> Iterator[tuple[runners.PictureRunner, int]]:
-    """Context manager: yields the running candidate and its bytes; a plan turns the original itself into it."""
-    path = Path(options.candidate)
-    if is_gguf(path):
-        mmproj = options.mmproj or mmproj_path(path)
-        if not mmproj.is_file():
-            raise EvaluationError(f"There is no {mmproj}, and {path.name} alone sees no pictures; give --mmproj FILE.")
-        runner = MtmdRunner(path, mmproj, image_tokens=image_token_limits(processor), stop=original.stop_tokens)
-        try:
-            if runner.vocab_size != original.vocab_size:
-                raise EvaluationError(
-                    f"{path.name} has {runner.vocab_size:,} tokens and the reference {original.vocab_size:,}; they are "
-                    "not the same model. Give the checkpoint that the file was made from."
-                )
-            yield runner, runners.gguf_bytes((path, mmproj))
-        finally:
-            runner.close()
-        return
-    if options.mmproj is not None:
-        raise EvaluationError(f"--mmproj goes with a GGUF file, and {path} is none; leave it out.")
-    plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
-    if not plan_file.is_file() and plan_file.suffix != ".json":
-        yield runners.open_runner(path, device=str(original.device)), _stored_bytes(path)
-        return
-    plan = Plan.load(plan_file)
-    plan.check_covers(model.source.names(), model)
-    stats = stats_of_plan(plan.stats_hash, plan_file.with_name(STATS_NAME))
-    store = open_store(model, stats, load_encoder(options.encoder), plan_file.with_name(ENCODED_NAME))
-    rendered = RenderedModel(original.hf_model, store)
-    rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
-    yield original, plan.predicted_bytes
-
-
-def _stored_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in weight_files(directory))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.errors import EvaluationError
-from dynquant.options import LARGEST, Flag, Former, ModelPath, Options, Strict, Window
+from dynquant.options import ENCODERS, LARGEST, Flag, Former, ModelPath, Options, Strict, Window
 
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu", "generate"}), frozenset({"kl", "vqa"})
 READ_TASKS = frozenset({"kl", "ppl", "generate"})
@@ -74,6 +74,11 @@ class QuestionOptions(Options):
         """Tasks that are none of our own."""
         return [name for name in dict.fromkeys(self.tasks) if name not in TEXT_TASKS]
 
+    @property
+    def question_files(self) -> tuple[str, ...]:
+        """Files or data sets of multiple-choice questions that were named and are read."""
+        return tuple(filter(None, (self.mmlu_data, self.shots))) if "mmlu" in self.tasks else ()
+
     def check_text(self, *, takes_harness: bool = False) -> None:
         """Raise EvaluationError for tasks that these inputs do not serve."""
         unknown = [] if takes_harness else sorted(self.harness_tasks)
@@ -107,7 +112,7 @@ class EvalOptions(Options):
         Path | None, Flag("With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it.")
     ] = None
     strict: Strict = False
-    encoder: Annotated[str, Flag("What renders a plan with --data: dynquant or ggml.")] = "dynquant"
+    encoder: Annotated[str, Flag("What renders a plan with --data: dynquant or ggml.", choices=ENCODERS)] = "dynquant"
     window: Window = 512
     contexts: Annotated[
         tuple[str, ...],

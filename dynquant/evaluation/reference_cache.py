@@ -5,6 +5,7 @@ is written whole, by one process at a time, so a run that was stopped goes on at
 its windows from mapped files of `SHARD_WINDOWS` windows each; only those of a batch are in memory.
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -50,7 +51,7 @@ def model_files(path: Path) -> list[Path]:
     """Weights, configuration and tokenizer of a Hugging Face directory; all parts of a GGUF."""
     if path.is_dir():
         return sorted({*weight_files(path), *(file for file in path.iterdir() if file.suffix in {".json", ".model"})})
-    stem, split, count = path.name.partition("-00001-of-")
+    stem, split, count = glob.escape(path.name).partition("-00001-of-")
     return sorted(path.parent.glob(f"{stem}-?????-of-{count}")) if split else [path]
 
 

@@ -38,7 +38,7 @@ from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIE
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.checkpoint import has_tower, is_vision_checkpoint, open_vision
 from dynquant.session import Session
-from dynquant.storage.file_kinds import SAFETENSORS, kind_of
+from dynquant.storage.file_kinds import SAFETENSORS, but_is, content_of
 from dynquant.storage.stand_ins import refuse_stand_in
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -190,11 +190,10 @@ def locate_model(path: str | Path) -> Path:
     if is_gguf(local) and local.is_file():
         refuse_stand_in(local)
         return local
-    kind = kind_of(local)
-    way_out = "give the directory that it is in" if kind == SAFETENSORS else "check the path"
+    way_out = "give the directory that it is in" if content_of(local) == SAFETENSORS else "check the path"
     raise CheckpointError(
         f"{path} is neither a Hugging Face model directory, nor a .gguf file, nor a hub id of the form owner/name"
-        f"{kind and f', but {kind}'}; {way_out}."
+        f"{but_is(local)}; {way_out}."
     )
 
 

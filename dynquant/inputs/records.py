@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from dynquant.errors import DynquantError, unreadable
 from dynquant.inputs.other_forms import START_BYTES, form_of_content, form_of_start
+from dynquant.storage.file_kinds import JSON, content_of
 from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
@@ -104,8 +105,10 @@ def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Ite
         try:
             return parse_json(text, unique_names=True)
         except ValueError as error:
+            content = content_of(path) if text.strip() == "{" else JSON
+            fault = f"{place} is not JSON: {error}" if content == JSON else f"{path} is {content}"
             form = "Records are objects, one a line, or one array of them."
-            raise refusal(f"{place} is not JSON: {error}. {form} {way_out}".rstrip()) from error
+            raise refusal(f"{fault}. {form} {way_out}".rstrip()) from error
 
     with _opened(path, refusal) as file:
         # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.

@@ -297,6 +297,15 @@ def varied_strings() -> list[str]:
     return list(dict.fromkeys((*_TRICKY, *lines[:: max(1, len(lines) // 256)])))
 
 
+def read_measured(source: str | Path, max_tokens: int) -> tuple[str, str]:
+    """Return the name and the content of a text to measure on. Raises EvaluationError: as `evaluation_windows`."""
+    name, documents = _documents(source, max_tokens, EvaluationError)
+    content = "\n\n".join(document.text for document in documents)
+    if not content.strip():
+        raise EvaluationError(f"The text {name} is empty. Give one that the models have not been tuned on.")
+    return name, content
+
+
 def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, max_tokens: int) -> ModelInputs:
     """Return windows of the first `max_tokens` tokens of a text, to measure on.
 
@@ -306,10 +315,7 @@ def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, 
     Raises:
         EvaluationError: no such file or data set, a record without text, an empty text, or fewer than two tokens.
     """
-    name, documents = _documents(source, max_tokens, EvaluationError)
-    content = "\n\n".join(document.text for document in documents)
-    if not content.strip():
-        raise EvaluationError(f"The text {name} is empty. Give one that the models have not been tuned on.")
+    name, content = read_measured(source, max_tokens)
     bos = _bos(encode)
     tokens = first_tokens(partial(encode, add_special=False), content, max_tokens)[:max_tokens]
     step = window - len(bos)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dynquant.analysis.plots.style import PlotFiles
+from dynquant.checkpoints.gguf_layout import is_tuned
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.errors import hub_failures
 from dynquant.evaluation.report import EvalReport, markdown
@@ -57,7 +59,7 @@ def release_card(
         "## How to run",
         _how_to_run(record, model, options, base),
         "## How the files were made",
-        _how_made(record),
+        _how_made(record, options),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -261,7 +263,7 @@ def _command_lines(words: Iterable[str]) -> str:
     return f"dynquant release {shlex.join(words)}".replace(" --", " \\\n  --")
 
 
-def _how_made(record: Release) -> str:
+def _how_made(record: Release, options: ReleaseOptions) -> str:
     hashes = {name: digest for row in record.files if row.is_released for name, digest in row.files.items()}
     hashes |= record.extra_files
     statistics = record.stats_hash or "none"
@@ -274,6 +276,10 @@ def _how_made(record: Release) -> str:
     )
     commands = "\n".join(map(_command_lines, record.commands))
     several = "Each command made the files of its own sizes. " * (len(record.commands) > 1)
+    files = [options.output / row.name for row in record.files if row.is_released]
+    tuned = [file.name for file in files if file.is_file() and is_tuned(GGUFSource(file))]
+    of_tuned = "" if len(tuned) == len(files) else f" of {', '.join(tuned)}"
+    closing = f"The closing pass tuned scales and norms{of_tuned} on the KL to the original. " * bool(tuned)
     tools = dict.fromkeys(
         f"{', '.join(f'{name} {version}' for name, version in run.versions.items())} on {run.device}"
         for run in record.runs
@@ -282,7 +288,7 @@ def _how_made(record: Release) -> str:
 {commands}
 ```
 
-{several}Made with {"; ".join(tools)}. Checkpoint `{record.fingerprint}`, statistics `{statistics}`.
+{several}{closing}Made with {"; ".join(tools)}. Checkpoint `{record.fingerprint}`, statistics `{statistics}`.
 
 {table}
 

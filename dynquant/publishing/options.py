@@ -118,6 +118,8 @@ class ReleaseOptions(Options):
                 f"Give the sizes once, as --sizes LOW:HIGH, --bpw or --fits, not {' and '.join(given) or 'none'}: each "
                 "says alone which files there are."
             )
+        if self.name is not None and (Path(self.name).name != self.name or not self.name.isprintable()):
+            raise OptionError(f"--name {self.name!r}: files are called by it, so it is one word of a name without /.")
         if self.push is not None and self.push.count("/") != 1:
             raise OptionError(f"--push {self.push} is no repository of the Hub; give it as OWNER/REPO.")
         if self.push is None:

@@ -38,7 +38,7 @@ from dynquant.exporters.closing_pass import check_can_tune
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
-from dynquant.inputs.questions import load_questions
+from dynquant.inputs.questions import check_readable
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.llama_library import llama_cpp
 from dynquant.options import command_words, shown_values
@@ -293,10 +293,7 @@ class _Making:
         rows = map(record.row, [*(target.recipe for target in self.options.targets), *self.likes])
         if self.questions.tasks and any(row is None or row.measured_with != self.settings for row in rows):
             llama_cpp()
-            for text in self.questions.text:
-                read_text(text, max_tokens=1)
-            for questions in filter(None, (self.questions.mmlu_data, self.questions.shots)):
-                load_questions(questions)
+            check_readable(self.questions.text, self.questions.question_files)
 
     def followed(self, record: Release) -> dict[str, Path]:
         """Return a plan with the types of every published recipe that was not measured."""

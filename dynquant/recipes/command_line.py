@@ -32,6 +32,7 @@ from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.plan_notes import consecutive_runs
 from dynquant.recipes.presets import with_fallbacks
 from dynquant.recipes.type_lists import TypeList
+from dynquant.storage.file_kinds import JSON, content_of
 
 _FLOATS = ("F32", "F16", "BF16")
 _BLOCK = re.compile(r"^((?:\w+\.)?blk)\.(\d+)\.(.+)$")
@@ -218,10 +219,16 @@ def recipe_types(recipe: str, model: Model, *, fallbacks: Collection[QuantType] 
 def _read_recipe(recipe: str) -> str:
     """Return the text of a file, or `recipe` itself when it has the form of one."""
     if os.path.exists(recipe):
-        check_is_file(Path(recipe), PlanError)
+        path = Path(recipe)
+        check_is_file(path, PlanError)
+        if (content := content_of(path)) not in ("", JSON):  # patterns may begin with a bracket, too
+            raise PlanError(
+                f"{recipe} is {content}, not a recipe. --like FILE takes the types of a plan or GGUF file, and "
+                "`dynquant recipe FILE` prints its recipe."
+            )
         try:
-            check_start(Path(recipe), PlanError)
-            return Path(recipe).read_text("utf-8-sig")
+            check_start(path, PlanError)
+            return path.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"The recipe {recipe} cannot be read as text: {error}.") from error
     if "=" not in recipe and "--" not in recipe:

@@ -113,6 +113,7 @@ def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:
         )
     file = StatsFile(path)
     if file.hash != stats_hash:
+        _ = file.stats  # raises where it is something else than statistics
         raise StatsError(
             f"{path} has the hash {file.hash[:12]}, but the plan was made from statistics {stats_hash[:12]}. Give the "
             "stats.safetensors that was written beside the plan."

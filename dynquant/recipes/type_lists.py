@@ -17,7 +17,7 @@ from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.llama_mixtures import OUTPUT_NAME
 from dynquant.recipes.plan import Plan
-from dynquant.storage.file_kinds import SAFETENSORS, kind_of
+from dynquant.storage.file_kinds import SAFETENSORS, content_of, kind_of
 from dynquant.storage.file_names import PLAN_NAME
 
 _EMBEDDING_NAME = "token_embd.weight"
@@ -54,7 +54,7 @@ def read_types(path: Path) -> TypeList:
             )
     if kind_of(path) == SAFETENSORS:
         raise PlanError(
-            f"{path} is a safetensors file, which has no GGUF types. Give a plan, its folder or a GGUF file."
+            f"{path} is {content_of(path)}, which has no GGUF types. Give a plan, its folder or a GGUF file."
         )
     plan = Plan.load(path)
     tensors = tuple(TensorRecord(e.name, e.shape, e.type, e.bytes, e.role) for e in plan.entries)

@@ -92,6 +92,16 @@ def writing_folder(path: Path, way_out: str = _WAY_OUT, *, replace: bool = False
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_space(folder: Path, num_bytes: int, refusal: type[WriteError] = WriteError) -> None:
+    """Raise `refusal` where fewer bytes are free than are still to be written to a folder, which need not be there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    if num_bytes > (free := shutil.disk_usage(there).free):
+        raise refusal(
+            f"{num_bytes:,} bytes are still to be written to {folder}, but only {free:,} are free there. Free some "
+            "space, or choose an output on another disk."
+        )
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a small file in one step. Text is UTF-8.
 
@@ -141,7 +151,10 @@ def opened_tensors(path: Path) -> safe_open:
 def read_tensors_header(path: Path) -> dict[str, Any]:
     """Return the header of a file of `save_tensors`, with the checksums; errors are those of `read_tensors`."""
     with opened_tensors(path) as file:
-        header = parse_json((file.metadata() or {})["dynquant"])
+        metadata = file.metadata() or {}
+    if "dynquant" not in metadata:
+        raise ValueError("it has no header of dynquant")
+    header = parse_json(metadata["dynquant"])
     if not isinstance(header, dict) or not isinstance(header.get("crc32", {}), dict):
         raise ValueError("its header is no object")
     return header

@@ -10,7 +10,7 @@ from dynquant import __version__
 from dynquant.errors import PlanError
 from dynquant.options import Options, shown_values
 from dynquant.storage.atomic import file_hash, write_atomically
-from dynquant.storage.file_kinds import JSON, kind_of
+from dynquant.storage.file_kinds import JSON, content_of, refuse_other_kind
 
 T = TypeVar("T")
 
@@ -42,8 +42,7 @@ def read_document(
     Raises:
         PlanError: missing, not JSON, or not such a document; the first field that is wrong is named.
     """
-    if (kind := kind_of(path)) not in ("", JSON):  # a model may be larger than memory
-        raise PlanError(f"{path} is {kind}, not {what} of dynquant. {way_out}")
+    refuse_other_kind(path, JSON, f"{what} of dynquant", way_out, PlanError)  # a model may be larger than memory
     try:
         document = TypeAdapter(form).validate_json(path.read_bytes())
         check(document)
@@ -51,6 +50,8 @@ def read_document(
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror}). {way_out}") from error
     except ValidationError as error:
+        if (content := content_of(path)) not in ("", JSON, f"{what} of dynquant"):
+            raise PlanError(f"{path} is {content}, not {what}. {way_out}") from error
         raise PlanError(f"{path} is not {what} of dynquant ({first_fault(error)}). {way_out}") from error
     except ValueError as error:
         raise PlanError(f"{path} is not {what} of dynquant ({error}). {way_out}") from error

@@ -1,16 +1,35 @@
-"""One writer an output: a lock file beside it, which the system unlocks when its process ends, however it ends."""
+"""One writer an output: a lock file beside it, which the system unlocks when its process ends, however it ends.
+
+The file goes with the lock, also when a command is interrupted (`remove_held`); what a kill leaves is taken over and
+removed by the next command that writes the output. A name may be removed while its lock is held, and only then: who
+opened the file before sees, once it has the lock, that the name is gone or another file's, and opens it anew. Windows
+removes no file that is open, and keeps it.
+"""
 
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from dynquant.errors import WriteError, reason
 
-_held: set[Path] = set()
+
+class _Lock(NamedTuple):
+    file: Path
+    descriptor: int
+    new: list[Path]
+    """Folders that were made for it, from the innermost on."""
+
+
+_held: dict[Path, _Lock] = {}
 """Outputs of this process, which may lock one again within."""
+_removing = threading.Lock()
+"""Held by whoever removes a lock, so that nobody does so after the descriptor is closed."""
+_WAIT_SECONDS = 0.2
 _OWNER_BYTES = 4096
 
 
@@ -37,20 +56,40 @@ def locked(output: Path) -> Iterator[None]:
             f"{output} is being written by {error}. Wait until that has finished, stop it, or give another output."
         ) from error
     except OSError as error:
+        _remove_empty(new)
         raise WriteError(
             f"{output} cannot be written: {reason(error)}. Choose a place with space that can be written to."
         ) from error
-    _held.add(path)
+    _held[path] = lock = _Lock(file, descriptor, new)
     try:
         yield
     finally:
-        _held.discard(path)
+        with _removing:
+            _remove(lock)
+            os.close(lock.descriptor)
+            del _held[path]
+
+
+def remove_held() -> None:
+    """Remove the files of all locks of this process, which ends at once and holds the locks until then."""
+    if _removing.acquire(timeout=_WAIT_SECONDS):  # for ever: a thread that is still unwinding waits for the end
+        for lock in [*_held.values()][::-1]:
+            _remove(lock)
+
+
+def _remove(lock: _Lock) -> None:
+    """Remove the file of a lock that is held, unless the name is another file's, and folders that nothing filled."""
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(lock.descriptor), os.stat(lock.file, follow_symlinks=False)):
+            lock.file.unlink()
+    _remove_empty(lock.new)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that nothing filled."""
+    for folder in folders:
         with suppress(OSError):
-            file.unlink()
-        os.close(descriptor)
-        for folder in new:  # where nothing came of the command
-            with suppress(OSError):
-                folder.rmdir()
+            folder.rmdir()
 
 
 def _acquired(path: Path) -> tuple[Path, int]:

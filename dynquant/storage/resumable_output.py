@@ -15,7 +15,6 @@ a kill between two renames is finished by the next run.
 import errno
 import hashlib
 import os
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from dynquant.errors import ExportError
+from dynquant.storage.atomic import check_space
 from dynquant.storage.journal import Journal, Record, differing_key, holds_something, in_the_way, write_all
 from dynquant.storage.lock import locked
 
@@ -216,7 +216,6 @@ class ResumableOutput:
         directory = self.paths[0].parent
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(directory).free
         except OSError as error:
             raise ExportError(f"The output directory {directory} cannot be used: {error.strerror}.") from error
         unallocated = 0
@@ -224,12 +223,7 @@ class ResumableOutput:
             # Partial files are sparse: they have their final size before they have all their blocks (Windows: unknown).
             blocks = getattr(partial.stat(), "st_blocks", 0) if partial.exists() else 0
             unallocated += max(0, size - 512 * blocks)
-        needed = min(unallocated, self._missing_bytes)
-        if needed > free:
-            raise ExportError(
-                f"{needed:,} bytes are still to be written to {directory}, but only {free:,} are free there. Free "
-                "some space, or choose an output on another disk."
-            )
+        check_space(directory, min(unallocated, self._missing_bytes), ExportError)
 
     def _failure(self, error: OSError, what: str) -> ExportError:
         directory = self.paths[0].parent

@@ -1,6 +1,7 @@
 """Work files of an output: what is made on the way to it lies hidden beside it, under its whole name.
 
     .model.gguf.untuned-1f2e3d4c5b6a.gguf     of the export of these settings; its own parts, journal and partial files
+    .model.tuned-1f2e3d4c5b6a.gguf.outcome    what came of tuning, of a directory that is written from that file
     .model.untuned-1f2e3d4c5b6a/              the same for a directory, whose parts are in ..model.untuned-….partial/
     .model.gguf.asymmetric-1f2e3d4c5b6a/      begin with this name
     model.gguf.journal, model.gguf.partial    an interrupted `ResumableOutput`; of a split, those of its parts
@@ -32,8 +33,9 @@ from dynquant.storage.resumable_output import unfinished
 
 _OF_SPLIT = r"-\d{5}-of-\d{5}"
 WRITTEN, STAGING, STREAMING = "written.safetensors", "partial", "streaming"
+OUTCOME = ".outcome"
 _KIND = (
-    rf"(untuned|tuned)-[0-9a-f]{{12}}({_OF_SPLIT})?\.gguf(\.journal|\.partial)?|(untuned|asymmetric)-[0-9a-f]{{12}}|"
+    rf"(untuned|tuned)-[0-9a-f]{{12}}({_OF_SPLIT})?\.gguf(\.journal|\.partial|{re.escape(OUTCOME)})?|(untuned|asymmetric)-[0-9a-f]{{12}}|"
     rf"{re.escape(WRITTEN)}|{STAGING}|{STREAMING}"
 )
 _JOURNALS = ("*.journal", "progress.jsonl", "run.json")

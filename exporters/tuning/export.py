@@ -1,8 +1,8 @@
 """Exports that the closing pass tunes: written under the name of work, tuned from there, and removed.
 
 A run that was stopped goes on with what is whole: with what is encoded, and where the output is written from a tuned
-GGUF file also with that. Training that ends by the clock does not give the same bytes twice, and some may be in the
-output already.
+GGUF file also with that and with what was said of it. Training that ends by the clock does not give the same bytes
+twice, and some may be in the output already.
 """
 
 import glob
@@ -16,7 +16,8 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.exporters.closing_pass import tune_file
 from dynquant.exporters.output import Encoding
 from dynquant.exporters.tuning.training import TuneOptions
-from dynquant.storage.work_files import discard, work_path
+from dynquant.storage.atomic import write_atomically
+from dynquant.storage.work_files import OUTCOME, discard, work_path
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class TunedFormat:
     ending: str = ""
     """End of its name; a checkpoint is a folder."""
     convert: Callable[..., list[Path]] | None = None
-    """Exports an output of another format under a name, with the tuned GGUF file as `stored`."""
+    """Exports an output of another format under a name, with the tuned GGUF file as `stored` and the words on what
+    `came_of_tuning`."""
 
     def whole(self, path: Path) -> list[Path]:
         """Return what lies there of a finished export with this name, what is opened first; nothing of another."""
@@ -62,12 +64,16 @@ def export_tuned(
         kind.write(name)
         untuned = kind.whole(name)
     target, files = (output, []) if kind.convert is None else beside("tuned", astuple(tuning))
-    if not files:
+    said = target.with_name(f"{target.name}{OUTCOME}")
+    if not files or not said.is_file() or said.is_symlink():
         how = {"encoder": encoding.encoder.name, "shared": shared}
-        files = tune_file(encoding.model, untuned[0], encoding.moments.tokens, tuning, target, encoding.session, **how)
+        tuned = tune_file(encoding.model, untuned[0], encoding.moments.tokens, tuning, target, encoding.session, **how)
+        files = tuned.files
+        if kind.convert is not None:
+            write_atomically(said, tuned.outcome)
     if kind.convert is not None:
-        untuned += files
-        files = kind.convert(output, stored=GGUFSource(files[0]))
+        untuned += [*files, said]
+        files = kind.convert(output, stored=GGUFSource(files[0]), came_of_tuning=said.read_text("utf-8"))
     for path in untuned:
         discard(path, output)
     return files

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynquant.checkpoints.gguf_layout import TUNED
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.exporters.gguf import write_patched
@@ -59,7 +60,8 @@ class QuantizedGGUF:
         return {name: packed.reshape(self._source.load_packed(name).shape)}
 
     def write(self, output: Path, replacements: Mapping[str, Tensor], *, encoder: str, outcome: str) -> list[Path]:
-        return write_patched(self._source, output, replacements, encoder=f"{encoder}+tune" if replacements else encoder)
+        encoder += TUNED * bool(replacements)
+        return write_patched(self._source, output, replacements, encoder=encoder)
 
     def _type(self, name: str) -> str:
         return self._source.info(name).dtype

@@ -235,7 +235,7 @@ def _split(given: Tensor, written: Tensor, options: TuneOptions) -> _Split:
     if len(given) < FEWEST_WINDOWS:
         raise StatsError(
             f"The closing pass needs at least {FEWEST_WINDOWS} windows of {given.shape[1]} tokens, but the text has "
-            f"{len(given)}. Calibrate on more text (--calibration, --tokens), or export with `--tune 0`."
+            f"{len(given)}. Calibrate on more text (--calibration, --tokens), or give --tune 0 to go without."
         )
     generator = torch.Generator().manual_seed(options.seed)
     trained = min(options.tokens, given.numel()) + written.numel()

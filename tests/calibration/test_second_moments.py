@@ -170,7 +170,7 @@ def test_file_round_trip(whole, tmp_path):
 def test_damaged_file_is_refused(content, tmp_path):
     path = tmp_path / "hessians.safetensors"
     path.write_bytes(content)
-    with pytest.raises(StatsError, match="does not hold second moments"):
+    with pytest.raises(StatsError, match=r"does not hold second moments|an empty file, not a file of second"):
         SecondMoments.load(path)
 
 

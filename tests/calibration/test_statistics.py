@@ -166,7 +166,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, small_moe):
     data = path.read_bytes()
     for damaged in (b"", data[:7], data[:200], data[:-1], data.replace(b".in_sum2", b".in_sum3")):
         path.write_bytes(damaged)
-        with pytest.raises(StatsError, match=r"stats\.safetensors is not a statistics file"):
+        with pytest.raises(StatsError, match=r"stats\.safetensors is (an empty file, )?not a statistics file"):
             CalibrationStats.load(path)
     for foreign, words in (
         (small_moe / "model.safetensors", "not a statistics file"),

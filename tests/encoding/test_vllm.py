@@ -36,6 +36,17 @@ def encoded(scheme, weights, **options):
     return encode_layers(scheme, weights, global_scale=scale, **options)
 
 
+def test_errors_of_nvfp4_do_not_depend_on_its_global_scale():
+    """Rows are priced under the scale of their own largest weight, and shipped under that of the whole layer."""
+    scheme, generator = SCHEMES["NVFP4A16"], torch.Generator().manual_seed(2)
+    weights = 0.02 * torch.randn(1, 64, COLUMNS, generator=generator)
+    peak, errors = float(weights.abs().max()), []
+    for larger in (1, 1.3, 1.7, 3000):
+        (layer,) = encode_layers(scheme, weights, global_scale=nvfp4_global_scale(larger * peak))
+        errors.append(float((layer.decoded() - weights[0]).square().sum()))
+    assert max(errors) < 1.02 * min(errors)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_library_decompresses_exactly_what_we_decode(name, weights):
     scheme = SCHEMES[name]

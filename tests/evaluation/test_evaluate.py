@@ -19,6 +19,7 @@ from dynquant.inputs.text import evaluation_windows
 from tests.helpers.commands import refused
 from tests.helpers.edited_checkpoints import edited_config
 from tests.helpers.evaluating import evaluated
+from tests.helpers.packed_models import plan_of
 from tests.helpers.tiny_models import save_tiny, write_f32
 
 SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
@@ -137,6 +138,17 @@ def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data
     monkeypatch.setattr(evaluate_module.runners, "open_runner", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(EvaluationError, match=reason):
         evaluated(small_moe, small_moe, **{**data, **SMALL, **options})
+
+
+def test_a_plan_of_a_language_model_is_to_be_exported_first(small_moe, moe_model, data, tmp_path) -> None:
+    plan = tmp_path / "plan.json"
+    plan_of(moe_model, "Q8_0").save(plan)
+    pictures = tmp_path / "pictures.jsonl"
+    for candidate in (plan, tmp_path):
+        for how in (("--text", data["text"][0]), ("--data", pictures, "--tasks", "kl")):
+            said = refused("eval", candidate, "--reference", small_moe, *how)
+            assert f"{candidate} is a plan, and plans are evaluated as they are only of vision-language models" in said
+            assert f"Export it (`dynquant export {small_moe} --plan {plan} -o model.gguf`)" in said
 
 
 def info(vocab_size: int, num_named: int, name: str) -> ModelInfo:

@@ -37,6 +37,14 @@ def test_one_process_makes_an_entry_and_others_read_it(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["reference-k.safetensors"]
 
 
+def test_all_parts_of_a_split_file_are_the_model_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("[x]*", "x"):
+        parts = [tmp_path / f"{name}-0000{number}-of-00002.gguf" for number in (1, 2)]
+        for part in parts:
+            part.touch()
+        assert reference_cache.model_files(parts[0]) == parts
+
+
 def test_an_unwritable_cache_is_refused_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WriteError, match="could not be written"):

@@ -1,5 +1,6 @@
 """The closing pass on the small model: weights in their places, a lower KL on unseen text, no code changed."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.cli.terminal.record import RunRecord
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import CheckpointError, ExportError, StatsError
-from dynquant.exporters.closing_pass import check_original, closing_pass_of, too_large_to_tune, tune_options
+from dynquant.errors import CheckpointError, ExportError, StatsError, WriteError
+from dynquant.exporters.closing_pass import check_original, closing_pass_of, too_large_to_tune, tune_file, tune_options
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions, ExportOptions
 from dynquant.exporters.output import Encoding
@@ -31,7 +32,7 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.session import ignore_progress
+from dynquant.session import SILENT, ignore_progress
 from tests.helpers.commands import refused, succeed
 from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import TINY
@@ -232,9 +233,17 @@ def test_what_cannot_run_the_original_is_refused_before_calibration(small_moe, t
     for options, reason in (
         (
             ExportOptions(**how, encoder="ggml", tune=600),
-            r"The closing pass \(--tune 600\) cannot run: it goes with --encoder dynquant",
+            r"The closing pass \(--tune 600\) cannot run: it goes with --encoder dynquant\. Give --tune 0 to go",
         ),
-        (ExportOptions(**how, asymmetric=600, calibration=CalibrationOptions(hessians="none")), "no second moments"),
+        (
+            ExportOptions(**how, asymmetric=600, calibration=CalibrationOptions(hessians="none")),
+            r"no second moments, .*\. Leave out --asymmetric to go without\.$",
+        ),
+        (
+            ExportOptions(**how, tune=600, asymmetric=300, calibration=CalibrationOptions(hessians="none")),
+            r"^The closing pass \(--tune 600\) and asymmetric calibration \(--asymmetric 300\) cannot run: there are "
+            r"no .*\. Give --tune 0 and leave out --asymmetric to go without\.$",
+        ),
     ):
         with pytest.raises(ExportError, match=reason):
             export(options)
@@ -277,7 +286,7 @@ def test_statistics_of_too_few_windows_are_refused_before_anything_is_written(mo
     stats = tmp_path / "stats.safetensors"
     succeed("calibrate", small_moe, "--calibration", short, "-o", stats)
     before = {*tmp_path.iterdir()}
-    with pytest.raises(ExportError, match="takes 5 windows of text, and calibration had 3"):
+    with pytest.raises(ExportError, match=r"calibration had 3\. Calibrate on more text, or give --tune 0 to"):
         how = {"preset": "uniform-q4_k", "stats": stats, "tune": 600}
         export(ExportOptions(model=str(small_moe), output=tmp_path / "new" / "m.gguf", **how, **more))
     assert {*tmp_path.iterdir()} == before
@@ -303,7 +312,7 @@ def test_a_release_whose_files_cannot_be_tuned_is_refused_before_calibration(sma
 def test_a_calibration_of_few_windows_is_refused_before_anything_is_encoded(moe_model, windows):
     moments = SecondMoments(StatsProvenance(fingerprint="f", text_hash="0", text_name="t"), windows[:3])
     encoding = Encoding(model=moe_model, plan=None, encoder=load_encoder("dynquant", "cpu"), moments=moments)
-    with pytest.raises(ExportError, match="takes 5 windows of text, and calibration had 3"):
+    with pytest.raises(ExportError, match=r"calibration had 3\. Calibrate on more text, or give --tune 0 to"):
         closing_pass_of(encoding, 600, ClosingPassOptions())
     assert closing_pass_of(encoding, None, ClosingPassOptions()) is None
 
@@ -336,14 +345,21 @@ def test_models_beyond_the_memory_are_not_tuned_unasked(moe_model, monkeypatch):
 
 
 def test_no_file_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeypatch):
-    from dynquant.errors import WriteError
-
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dynquant.exporters.gguf.os.fsync", full)
     with pytest.raises(WriteError, match="could not be written"):
         write_patched(GGUFSource(crushed), tmp_path / "tuned.gguf", tuned.replacements, encoder="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_known_before_a_file_is_tuned(crushed, moe_model, windows, tmp_path, monkeypatch):
+    monkeypatch.setattr("dynquant.exporters.closing_pass.load_hf", lambda *_, **__: pytest.fail("it runs the model"))
+    size = crushed.stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - size, size - 1))
+    with pytest.raises(WriteError, match=rf"{size:,} bytes are still .*, but only {size - 1:,} are free"):
+        tune_file(moe_model, crushed, windows, OPTIONS, tmp_path / "new" / "m.gguf", SILENT, encoder="ggml")
     assert not list(tmp_path.iterdir())
 
 

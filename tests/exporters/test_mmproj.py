@@ -17,7 +17,8 @@ from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
-from dynquant.evaluation.llama_cpp_pictures import MtmdRunner, segments_of
+from dynquant.evaluation import evaluate
+from dynquant.evaluation.pictures.llama_cpp import MtmdRunner, segments_of
 from dynquant.exporters.gguf import stats_of_part
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
@@ -204,7 +205,7 @@ def test_limits_of_pictures_are_those_of_the_processor(models):
     assert image_token_limits(load_processor(models("gemma3"))) is None
 
 
-def test_files_are_evaluated_on_pictures(models, exported, tmp_path):
+def test_files_are_evaluated_on_pictures(models, exported, tmp_path, monkeypatch):
     pictures = write_pictures(tmp_path, 3, height=84, width=84)
     questions = pictures.with_name("questions.jsonl")
     lines = [{"images": [f"{i}.png"], "question": "What color is it?", "answer": "red"} for i in range(3)]
@@ -225,8 +226,17 @@ def test_files_are_evaluated_on_pictures(models, exported, tmp_path):
 
     alone = tmp_path / "alone.gguf"
     shutil.copyfile(exported("qwen2_vl"), alone)
-    error = refused("eval", alone, "--reference", models("qwen2_vl"), "--tasks", "kl", "--data", questions)
-    assert "mmproj-alone.gguf" in error and "--mmproj FILE" in error
+    (tmp_path / "other.json").write_text("{}")
+    monkeypatch.setattr(evaluate, "load_hf", lambda *_, **__: pytest.fail("a model was loaded"))
+    for candidate, words in {
+        "alone.gguf": "mmproj-alone.gguf, and alone.gguf alone sees no pictures; give --mmproj FILE",
+        "other.json": "other.json is not a plan of dynquant",
+        "none": "none is neither a Hugging Face model directory, nor",
+        "questions.jsonl": "questions.jsonl is neither a Hugging Face model directory, nor",
+    }.items():
+        path = tmp_path / candidate
+        error = refused("eval", path, "--reference", models("qwen2_vl"), "--tasks", "kl", "--data", questions)
+        assert words in error
 
 
 def test_a_plan_of_other_sizes_is_refused(models, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.exporters import compressed_tensors, gguf
 from dynquant.exporters import safetensors as packed
+from dynquant.exporters.closing_pass import TunedFiles
 from dynquant.exporters.output import Encoding
 from dynquant.exporters.tuning import export as tuned_export
 from dynquant.exporters.tuning.export import TunedFormat, export_tuned
@@ -39,10 +40,11 @@ def trained(monkeypatch):
     def tune_file(_model, path, _windows, _options, output, _session, *, encoder, shared):
         if path.is_dir():
             values.append(path)
-            return compressed_tensors.write_patched(path, output, {}, outcome="nothing changed")
+            return TunedFiles(compressed_tensors.write_patched(path, output, {}, outcome="nothing changed"), "")
         source = GGUFSource(path)
         values.append(source.load_packed(QUERY) + len(values) + 1)
-        return gguf.write_patched(source, output, {QUERY: values[-1]}, encoder=encoder)
+        files = gguf.write_patched(source, output, {QUERY: values[-1]}, encoder=encoder)
+        return TunedFiles(files, f"the closing pass of run {len(values)} helped")
 
     monkeypatch.setattr(tuned_export, "tune_file", tune_file)
     return values
@@ -150,6 +152,12 @@ def test_what_was_tuned_is_packed_after_an_interruption(export, trained, tmp_pat
     assert len(trained) == 1 and names(tmp_path) == {"out"}
     stored = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(interleave_halves(4)(stored), trained[0])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.endswith("\n\n## Closing pass\n\nThe closing pass of run 1 helped.\n")
+    assert "- Measured on this file by the closing pass alone, see below." in card
+    export("safetensors", tmp_path / "out")
+    assert "The closing pass of run 2 helped." in (tmp_path / "out" / "README.md").read_text()
+    assert names(tmp_path) == {"out"}
 
 
 def test_a_link_is_not_read_and_goes(export, tmp_path, monkeypatch):

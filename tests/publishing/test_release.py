@@ -12,18 +12,21 @@ from huggingface_hub import constants
 from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
 from dynquant.errors import HubError, LibraryError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.exporters.gguf import write_patched
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing import stage
+from dynquant.publishing.card import _how_made
 from dynquant.publishing.hub import push
 from dynquant.publishing.options import ReleaseOptions
-from dynquant.publishing.record import Release
+from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import linked_copy, refused, succeed
@@ -278,6 +281,25 @@ def test_a_command_is_kept_for_the_sizes_that_it_adds(tmp_path):
     options = ReleaseOptions(model="m", output=tmp_path, fits=("8GB", "1GiB"), context=4096)
     request = options.targets[1].recipe
     assert [target.recipe for target in options.asking_for([request]).targets] == [request]
+
+
+def test_the_card_names_the_files_that_the_closing_pass_has_changed(packed_moe, tmp_path):
+    types = {"types": {"Q4_K": 1}, "bytes": 1, "bits_per_weight": 1.0, "plan_hash": ""}
+    rows = [ReleasedFile(request=f"bpw {n}", name=f"{n}.gguf", files={f"{n}.gguf": "0"}, **types) for n in (3, 4)]
+    record = Release(
+        model="m", arch="a", fingerprint="f", num_weights=1, settings={}, files=rows,
+        runs=(ReleaseRun(command=(), sizes={}, device="cpu", versions={"dynquant": "0"}),),
+    )  # fmt: skip
+    options = ReleaseOptions(model="m", output=tmp_path, bpw=("3", "4"))
+    for encoders, words in {
+        ("dynquant", "dynquant"): None,
+        ("dynquant", "dynquant+tune"): " of 4.gguf",
+        ("dynquant+tune", "dynquant+tune"): "",
+    }.items():
+        for row, encoder in zip(rows, encoders, strict=True):
+            write_patched(GGUFSource(packed_moe.gguf), tmp_path / row.name, {}, encoder=encoder)
+        expected = f"The closing pass tuned scales and norms{words} on the KL to the original. " * (words is not None)
+        assert f"\n\n{expected}Made with dynquant 0 on cpu." in _how_made(record, options)
 
 
 def test_more_effort_reaches_plans_and_files(tmp_path):

@@ -184,7 +184,7 @@ def test_tune_improves_any_file(small_moe, files, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--encoder", "magic"), "There is no encoder `magic`"),
+        (("--encoder", "magic"), "--encoder magic is not known"),
         (("--encoder", "dynquant", "--device", "cuda:99"), "cuda:99"),
         (("--encoder", "ggml", "--tune", "1024"), "closing pass"),
         (("--hessians", "some"), "--hessians some"),

@@ -20,17 +20,20 @@ def plan(moe_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def renamed(f32_moe, small_moe, plan, tmp_path_factory):
+def renamed(f32_moe, small_moe, plan, planned_16m, tmp_path_factory):
     """Files under names of other kinds."""
     folder = tmp_path_factory.mktemp("renamed")
     contents = {
         "gguf.safetensors": f32_moe, "gguf": f32_moe, "safetensors.gguf": small_moe / "model.safetensors",
-        "plan.gguf": plan, "plan": plan,
+        "plan.gguf": plan, "plan": plan, "model": small_moe, "priced": planned_16m,
+        "stats": planned_16m / "stats.safetensors", "moments": planned_16m / "hessians.safetensors",
+        "errors.json": planned_16m / "errors.json",
     }  # fmt: skip
     for name, file in contents.items():
         (folder / name).symlink_to(file)
     torch.save({"weight": torch.zeros(4)}, folder / "pickle.gguf")
     shutil.copyfile(folder / "pickle.gguf", folder / "pickle.safetensors")
+    (folder / "other.json").write_text('{"a": 1}')
     (folder / "text.gguf").write_text("Once upon a time there was a model.\n")
     return folder
 
@@ -57,14 +60,30 @@ def test_diff_reads_plans_and_files_under_other_names(f32_moe, plan, renamed):
     [
         ("inspect pickle.gguf", "but a zip archive, as pickled weights are"),
         ("inspect pickle.safetensors", "but a zip archive, as pickled weights are"),
-        ("inspect plan.gguf", "but a JSON file"),
+        ("inspect plan.gguf", "but a plan of dynquant. Check"),
+        ("inspect other.json", "but a JSON file. Check"),
         ("inspect text.gguf", "does not begin with `GGUF`"),
         ("inspect --lint safetensors.gguf", "is a safetensors file, not a GGUF file"),
         ("diff safetensors.gguf plan", "is a safetensors file, which has no GGUF types"),
         ("diff gguf pickle.safetensors", "is a zip archive, as pickled weights are, not a plan of dynquant. "),
         ("export gguf --plan safetensors.gguf -o out.gguf", "is a safetensors file, not a plan of dynquant. "),
         ("tune safetensors.gguf --reference gguf -o out.gguf", "nor a GGUF file, but a safetensors file. Check"),
-        ("fit safetensors.gguf", "is no GGUF file"),
+        ("fit safetensors.gguf", "is no GGUF file, which llama.cpp runs, but a safetensors file. Export"),
+        ("export model --plan stats -o out.gguf", "stats is a statistics file of dynquant, not a plan of dynquant. "),
+        ("export model --plan errors.json -o out.gguf", "errors.json is an error table of dynquant, not a plan. Make"),
+        ("export model --plan other.json -o out.gguf", "is not a plan of dynquant (`model` is missing)"),
+        ("export model --plan priced/plan.json --stats plan -o out.gguf", "plan is a plan of dynquant, not a stat"),
+        ("export model --plan priced/plan.json --stats gguf -o out.gguf", "gguf is a GGUF file, not a statistics file"),
+        ("export model --plan priced/plan.json --stats moments -o out.gguf", "not a statistics file of dynquant, wh"),
+        ("export model --plan priced/plan.json --stats safetensors.gguf -o out.gguf", "it has no header of dynquant"),
+        ("export model --preset uniform-q4_k --stats errors.json -o out.gguf", "is an error table of dynquant, not a"),
+        ("analyze model --stats plan -o out.json", "plan is a plan of dynquant, not a statistics file"),
+        ("calibrate model --imatrix plan -o out.safetensors", "a plan of dynquant, not an importance matrix in a GGUF"),
+        ("calibrate model --calibration errors.json -o out.safetensors", "an error table of dynquant. Records are"),
+        ("plan model --recipe plan -o out", "plan is a plan of dynquant, not a recipe. --like FILE takes"),
+        ("diff gguf stats", "is a statistics file of dynquant, which has no GGUF types"),
+        ("calibrate errors.json -o out.safetensors", "owner/name, but an error table of dynquant; check the path"),
+        ("plan --config-only plan --preset f16", "(--config-only) is a file; give the directory"),
         ("calibrate safetensors.gguf -o stats.safetensors", "but a safetensors file; give the directory"),
     ],
 )

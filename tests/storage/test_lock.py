@@ -79,6 +79,15 @@ def test_a_process_may_lock_its_output_within_and_leaves_no_folder_that_it_did_n
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_another_process_has_made_anew_stays(tmp_path, holder):
+    with locked(tmp_path / "out"):
+        (tmp_path / ".out.lock").unlink()  # as people do with files that they do not know
+        process = holder(tmp_path / "out")
+    assert f"process {process.pid} " in (tmp_path / ".out.lock").read_text()
+    with pytest.raises(WriteError, match=str(process.pid)):
+        locked(tmp_path / "out").__enter__()
+
+
 def test_a_root_is_locked_within(tmp_path):
     file, descriptor = lock._acquired(Path("/") if os.access("/", os.W_OK) else tmp_path)
     os.close(descriptor)
@@ -103,7 +112,8 @@ def test_places_that_cannot_be_written_to_are_refused_with_the_reason(tmp_path):
     with pytest.raises(WriteError, match=r"cannot be written: .*file is no directory"):
         locked(tmp_path / "file" / "out").__enter__()
     with pytest.raises(WriteError, match="File name too long"):
-        locked(tmp_path / ("x" * 300)).__enter__()
+        locked(tmp_path / "new" / ("x" * 300)).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])

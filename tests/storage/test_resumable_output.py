@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -233,14 +234,14 @@ def test_space_that_the_partial_file_has_already_is_not_asked_for_again(monkeypa
     usage = namedtuple("usage", "total used free")
     free = max(0, plan.predicted_bytes - allocated)
     assert free < plan.predicted_bytes // 4
-    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
     (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=GGML)
     assert path.stat().st_size == plan.predicted_bytes
 
 
 def test_too_little_space_is_refused_before_anything_is_written(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 9, 9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 9, 9))
     with pytest.raises(ExportError, match="only 9 are free"):
         export_gguf(tiny_model(), tiny_plan(tiny_model()), None, tmp_path / "a.gguf", encoder=GGML)
     assert left_in(tmp_path) == []

@@ -17,6 +17,7 @@ OURS = (
     f".m[1].gguf.untuned-{DIGEST}.gguf.partial",
     f".m[1].gguf.untuned-{DIGEST}-00001-of-00002.gguf.journal",
     f".m[1].gguf.tuned-{DIGEST}.gguf",
+    f".m[1].gguf.tuned-{DIGEST}.gguf.outcome",
     f".m[1].gguf.asymmetric-{DIGEST}/states/1",
     ".m[1].gguf.written.safetensors",
     f"..m[1].gguf.written.safetensors.{HEX}.partial",

@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM end the process within a second, also inside native code.
+"""Ctrl-C, SIGTERM and a terminal that closes end the process within a second, also inside native code.
 
 Python runs a signal handler only when the main thread is back from native code, which may take minutes. The signal's
 number also reaches a thread, through the wake-up descriptor: it gives the main thread a moment to unwind and then
-ends the process. What is on disk must therefore be sound at any time, as after a kill. Native code that keeps
-Python's lock also keeps this thread waiting; encoders, PyTorch and llama.cpp do not.
+ends the process; the files of its locks go with it. What is on disk must therefore be sound at any time, as after a
+kill. Native code that keeps Python's lock also keeps this thread waiting; encoders, PyTorch and llama.cpp do not.
 
 Where Python has nobody to raise an exception to (what native code calls back, as LLVM does when numba compiles, and
 what is called for objects that go), it prints the exception and goes on: the process ends there instead.
@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from dynquant.storage.lock import remove_held
+
 EXIT_STATUS = 130
 GRACE_SECONDS = 0.5
 """Time that the main thread may take to unwind."""
 SAYING_SECONDS = 0.3
 """Time that the last words may take: a terminal or pipe may not be read any more."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
 
 
 class Interrupted(BaseException):
@@ -33,9 +36,10 @@ class Interrupted(BaseException):
 
 @contextmanager
 def ends_promptly(say: Callable[[], None]) -> Iterator[None]:
-    """Within the block, SIGINT or SIGTERM calls `say`, once, and ends the process with EXIT_STATUS.
+    """Within the block, SIGINT, SIGTERM or SIGHUP calls `say`, once, and ends the process with EXIT_STATUS.
 
-    Does nothing outside the main thread, where Python allows no handlers.
+    SIGHUP is ignored where it was, as under nohup. Does nothing outside the main thread, where Python allows no
+    handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,7 +47,8 @@ def ends_promptly(say: Callable[[], None]) -> Iterator[None]:
     ending = _Ending(say)
     receiver, sender = socket.socketpair()
     sender.setblocking(False)  # Python's handler writes to it and must not wait
-    before = {number: signal.signal(number, ending.raise_once) for number in _SIGNALS}
+    heeded = [each for each in _SIGNALS if each != _HANGUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ending.raise_once) for number in heeded}
     descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     print_unraisable, sys.unraisablehook = sys.unraisablehook, ending.unraisable
     threading.Thread(target=ending.watch, args=(receiver,), daemon=True, name="signals").start()
@@ -98,4 +103,5 @@ class _Ending:
         speaker = threading.Thread(target=self._say, daemon=True)  # a pipe that nobody reads would hold this one
         speaker.start()
         speaker.join(SAYING_SECONDS)
+        remove_held()
         os._exit(EXIT_STATUS)  # sys.exit would wait for native threads

@@ -29,6 +29,7 @@ from dynquant.planning.memory.budget import (
 )
 from dynquant.planning.options import FitOptions
 from dynquant.resources import human_bytes, parse_size
+from dynquant.storage.file_kinds import but_is
 
 _CONTEXT = 8192  # tokens, where the model was trained for as many
 COMMON_CARDS = ("8 GB", "12 GB", "16 GB", "24 GB")
@@ -120,7 +121,7 @@ def _opened(
     """Return a file, the context, of its own where none is asked for, and what an installed llama.cpp reserves."""
     check_cache(kv_type)
     if not is_gguf(path):
-        raise PlanError(f"{path} is no GGUF file, which llama.cpp runs. Export the model first.")
+        raise PlanError(f"{path} is no GGUF file, which llama.cpp runs{but_is(path)}. Export the model first.")
     file = _File(path)
     context = context or min(_CONTEXT, file.trained_context or _CONTEXT)
     return file, context, reserved_bytes(path, context, kv_type) if asks_llama_cpp else None

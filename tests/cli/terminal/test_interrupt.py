@@ -64,6 +64,32 @@ def test_native_code_does_not_hold_the_process(kind):
     assert seconds < LIMIT_SECONDS
 
 
+def test_a_terminal_that_closes_ends_the_process_unless_that_is_ignored():
+    for start, left in ((lambda: None, (130, "said\n")), (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), None)):
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(work=NATIVE["python"])], preexec_fn=start,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert (process.poll() is None) == (left is None)
+        _, out, _ = stop(process, signal.SIGINT)
+        assert (process.returncode, out) == (130, "said\n")
+
+
+def test_an_interruption_in_native_code_leaves_no_lock(tmp_path):
+    outputs = f"[*map(Path, {[str(tmp_path / name) for name in ('new/plan', 'new/plan/plan.json', 'b')]})]"
+    work = "from contextlib import ExitStack; from pathlib import Path; from dynquant.storage.lock import locked\n"
+    work += f"    with ExitStack() as locks:\n        [locks.enter_context(locked(path)) for path in {outputs}]\n"
+    work += f"        {NATIVE['torch']}"
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(work=work)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd="/")  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    assert sorted(file.name for file in tmp_path.rglob("*.lock")) == [".b.lock", ".plan.json.lock", ".plan.lock"]
+    _, out, err = stop(process, signal.SIGINT)
+    assert (process.returncode, out, err) == (130, "said\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_code_that_swallows_the_interruption_does_not_hold_the_process():
     work = """
     try:

@@ -1,0 +1,1 @@
+"""Candidates that are compared with their original on pictures."""

@@ -1,0 +1,54 @@
+"""Refusals before any work: what is known at the start costs nobody the hours until it is needed."""
+
+import json
+
+import pytest
+
+from tests.helpers.commands import refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("plan {m} --encoder magic -o {t}/o", "--encoder magic is not known; give one of dynquant, ggml."),
+        ("plan {m} --for vllm --encoder magic -o {t}/o", "--encoder magic is not known"),
+        ("analyze {m} --stats {t}/none --encoder magic -o {t}/o.json", "--encoder magic is not known"),
+        ("export {m} --preset uniform-q4_k --encoder magic -o {t}/o.gguf", "--encoder magic is not known"),
+        ("release {m} --bpw 4 --encoder magic -o {t}/o", "--encoder magic is not known"),
+        ("compare {m} --presets f16 --encoder magic --text {t}/text.txt -o {t}/o", "--encoder magic is not known"),
+        ("compare-encoders {m} --presets f16 --variants ggml,magic --text {t}/text.txt -o {t}/o", "--variants magic"),
+        ("compare {m} --presets uniform-q4_k,magic --text {t}/text.txt -o {t}/o", "There is no preset `magic`"),
+        ("compare-encoders {m} --presets uniform-q4_k,magic --text {t}/text.txt -o {t}/o", "There is no preset `mag"),
+        ("compare {m} --presets , --text {t}/text.txt -o {t}/o", "--presets names none; give some, as"),
+        ("compare-encoders {m} --presets , --text {t}/text.txt -o {t}/o", "--presets names none; give some, as"),
+        ("compare {m} --presets f16 --text {t}/empty.txt -o {t}/o", "The text empty.txt is empty"),
+        ("compare {m} --presets f16 --text {t}/document.json -o {t}/o", "document.json, line 1 is not JSON"),
+        ("compare {m} --presets f16 --text {t}/text.txt --tasks mmlu --mmlu-data {t}/empty.jsonl -o {t}/o", "no quest"),
+        ("compare-encoders {m} --presets f16 --text {t}/none.txt -o {t}/o", "There is no text"),
+        ("release {m} --bpw 4 --text {t}/empty.txt -o {t}/o", "The text empty.txt is empty"),
+        ("release {m} --bpw 4 --name ../up -o {t}/o", "--name '../up': files are called by it, so it is one"),
+        ("plan {m} --bpw 4 --select --selection-text {t}/empty.txt -o {t}/o", "The text empty.txt is empty"),
+        ("eval {m} --reference {m} --text {t}/text.txt --adapter {t} -o {t}/o.json", "holds no adapter_config.json"),
+        ("calibrate {m} --imatrix {t}/none.gguf -o {t}/o.safetensors", "none.gguf cannot be read: No such file or dir"),
+        ("calibrate {m} --imatrix {t}/empty.gguf -o {t}/o.safetensors", "empty.gguf is an empty file, not an importa"),
+        ("inspect {t}/empty.gguf", "but an empty file. Check"),
+        ("export {t}/empty.gguf --preset f16 -o {t}/o.gguf", "but an empty file; check the path"),
+        ("recipe {t}/empty.gguf", "empty.gguf is an empty file, not a plan of dynquant."),
+    ],
+)  # fmt: skip
+def test_what_is_known_at_the_start_is_refused_before_any_work(arguments, words, small_moe, tmp_path, monkeypatch):
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it runs the model")
+
+    for place in ("calibration.stage.run_calibration", "evaluation.runners.open_runner", "running.load.load_hf"):
+        monkeypatch.setattr(f"dynquant.{place}", work)
+    (tmp_path / "text.txt").write_text("The words of a text that is long enough. " * 99)
+    (tmp_path / "document.json").write_text(json.dumps({"some": "document"}, indent=1))
+    (tmp_path / "one.jsonl").write_text('{"text": "one example"}\n')
+    for name in ("empty.txt", "empty.jsonl", "empty.gguf"):
+        (tmp_path / name).touch()
+    before = {*tmp_path.rglob("*")}
+    names = {"m": small_moe, "t": tmp_path}
+    message = refused(*(word.format(**names) for word in arguments.split()))
+    assert words.format(**names) in message
+    assert {*tmp_path.rglob("*")} == before
