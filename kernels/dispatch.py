@@ -20,7 +20,7 @@ from dynquant.kernels import reference
 
 # `bench.products` times them. Four rows are for `gemv` only where there are no tiles, which then take as long or less.
 _KERNELS = {
-    "linear": (("gemv", 3), ("tiles", 32), ("ring", 1024), ("tiles", 128), ("gemv", 4)),
+    "linear": (("gemv", 3), ("tiles", 16), ("ring", 1024), ("tiles", 128), ("gemv", 4)),
     "input_grad": (("tiles", 256),),
 }
 """Product -> modules with it, and most rows; they have `supports(type_name, x, product)`."""

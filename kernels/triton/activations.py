@@ -62,6 +62,12 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.version.hip is None else (0, 0)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; those of an H100 or H200 where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def has_hopper_instructions(device: torch.device) -> bool:
     """Tell whether the device has what sm_90 brought: a kernel may start before the one ahead of it ends (programmatic
     dependent launch)."""
@@ -120,11 +126,19 @@ def order_of(type_name: str, device: torch.device, is_stream: bool) -> Tensor:
 
 
 def arrange(
-    x: Tensor, type_name: str, num_rows: int, *, is_stream: bool = False, places: Tensor | None = None, slots: int = 1
+    x: Tensor,
+    type_name: str,
+    num_rows: int,
+    *,
+    is_stream: bool = False,
+    places: Tensor | None = None,
+    slots: int = 1,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """Activations [M, K] in the order of fragments, or of `two_pass` if `is_stream`: [num_rows, whole steps].
 
-    With `places` int [P] row i of the result is row places[i] // slots of x. Rows beyond these are zero.
+    With `places` int [P] row i of the result is row places[i] // slots of x. Rows beyond these are zero. Up to
+    512 words of `zeros` become zero on the way, for a kernel that comes next.
     """
     length, step = x.shape[1], step_of.fn(type_name)
     num_steps = shapes.ceil_div(length, step)
@@ -133,20 +147,24 @@ def arrange(
     is_early = has_hopper_instructions(x.device)
     # One grid axis: the others end at 65535 programs, fewer than 64k tokens of eight experts each take.
     _arrange_kernel[(num_steps * shapes.ceil_div(num_rows, together),)](
-        x, arranged, order_of(type_name, x.device, is_stream), places, sources, num_rows, length, slots,
+        x, arranged, order_of(type_name, x.device, is_stream), places, zeros, sources, num_rows, length, slots,
+        0 if zeros is None else zeros.numel(),
         STEP=step, ROWS=together, PDL=is_early, num_warps=2, launch_pdl=is_early,
     )  # fmt: skip
     return arranged
 
 
-@triton.jit(do_not_specialize=["num_sources", "num_rows", "slots"])
+@triton.jit(do_not_specialize=["num_sources", "num_rows", "slots", "num_zeros"])
 def _arrange_kernel(
-    x_ptr, out_ptr, order_ptr, places_ptr, num_sources, num_rows, length, slots,
+    x_ptr, out_ptr, order_ptr, places_ptr, zeros_ptr, num_sources, num_rows, length, slots, num_zeros,
     STEP: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if zeros_ptr is not None and tl.program_id(0) == 0:
+        word = tl.arange(0, 512)
+        tl.store(zeros_ptr + word, tl.zeros([512], tl.int32), mask=word < num_zeros)
     i = tl.arange(0, STEP)[None, :]
     # Two neighbours stay neighbours, all others may be anywhere.
     num_steps = tl.cdiv(length, STEP)

@@ -59,7 +59,7 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
         elif runs_gluon(inputs.device, dtype):
             from dynquant.kernels.gluon import ring  # which can only be imported where it runs
 
-            if config := ring.experts_config(mean, length):
+            if config := ring.experts_config(mean, stored.name):
                 run = ring.multiply
         config = config or tiles.linear_config(mean, dtype)
         return run(product, inputs, weight, stored, config, _tiles_of(expert_ids, num_experts, config["BM"]))
@@ -95,7 +95,8 @@ def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Te
 
     Returns:
         order int64 [pairs], and int32 [3, tiles]: the expert (-1: ids that are no expert here, -2: left over), the
-        first place in `order`, and the place after the last.
+        first place in `order`, and the place after the last. Of those left over, which the last tile is one of, the
+        first place is how many are not.
     """
     ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
     starts = torch.searchsorted(ids, torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype))
@@ -126,6 +127,7 @@ def _tile_table_kernel(
     last = tl.minimum(tl.sum(tl.where(is_own, stop[None, :], 0), 1), first + BM)
     has_own = tl.sum(is_own.to(tl.int32), 1) > 0
     expert = tl.where(has_own, tl.where(expert == num_experts, -1, expert), -2)
+    first = tl.where(has_own, first, tl.sum(counts, 0))
     is_tile = tile < num_tiles
     tl.store(tiles_ptr + tile, expert, mask=is_tile)
     tl.store(tiles_ptr + num_tiles + tile, first, mask=is_tile)

@@ -172,7 +172,7 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "chosen", "on_hopper"),
     [
-        (1, "gemv", "gemv"), (3, "gemv", "gemv"), (4, "tiles", "tiles"), (32, "tiles", "tiles"), (33, "tiles", "ring"),
+        (1, "gemv", "gemv"), (3, "gemv", "gemv"), (4, "tiles", "tiles"), (16, "tiles", "tiles"), (17, "tiles", "ring"),
         (128, "tiles", "ring"), (129, "two_pass", "ring"), (1024, "two_pass", "ring"), (1025, "two_pass", "two_pass"),
     ],
 )  # fmt: skip

@@ -126,6 +126,21 @@ def test_a_grid_has_room_for_the_rows_of_many_tokens(monkeypatch):
     assert len(grid) == 1 or max(grid[1:]) <= 65535
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_rings_fit_a_hopper_gpu_and_are_decoded_in_parts(name):
+    from dynquant.kernels.triton import fragments
+
+    ring = pytest.importorskip("dynquant.kernels.gluon.ring", reason="this Triton has no Gluon for Hopper GPUs")
+    step = fragments.step_of.fn(name)
+    weights = [torch.empty(rows, 8192, dtype=torch.uint8, device="meta") for rows in (14336, 28672)]
+    chosen = [ring.config(rows, weight, name) for rows in (17, 33, 65, 129, 1024) for weight in weights]
+    chosen += [ring.experts_config(rows, name) for rows in (32, 48, 400)]
+    for each in chosen:
+        assert step % each["CHUNK"] == 0 and step // each["CHUNK"] >= 2
+        assert each["DEPTH"] >= 3 and each["DEPTH"] * each["CHUNK"] * each["BM"] * 2 <= 192 << 10
+    assert ring.experts_config(31.9, name) is None
+
+
 def planar(name: str, *shape: int) -> torch.Tensor:
     return pack_planes(name, packed_weights(name, *shape)).cuda()
 
@@ -206,6 +221,18 @@ def test_cuda_experts_with_long_rows_equal_float64(name, tokens, cuda):
     y = ops.experts_linear(x.cuda(), packed, ids.cuda(), name, layout="planes").cpu()
     assert relative_error(y, experts_truth(x, weight, ids, name)) <= BF16_ERROR
     assert not y[(ids < 0) | (ids >= 5)].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("rows", "shape"), [(32, (424, 8192)), (100, (2056, 4096)), (300, (20000, 1024))])
+def test_cuda_programs_share_the_steps_of_tiles(name, rows, shape, cuda):
+    """Few tiles, whose sums go from program to program on a Hopper GPU; as many as programs; and several rounds."""
+    weight = packed_weights(name, *shape)
+    packed, x = pack_planes(name, weight).cuda(), normal(rows, shape[1], dtype=torch.bfloat16).cuda()
+    y = ops.linear(x, packed, name, layout="planes")
+    assert relative_error(y, x.double() @ decode(name, weight).cuda().double().T) <= BF16_ERROR
+    assert all(torch.equal(ops.linear(x, packed, name, layout="planes"), y) for _ in range(20))
 
 
 @pytest.mark.gpu
