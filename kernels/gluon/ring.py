@@ -321,7 +321,7 @@ def _opaque(number):
 
 @gluon.jit
 def _store_part(ptr, sums, segment):
-    """Store sums [64, BM], at most 128 columns at a time: there are not registers for more addresses."""
+    """Store sums [64, BM], at most 64 columns at a time: there are not registers for more addresses."""
     if sums.shape[1] > 64:
         left, right = _halves(sums)
         _store_part(ptr, left, segment)
