@@ -194,11 +194,9 @@ def _place(item, tiles_ptr, columns, num_tiles, num_pairs, BM: gl.constexpr):
 
 
 @gluon.jit
-def _bring(
-    x_desc, ring, filled, emptied, tiles_ptr, columns, num_steps, num_tiles, num_pairs, grain,
-    BM: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr,
-):  # fmt: skip
+def _bring(held, BM: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr):
     """Fill slices with the activations of a program's segments, in their order."""
+    x_desc, ring, filled, emptied, tiles_ptr, columns, num_steps, num_tiles, num_pairs, grain = held
     gdc_wait()
     BYTES: gl.constexpr = BM * CHUNK * ring.dtype.primitive_bitwidth // 8
     programs, number, rounds, before, begin, end, _, segments = _work(tiles_ptr, columns, num_steps, num_tiles, grain)
@@ -216,12 +214,12 @@ def _bring(
 
 @gluon.jit
 def _multiply(
-    ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr, flags_ptr,
-    num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, TYPE: gl.constexpr,
+    common, GROUP: gl.constexpr, GROUPS: gl.constexpr, TYPE: gl.constexpr,
     BM: gl.constexpr, DEPTH: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Multiply a group's 64 rows of weights in every segment of a program, and store them."""
+    (ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr, flags_ptr,
+     num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain) = common  # fmt: skip
     CHUNKS: gl.constexpr = step_of(TYPE) // CHUNK
     PAIRS: gl.constexpr = CHUNK // 8
     KIND: gl.constexpr = kind_of(ring.dtype)
@@ -402,37 +400,28 @@ def ring_kernel(
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(emptied.index(i), count=GROUPS)
     fence_async_shared()
-    # Lists of arguments cannot be put together: Triton 3.6 loses names of types in them.
+    common = (ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr, flags_ptr,
+              num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain)  # fmt: skip
+    held = (x_desc, ring, filled, emptied, tiles_ptr, columns, num_steps, num_tiles, num_pairs, grain)
+    # Names of types cannot be among them: Triton 3.6 loses them in a tuple that has a name.
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr,
-                             flags_ptr, num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain,
-                             0, GROUPS, TYPE, BM, DEPTH, CHUNK)),
-                (_multiply, (ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr,
-                             flags_ptr, num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain,
-                             1, GROUPS, TYPE, BM, DEPTH, CHUNK)),
-                (_bring, (x_desc, ring, filled, emptied, tiles_ptr, columns, num_steps, num_tiles, num_pairs, grain,
-                          BM, DEPTH, CHUNK, CHUNKS)),
+                (_multiply, (common, 0, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_multiply, (common, 1, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_bring, (held, BM, DEPTH, CHUNK, CHUNKS)),
             ],
             [4, 1],
             [240, 24],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (_multiply, (ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr,
-                             flags_ptr, num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain,
-                             0, GROUPS, TYPE, BM, DEPTH, CHUNK)),
-                (_multiply, (ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr,
-                             flags_ptr, num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain,
-                             1, GROUPS, TYPE, BM, DEPTH, CHUNK)),
-                (_multiply, (ring, filled, emptied, planes_ptr, table_ptr, y_ptr, order_ptr, tiles_ptr, parts_ptr,
-                             flags_ptr, num_blocks, N, row_blocks, columns, num_steps, num_tiles, num_pairs, grain,
-                             2, GROUPS, TYPE, BM, DEPTH, CHUNK)),
-                (_bring, (x_desc, ring, filled, emptied, tiles_ptr, columns, num_steps, num_tiles, num_pairs, grain,
-                          BM, DEPTH, CHUNK, CHUNKS)),
+                (_multiply, (common, 0, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_multiply, (common, 1, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_multiply, (common, 2, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_bring, (held, BM, DEPTH, CHUNK, CHUNKS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
-        )  # fmt: skip
+        )
