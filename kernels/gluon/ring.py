@@ -172,11 +172,11 @@ def _work(tiles_ptr, columns, num_steps, num_tiles, grain):
 def _segment(i, programs, number, rounds, before, begin, end, num_steps):
     """Return the item of a program's segment, and first and last step."""
     item = i * programs + number
-    own = (i - rounds + begin // num_steps) * num_steps
-    start, stop = tl.maximum(begin - own, 0), tl.minimum(end - own, num_steps)
+    first_step = (i - rounds + begin // num_steps) * num_steps
+    start, stop = tl.maximum(begin - first_step, 0), tl.minimum(end - first_step, num_steps)
     is_whole = i < rounds
     return (
-        gl.where(is_whole, item, before + own // num_steps),
+        gl.where(is_whole, item, before + first_step // num_steps),
         gl.where(is_whole, 0, start),
         gl.where(is_whole, num_steps, stop),
     )
