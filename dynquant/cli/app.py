@@ -5,7 +5,6 @@ Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Collection
 from typing import Annotated
@@ -107,7 +106,7 @@ def main() -> None:
     """Entry point of the `dynquant` command."""
     let_waiting_threads_sleep()
     arguments = _global_options_first(sys.argv[1:])
-    console.begin(shlex.join(["dynquant", *sys.argv[1:]]))  # to be typed again after an interruption
+    console.begin(["dynquant", *sys.argv[1:]])  # to be typed again after an interruption
     noted = console.noted_warnings(of_all_kinds="--debug" in arguments)
     with ends_promptly(console.interrupted), lasting_streams(), noted:
         try:
