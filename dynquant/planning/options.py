@@ -9,6 +9,7 @@ from dynquant.effort import Effort, fill
 from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Mtp, Options, Writes
 from dynquant.planning.target import Target
+from dynquant.resources import shown_value
 from dynquant.storage.file_names import files_of_plan
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")  # ways to price tensors
@@ -22,7 +23,8 @@ def parse_range(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(":"))
     except ValueError as error:
-        raise PlanError(f"--frontier {text:.40} is no range of bits per weight; give one as 1.6:4.5.") from error
+        shown = shown_value(text)
+        raise PlanError(f"--frontier {shown} is no range of bits per weight; give one as 1.6:4.5.") from error
     return low, high
 
 
