@@ -26,6 +26,7 @@ from dynquant.cli.terminal.parameters import command_class, from_options
 from dynquant.cli.terminal.streams import lasting_streams
 from dynquant.cli.train import finetune, heal
 from dynquant.errors import DynquantError, OptionError, reason
+from dynquant.families.converter.source_tree import find_tree
 from dynquant.resources import let_waiting_threads_sleep
 
 _PACKAGES_OF = {
@@ -58,7 +59,8 @@ def every_command(
         typer.Option(
             metavar="DIR",
             help="llama.cpp's source tree, whose converter opens the architectures that dynquant does not convert by "
-            "itself. Default: LLAMA_CPP_DIR, or what `dynquant fetch-llama-cpp` keeps. May stand behind the command.",
+            "itself; all others do without. Default: LLAMA_CPP_DIR, or what `dynquant fetch-llama-cpp` keeps. May "
+            "stand behind the command.",
             show_default=False,
         ),
     ] = None,
@@ -69,6 +71,7 @@ def every_command(
         console.write_json_to(json_progress)
     if llama_cpp is not None:
         os.environ["LLAMA_CPP_DIR"] = os.path.abspath(llama_cpp)  # for processes that the command starts, too
+        find_tree()  # refuses what is no tree, be it needed or not
 
 
 def version() -> None:
