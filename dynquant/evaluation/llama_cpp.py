@@ -26,6 +26,7 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource, short_context
 from dynquant.errors import CheckpointError, DynquantError, EvaluationError, OtherGraphError
 from dynquant.families.complete_gguf import check_complete, check_loads
+from dynquant.families.from_gguf import Keys
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.branches import Branches, neighbours_that, num_shared
 from dynquant.inputs.model_inputs import Batch
@@ -50,6 +51,9 @@ _CONTEXTS_SHARE = 0.25
 
 _OF_ANOTHER_GRAPH = re.compile(r"check_tensor_dims|done_getting_tensors|missing tensor|has wrong shape")
 """Words of llama.cpp on a file whose tensors are not those of its graph."""
+
+_LAYERS_OF_LLAMA_4 = 4
+"""Layers of which llama.cpp takes the last for one without rotation."""
 
 _Window = tuple[Sequence[int], Collection[int]]
 """Token ids, and the places after which logits are wanted."""
@@ -471,6 +475,32 @@ def separate_window_logits(file: Path, tokens: Sequence[int], threads: int | Non
             kind = OtherGraphError if _OF_ANOTHER_GRAPH.search(reason) else EvaluationError
             raise kind(f"llama.cpp cannot run it: {reason}")
         return torch.from_numpy(np.load(folder / _LOGITS))
+
+
+def check_runs(file: Path, threads: int | None) -> None:
+    """Refuse a file that llama.cpp loads and then ends the process at: a Llama 4 without a layer for all positions.
+
+    Its graph takes every fourth layer for one that attends to all tokens and does not rotate them, whatever config.json
+    says; a file of fewer layers, or whose layers all attend globally, is tried in a process of its own.
+
+    Raises:
+        EvaluationError: that process ends.
+    """
+    keys = Keys(_source(file, file.stat().st_mtime_ns))
+    if keys.arch != "llama4":
+        return
+    num_layers, window = keys.integer("block_count"), keys.integer("attention.sliding_window", 1)
+    if num_layers >= _LAYERS_OF_LLAMA_4 and window:
+        return
+    try:
+        separate_window_logits(file, [0], threads)
+    except EvaluationError as error:
+        layers = "layers that all attend globally" if not window else f"only {num_layers} layers"
+        raise EvaluationError(
+            f"{file.name}: {error}. In llama.cpp every fourth layer of a Llama 4 is one without rotation, and this "
+            f"file has {layers}. Judge packed safetensors of the checkpoint instead (export -f safetensors): they run "
+            "in transformers. A newer llama-cpp-python may run the file."
+        ) from error
 
 
 def _reason(said: str) -> str:

@@ -25,6 +25,7 @@ from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.llama_cpp import (
     IsDone,
     LlamaCppRunner,
+    check_runs,
     llama_encode,
     llama_facts,
     llama_tokens,
@@ -171,6 +172,7 @@ def open_runner(
     from, for files that transformers cannot load without it. `kv_types` are those of llama.cpp's key/value cache.
     """
     if is_gguf(path) and runner == LLAMA_CPP:
+        check_runs(path, threads)
         return LlamaCppRunner(path, threads=threads, kv_types=kv_types)
     if threads is not None:
         torch.set_num_threads(threads)
