@@ -49,7 +49,8 @@ class SearchOptions(Options):
     text: Annotated[
         Path | None,
         Flag(
-            "Text, or with --data samples, to select on. Default: what calibration left of its own.",
+            "Text, or with --data samples, to select on. Default: pieces from all over what calibration left of its "
+            "own, or held back.",
             ("--selection-text",),
         ),
     ] = None
@@ -58,6 +59,10 @@ class SearchOptions(Options):
     unit_tokens: int = 4096
     rounds: int = 2
     selection_tokens: int = 4096
+    selection_window: int = 256
+    """Tokens of the shortest pieces that plans are scored on: many short ones show more of a text than few long."""
+    selection_span: int = 131_072
+    """Tokens behind the calibrated ones over which the pieces are spread."""
     check_plans: Annotated[
         int, Flag("Also draw this many plans and correlate their predicted and measured KL.", min=0)
     ] = 0

@@ -166,7 +166,8 @@ class ReleaseOptions(Options):
             output=self.output / WORK_NAME,
             calibration=self.calibration,
             encoder=self.encoder,
-            search=SearchOptions(select=self.select),
+            # Files are measured on what is behind the text of the choice, unless another text is given.
+            search=SearchOptions(select=self.select, **({} if self.questions.text else {"selection_span": 0})),
             effort=self.effort,
         )
 
