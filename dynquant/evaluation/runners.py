@@ -25,7 +25,6 @@ from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.llama_cpp import (
     IsDone,
     LlamaCppRunner,
-    check_runs,
     llama_encode,
     llama_facts,
     llama_tokens,
@@ -33,6 +32,7 @@ from dynquant.evaluation.llama_cpp import (
     until_end,
     without_padding,
 )
+from dynquant.evaluation.llama_cpp_alone import check_runs
 from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
 from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import open_model
