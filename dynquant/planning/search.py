@@ -272,7 +272,7 @@ def _selected(
 
 
 class _Extent(NamedTuple):
-    """What calibration used of its text, which it shuffled with a seed."""
+    """The first tokens of its text that calibration used, and the seed that shuffled it."""
 
     num_tokens: int
     window: int
@@ -293,16 +293,16 @@ def _text_windows(
 
     A source may be read in part, and its documents are shuffled then: as many are read as calibration did.
     """
-    window, wanted, tokenizer = used.window, options.selection_tokens, load_tokenizer(model)
-    behind = max(wanted, options.selection_span)
+    window, most, tokenizer = used.window, options.selection_tokens, load_tokenizer(model)
+    behind = max(most, options.selection_span)
     documents = read_text(calibration.text, seed=used.seed, max_tokens=used.num_tokens or behind)
     lengths = {"window": window, "max_tokens": used.num_tokens + window + behind}
     windows, first = pack_windows(documents, tokenizer, **lengths), used.num_tokens // window
-    calibrated, min_tokens = windows[: max(1, first)], min(wanted, 4 * window)
+    calibrated, min_tokens = windows[: max(1, first)], min(most, 4 * window)
     if options.text is not None:
         name = options.text.name
-        other = read_text(options.text, seed=used.seed, max_tokens=wanted)
-        selection = pack_windows(other, tokenizer, window=window, max_tokens=wanted)
+        other = read_text(options.text, seed=used.seed, max_tokens=most)
+        selection = pack_windows(other, tokenizer, window=window, max_tokens=most)
     else:
         name = f"{documents.name}, all over what is behind the calibrated tokens"
         left = range(first + 1, len(windows))  # one window is left out between the two
@@ -312,11 +312,11 @@ def _text_windows(
             name = f"{documents.name}, all over what calibration held back"
             left, calibrated = range(len(summed) + 1, len(calibrated)), summed.windows
         domains = window_domains(documents, tokenizer, **lengths, place=min(window, options.selection_window) // 2)
-        length = min(windows.shape[1], max(options.selection_window, wanted // max(1, len(left))))
-        selection = windows[_evenly_of_all_domains(left, max(1, wanted // length), domains), :length]
+        length = min(windows.shape[1], max(options.selection_window, most // max(1, len(left))))
+        selection = windows[_evenly_of_all_domains(left, max(1, most // length), domains), :length]
     if options.select and selection.numel() < min_tokens:
         raise StatsError(
-            f"{name}: {selection.numel():,} tokens. Selection wants {wanted:,}, and at least {min_tokens:,}. Give "
+            f"{name}: {selection.numel():,} tokens. Selection wants {most:,}, and at least {min_tokens:,}. Give "
             "--selection-text FILE, or calibrate in a new folder (-o) on a longer text or on fewer --tokens of it."
         )
     return ModelInputs(selection if len(selection) else calibrated[:1], name=name), calibrated

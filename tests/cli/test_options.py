@@ -314,7 +314,11 @@ def test_former_names_of_options_work_and_are_not_shown(small_moe, tmp_path):
         assert said.startswith("error: --tokens 1 is out of range")
     said = refused("eval", small_moe, "--reference", small_moe, "--text", demo_text, "--json", demo_text)
     assert f"{demo_text} (--output)" in said
-    for word in (["--llama-cpp"], ["--llama-cpp", tmp_path], [f"--llama-cpp={tmp_path}"], ["--for-llama-cpp"]):
+    tree = tmp_path / "llama.cpp"
+    for place in ("conversion", "gguf-py/gguf"):
+        (tree / place).mkdir(parents=True)
+        (tree / place / "__init__.py").touch()
+    for word in (["--llama-cpp"], ["--llama-cpp", tree], [f"--llama-cpp={tree}"], ["--for-llama-cpp"]):
         said = refused("finetune", tmp_path / "none", *word, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "a")
         assert "none.jsonl" in said, "the words behind the option are still read"
 

@@ -45,6 +45,8 @@ def _escaped(letter: str) -> str:
         return f"\\{letter}"
     if letter.isprintable():
         return letter
+    if 0xDC80 <= ord(letter) <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
     return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(letter, f"\\U{ord(letter):08x}")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import warnings
 
@@ -102,13 +103,13 @@ def test_file_names_that_break_or_steer_lines_are_quoted_on_every_way_out(screen
 
 
 def test_what_is_to_be_typed_again_is_what_was_typed(capsys):
-    words = ["dynquant", "plan", "a\nb\x9bc\td'\\e", "it's", "--bpw", "3"]
+    words = ["dynquant", "plan", "a\nb\x9bc\td'\\e\udcff", "it's", "--bpw", "3"]
     console.begin(words)
     console.interrupted()
     said = capsys.readouterr().err.splitlines()
     line = said[-1].partition("run the same command again: ")[2]
     typed = subprocess.run(["bash", "-c", f"LC_ALL=C.UTF-8; printf '%s\\0' {line}"], capture_output=True, check=True)
-    assert len(said) == 1 and typed.stdout.decode().split("\0")[:-1] == words
+    assert len(said) == 1 and os.fsdecode(typed.stdout).split("\0")[:-1] == words
 
 
 def test_a_command_shows_a_directory_with_such_a_name_in_one_line(small_moe, tmp_path):
