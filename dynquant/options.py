@@ -9,7 +9,6 @@ that `Only` names. `Options`, their base, checks numbers and names of outputs fo
 Python alike.
 """
 
-import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
 from dynquant.errors import OptionError
-from dynquant.resources import parse_size, parse_tokens
+from dynquant.resources import parse_size, parse_tokens, shown_value
 
 LARGEST = 2**31 - 1
 """Largest number of an option without a maximum of its own, and of a C int, which counts tokens in llama.cpp."""
@@ -71,7 +70,7 @@ class Flag:
         try:
             return parse_tokens(typed)
         except OptionError as error:
-            raise OptionError(f"{self.option(field)}: {error}") from error
+            raise OptionError(f"{self.option(field)} {error}") from error
 
     def check(self, value: Any, field: str, *, is_whole: bool) -> None:
         """Raise OptionError for a number or size outside the range, or none of the choices."""
@@ -82,7 +81,7 @@ class Flag:
         try:
             number = parse_size(value) if self.is_size else value
         except OptionError as error:
-            raise OptionError(f"{self.option(field)}: {error}") from error
+            raise OptionError(f"{self.option(field)} {error}") from error
         assert self.min is not None
         if self.is_size and number >= self.min:
             return
@@ -90,7 +89,7 @@ class Flag:
             return
         allowed = f"a {'whole ' * is_whole}number from {self.min:,} to {self.max:,}"
         allowed = f"a size of at least {self.min} B, as 140GB" if self.is_size else allowed
-        raise OptionError(f"{self.option(field)} {reprlib.repr(value)} is out of range; give {allowed}.")
+        raise OptionError(f"{self.option(field)} {shown_value(value)} is out of range; give {allowed}.")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ taken from memory-mapped files, which the kernel does not count: whoever maps a 
 import ctypes
 import os
 import re
+import reprlib
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,7 +97,7 @@ def parse_size(text: str) -> int:
     size = float(match.group(1)) * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0) if match else -1
     if not 0 <= size < 2**63:
         raise OptionError(
-            f"`{text:.40}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB, "
+            f"{shown_value(text)} is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB, "
             "less than 8 EiB."
         )
     return int(size)
@@ -108,8 +110,15 @@ def parse_tokens(text: str) -> int:
     whole, fraction, unit = match.groups("") if match else ("0", "1", "")
     number, rest = divmod(int(whole + fraction) * 1024 ** _POWER.get(unit.lower(), 0), 10 ** len(fraction))
     if rest:
-        raise OptionError(f"`{text:.40}` is no number of tokens; give one as 16384, 16k, 1.5k or 1m, where k is 1,024.")
+        raise OptionError(
+            f"{shown_value(text)} is no number of tokens; give one as 16384, 16k, 1.5k or 1m, where k is 1,024."
+        )
     return number
+
+
+def shown_value(value: object) -> str:
+    """Return the value of an option as it is typed, cut where it is long: bare, in quotes where a shell needs them."""
+    return shlex.quote(f"{value:.40}") if isinstance(value, str) else reprlib.repr(value)
 
 
 def human_bytes(count: int) -> str:

@@ -64,9 +64,9 @@ class WindowSums:
             self._add(name, products, 0.5, 1, tokens)
 
     def means_and_errors(self, *, is_tied: bool) -> tuple[dict[str, float], dict[str, float]]:
-        """Return nats per token and standard errors, by name."""
+        """Return nats per token and standard errors, by name; `is_tied` where the file has one tensor for both ends."""
         if is_tied and "output.weight" in self._sums:
-            self._sums["token_embd.weight"] += self._sums.pop("output.weight")  # one matrix, read at both ends
+            self._sums["token_embd.weight"] += self._sums.pop("output.weight")  # one tensor, read at both ends
         names, count = sorted(self._sums), len(self._lengths)
         if not names:
             return {}, {}
@@ -112,8 +112,7 @@ def output_sensitivity(
             sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
             first, done = first + len(batch.is_text), done + batch.num_tokens
             progress("measuring sensitivity", done, sum(lengths), unit="tokens")
-    head = hf_model.get_output_embeddings()
-    return sums.means_and_errors(is_tied=head is not None and head.weight is hf_model.get_input_embeddings().weight)
+    return sums.means_and_errors(is_tied=bool(weights.aliases))
 
 
 def streamed_sensitivity(
@@ -139,7 +138,7 @@ def streamed_sensitivity(
                 passes.states.forget(stage)
                 passes.gradients.forget(stage + 1)
             progress("measuring sensitivity", done, len(stages), unit="layers")
-    return sums.means_and_errors(is_tied=passes.stream.is_tied)
+    return sums.means_and_errors(is_tied=bool(weights.aliases))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Collection
 from typing import Annotated
@@ -27,6 +26,7 @@ from dynquant.cli.terminal.parameters import command_class, from_options
 from dynquant.cli.terminal.streams import lasting_streams
 from dynquant.cli.train import finetune, heal
 from dynquant.errors import DynquantError, OptionError, reason
+from dynquant.families.converter.source_tree import find_tree
 from dynquant.resources import let_waiting_threads_sleep
 
 _PACKAGES_OF = {
@@ -59,7 +59,8 @@ def every_command(
         typer.Option(
             metavar="DIR",
             help="llama.cpp's source tree, whose converter opens the architectures that dynquant does not convert by "
-            "itself. Default: LLAMA_CPP_DIR, or what `dynquant fetch-llama-cpp` keeps. May stand behind the command.",
+            "itself; all others do without. Default: LLAMA_CPP_DIR, or what `dynquant fetch-llama-cpp` keeps. May "
+            "stand behind the command.",
             show_default=False,
         ),
     ] = None,
@@ -70,6 +71,7 @@ def every_command(
         console.write_json_to(json_progress)
     if llama_cpp is not None:
         os.environ["LLAMA_CPP_DIR"] = os.path.abspath(llama_cpp)  # for processes that the command starts, too
+        find_tree()  # refuses what is no tree, be it needed or not
 
 
 def version() -> None:
@@ -107,7 +109,7 @@ def main() -> None:
     """Entry point of the `dynquant` command."""
     let_waiting_threads_sleep()
     arguments = _global_options_first(sys.argv[1:])
-    console.begin(shlex.join(["dynquant", *sys.argv[1:]]))  # to be typed again after an interruption
+    console.begin(["dynquant", *sys.argv[1:]])  # to be typed again after an interruption
     noted = console.noted_warnings(of_all_kinds="--debug" in arguments)
     with ends_promptly(console.interrupted), lasting_streams(), noted:
         try:

@@ -8,23 +8,20 @@ recurrent state run one window, one question and one set of answers at a time.
 """
 
 import ctypes
-import json
 import os
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource, short_context
-from dynquant.errors import CheckpointError, DynquantError, EvaluationError, OtherGraphError
+from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.branches import Branches, neighbours_that, num_shared
@@ -32,9 +29,8 @@ from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.llama_library import llama_cpp
 from dynquant.resources import count_mapped_files, free_memory, usable_cores
-from dynquant.workers import run_module, side_by_side
+from dynquant.workers import side_by_side
 
-_TOKENS, _LOGITS = "tokens.json", "logits.npy"
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
 _PACKED_TOKENS = 128
@@ -47,9 +43,6 @@ _SEQUENCES = 64
 
 _CONTEXTS_SHARE = 0.25
 """Contexts of windows that are scored side by side take this much of the free memory at most."""
-
-_OF_ANOTHER_GRAPH = re.compile(r"check_tensor_dims|done_getting_tensors|missing tensor|has wrong shape")
-"""Words of llama.cpp on a file whose tensors are not those of its graph."""
 
 _Window = tuple[Sequence[int], Collection[int]]
 """Token ids, and the places after which logits are wanted."""
@@ -100,7 +93,7 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
         raise EvaluationError(f"{path.name} is a GGUF file, and running it needs llama.cpp. {error}") from error
 
     # llama.cpp aborts the process on some files, and takes others for whole.
-    (check_loads if vocab_only else check_complete)(_source(path, path.is_file() and path.stat().st_mtime_ns))
+    (check_loads if vocab_only else check_complete)(source_of(path, path.is_file() and path.stat().st_mtime_ns))
     log = llama_log()
     log.clear()
     params = api.llama_model_default_params()
@@ -114,7 +107,7 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
 
 
 @lru_cache(maxsize=2)
-def _source(path: Path, _changed: int) -> GGUFSource:
+def source_of(path: Path, _changed: int) -> GGUFSource:
     """The header of a file, read once although a model is loaded for its vocabulary first."""
     return GGUFSource(path)
 
@@ -199,7 +192,7 @@ class LlamaCppRunner:
         self._has_state = llama_cpp().llama_model_is_recurrent(self._model) or llama_cpp().llama_model_is_hybrid(
             self._model
         )
-        self._short_context = short_context(_source(path, path.stat().st_mtime_ns))
+        self._short_context = short_context(source_of(path, path.stat().st_mtime_ns))
         self._context = None
         self._prefix_length = 0
         self.vocab_size: int = llama_cpp().llama_vocab_n_tokens(llama_cpp().llama_model_get_vocab(self._model))
@@ -452,45 +445,3 @@ def until_end(tokens: Sequence[int], stop: frozenset[int]) -> list[int]:
 def _num_sequences(tree: Branches) -> int:
     """Count the sequences of a question: one for every answer that goes on after its first token, and at least one."""
     return max(1, sum(len(answer) > 1 for answer in tree.answers))
-
-
-def separate_window_logits(file: Path, tokens: Sequence[int], threads: int | None) -> torch.Tensor:
-    """Return float32 logits [tokens, vocabulary] from a process of its own, which llama.cpp ends on some models.
-
-    Raises:
-        EvaluationError: llama.cpp cannot load or run the file; its last words are told.
-        OtherGraphError: it cannot because of tensors that are not those of its graph.
-    """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / _TOKENS).write_text(json.dumps(list(tokens)))
-        arguments = [str(file.resolve()), name, str(threads or usable_cores())]
-        done = run_module(__name__, arguments, GGML_NO_BACKTRACE="1")  # it would start a debugger
-        if done.returncode:
-            reason = _reason(done.stderr)
-            kind = OtherGraphError if _OF_ANOTHER_GRAPH.search(reason) else EvaluationError
-            raise kind(f"llama.cpp cannot run it: {reason}")
-        return torch.from_numpy(np.load(folder / _LOGITS))
-
-
-def _reason(said: str) -> str:
-    """Return why a process ended: our own refusal, or llama.cpp's last words with the place in its source."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    last = [line for line in lines if line.startswith("error: ") or re.search(r"GGML_|fatal error", line)] or lines[-1:]
-    return re.sub(r"\S*/", "", last[0]).removeprefix("error: ") if last else "no reason given"
-
-
-def _main() -> None:
-    """Run one file on tokens.json of a folder, and leave logits.npy there."""
-    file, folder, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    try:
-        runner = LlamaCppRunner(file, threads=threads)
-        logits = runner.window_logits(json.loads((folder / _TOKENS).read_text()))
-    except (DynquantError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    np.save(folder / _LOGITS, logits.numpy())
-    runner.close()
-
-
-if __name__ == "__main__":  # of `separate_window_logits`
-    _main()

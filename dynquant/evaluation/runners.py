@@ -32,6 +32,7 @@ from dynquant.evaluation.llama_cpp import (
     until_end,
     without_padding,
 )
+from dynquant.evaluation.llama_cpp_alone import check_runs
 from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
 from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import open_model
@@ -171,6 +172,7 @@ def open_runner(
     from, for files that transformers cannot load without it. `kv_types` are those of llama.cpp's key/value cache.
     """
     if is_gguf(path) and runner == LLAMA_CPP:
+        check_runs(path, threads)
         return LlamaCppRunner(path, threads=threads, kv_types=kv_types)
     if threads is not None:
         torch.set_num_threads(threads)

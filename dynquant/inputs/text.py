@@ -10,11 +10,11 @@ import hashlib
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -83,6 +83,8 @@ class CalibrationText:
 
     name: str
     documents: tuple[str, ...]
+    domains: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Domains of documents, by their content; one that is not named here has none."""
 
     @property
     def sha256(self) -> str:
@@ -107,7 +109,7 @@ def read_text(source: str | Path | None, *, seed: int = 0, max_tokens: int = 131
     if not documents:
         raise StatsError(f"The calibration text {name} is empty. Give a file with text, or none for {MIX}.")
     random.Random(seed).shuffle(documents)
-    return CalibrationText(name, tuple(_interleaved(documents)))
+    return CalibrationText(name, tuple(_interleaved(documents)), {each.text: each.domain for each in documents})
 
 
 class _Document(NamedTuple):
@@ -207,7 +209,8 @@ def pack_windows(
     starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     body = window - starts_with_bos
     limit = max(max_tokens // window, 1) * body
-    ids = list(islice(_token_stream(text, tokenizer, limit, skip_first=starts_with_bos), limit))
+    of_documents = _tokens_of_documents(text, tokenizer, limit, skip_first=starts_with_bos)
+    ids = list(islice(chain.from_iterable(of_documents), limit))
     if not ids:
         raise StatsError(f"The calibration text {text.name} gives no token. Give a longer text.")
     body = min(body, len(ids))
@@ -215,22 +218,41 @@ def pack_windows(
     return functional.pad(packed, (1, 0), value=tokenizer.bos_token_id) if starts_with_bos else packed
 
 
-def _token_stream(
+def window_domains(
+    text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", *, window: int, max_tokens: int, place: int
+) -> list[str]:
+    """Return the domain of the token at `place` of each window that `pack_windows` makes of these arguments; nothing
+    for a text of one domain."""
+    if len({*text.domains.values()}) < 2:
+        return []
+    starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    body, domains = window - starts_with_bos, list[str]()
+    limit, before = max(max_tokens // window, 1) * body, 0
+    of_documents = _tokens_of_documents(text, tokenizer, limit, skip_first=starts_with_bos)
+    for document, ids in zip(text.documents, of_documents, strict=True):
+        before += len(ids)
+        while len(domains) * body + place < before:
+            domains.append(text.domains.get(document, ""))
+        if before >= limit:
+            break
+    return domains
+
+
+def _tokens_of_documents(
     text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", limit: int, *, skip_first: bool
-) -> Iterator[int]:
+) -> Iterator[list[int]]:
     encode = partial(tokenizer, verbose=False)  # it would warn that a document is longer than the model's context
-    form = _chat_format(tokenizer)
+    form, separator = _chat_format(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for number, document in enumerate(text.documents):
-        if number and tokenizer.eos_token_id is not None:
-            yield tokenizer.eos_token_id
         is_chat = form is not None and isinstance(document, Chat)
         rendered = _rendered(document.messages, document.tools, form) if is_chat else None
         if isinstance(rendered, str):  # with what the tokenizer would add
             ids = first_tokens(lambda part: encode(part, add_special_tokens=False)["input_ids"], rendered, limit)
-            yield from ids[skip_first and ids[:1] == [tokenizer.bos_token_id] :]
+            ids = ids[skip_first and ids[:1] == [tokenizer.bos_token_id] :]
         else:
             ids = first_tokens(lambda part: encode(part)["input_ids"], document, limit)
-            yield from ids[1:] if skip_first else ids
+            ids = ids[1:] if skip_first else ids
+        yield (separator if number else []) + ids
 
 
 def refused_chats(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> list[str]:

@@ -9,6 +9,7 @@ from dynquant.effort import Effort, fill
 from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Mtp, Options, Writes
 from dynquant.planning.target import Target
+from dynquant.resources import shown_value
 from dynquant.storage.file_names import files_of_plan
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")  # ways to price tensors
@@ -22,7 +23,8 @@ def parse_range(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(":"))
     except ValueError as error:
-        raise PlanError(f"--frontier {text:.40} is no range of bits per weight; give one as 1.6:4.5.") from error
+        shown = shown_value(text)
+        raise PlanError(f"--frontier {shown} is no range of bits per weight; give one as 1.6:4.5.") from error
     return low, high
 
 
@@ -47,7 +49,8 @@ class SearchOptions(Options):
     text: Annotated[
         Path | None,
         Flag(
-            "Text, or with --data samples, to select on. Default: what calibration left of its own.",
+            "Text, or with --data samples, to select on. Default: pieces from all over what calibration left of its "
+            "own, or held back.",
             ("--selection-text",),
         ),
     ] = None
@@ -56,6 +59,10 @@ class SearchOptions(Options):
     unit_tokens: int = 4096
     rounds: int = 2
     selection_tokens: int = 4096
+    selection_window: int = 256
+    """Tokens of the shortest pieces that plans are scored on: many short ones show more of a text than few long."""
+    selection_span: int = 131_072
+    """Tokens behind the calibrated ones over which the pieces are spread."""
     check_plans: Annotated[
         int, Flag("Also draw this many plans and correlate their predicted and measured KL.", min=0)
     ] = 0

@@ -4,17 +4,19 @@ Surrogate costs propose, held-out KL selects (PrismaQuant's rule). On text, each
 the same budget, with and without floors; around the best of them large tensors are moved by a step. With pictures,
 vision tower and projector are kept, at 8 bits or lower, in every combination; each is a plan of the same budget, so
 what a module keeps is paid for by the language model. Types of GGUF and schemes of vLLM have choosers and stores of
-their own, and all else in common. Plans are rendered from weights that are encoded once, and scored on windows of the
-calibration source behind those that calibration used, on windows or samples that it held back, or on a file of the
-user's. `check` draws plans around the chosen one and says how well predicted and measured KL agree. Every KL is the
-unbiased one of `distributions`.
+their own, and all else in common. Plans are rendered from weights that are encoded once, and scored on pieces from all
+over the calibration source behind what calibration used, or over what it held back, or on a file of the user's.
+`check` draws plans around the chosen one and says how well predicted and measured KL agree. Every KL is the unbiased
+one of `distributions`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.vllm_schemes import Scheme
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.inputs.text import pack_windows, read_text
+from dynquant.inputs.text import pack_windows, read_text, window_domains
 from dynquant.planning.chooser import Chooser, SchemeChooser
 from dynquant.planning.options import CLOSED_FORM, FISHER, UNIT_KL, SearchOptions
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
@@ -209,7 +211,8 @@ def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchRe
     search = searches[0]
     table, options, provenance = search.chooser.allowed(table), search.options, search.stats.stats.provenance
     used, window = provenance.max_tokens or 0, provenance.window or 512
-    windows, calibrated = _text_windows(search.model, options, search.calibration, search.session, (used, window))
+    extent = _Extent(used, window, provenance.seed)
+    windows, calibrated = _text_windows(search.model, options, search.calibration, extent)
     hf_model = search.running(search.model)
     with search.session.stage(_KEEPS) as progress:
         if FISHER in options.methods and table.is_priced_by(FISHER):
@@ -268,45 +271,71 @@ def _selected(
     return table.priced(candidates[chosen].method), selection, ()
 
 
+class _Extent(NamedTuple):
+    """The first tokens of its text that calibration used, and the seed that shuffled it."""
+
+    num_tokens: int
+    window: int
+    seed: int
+
+
 def check_selection_text(
     model: Model, options: SearchOptions, calibration: CalibrationOptions, session: Session
 ) -> None:
     """Raise StatsError, before anything is measured, when calibration will leave too little text to select on."""
-    _text_windows(model, options, calibration, session, (calibration.tokens, calibration.window))
+    _text_windows(model, options, calibration, _Extent(calibration.tokens, calibration.window, session.seed))
 
 
 def _text_windows(
-    model: Model,
-    options: SearchOptions,
-    calibration: CalibrationOptions,
-    session: Session,
-    tokens_and_window: tuple[int, int],
+    model: Model, options: SearchOptions, calibration: CalibrationOptions, used: _Extent
 ) -> tuple[ModelInputs, torch.Tensor]:
-    """Return windows to select on, and token ids [n, window] of those that calibration used: so many, so long."""
-    used, window = tokens_and_window
-    tokenizer, num_tokens = load_tokenizer(model), used + window + options.selection_tokens
-    documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
-    windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
-    calibrated, min_tokens = windows[: max(1, used // window)], min(options.selection_tokens, 4 * window)
+    """Return windows to select on, and token ids [n, window] of those that calibration used.
+
+    A source may be read in part, and its documents are shuffled then: as many are read as calibration did.
+    """
+    window, most, tokenizer = used.window, options.selection_tokens, load_tokenizer(model)
+    behind = max(most, options.selection_span)
+    documents = read_text(calibration.text, seed=used.seed, max_tokens=used.num_tokens or behind)
+    lengths = {"window": window, "max_tokens": used.num_tokens + window + behind}
+    windows, first = pack_windows(documents, tokenizer, **lengths), used.num_tokens // window
+    calibrated, min_tokens = windows[: max(1, first)], min(most, 4 * window)
     if options.text is not None:
         name = options.text.name
-        other = read_text(options.text, seed=session.seed, max_tokens=options.selection_tokens)
-        selection = pack_windows(other, tokenizer, window=window, max_tokens=options.selection_tokens)
+        other = read_text(options.text, seed=used.seed, max_tokens=most)
+        selection = pack_windows(other, tokenizer, window=window, max_tokens=most)
     else:
-        name = f"{documents.name}, behind the calibrated tokens"
-        selection = windows[used // window + 1 :]  # one window is left out between the two
+        name = f"{documents.name}, all over what is behind the calibrated tokens"
+        left = range(first + 1, len(windows))  # one window is left out between the two
         summed, held = ModelInputs(calibrated).hold_back(HELD_BACK)
-        if len(selection) < len(held) - 1 and selection.numel() < min_tokens:
+        if len(left) < len(held) - 1 and len(left) * windows.shape[1] < min_tokens:
             # Calibration took nearly all, but no price has seen what it held back.
-            name, calibrated = f"{documents.name}, held back from calibration", summed.windows
-            selection = held.windows[1:][: options.selection_tokens // window]
+            name = f"{documents.name}, all over what calibration held back"
+            left, calibrated = range(len(summed) + 1, len(calibrated)), summed.windows
+        domains = window_domains(documents, tokenizer, **lengths, place=min(window, options.selection_window) // 2)
+        length = min(windows.shape[1], max(options.selection_window, most // max(1, len(left))))
+        selection = windows[_evenly_of_all_domains(left, max(1, most // length), domains), :length]
     if options.select and selection.numel() < min_tokens:
         raise StatsError(
-            f"{name}: {selection.numel():,} tokens. Selection wants {options.selection_tokens:,}, and at least "
-            f"{min_tokens:,}. Give --selection-text FILE, or calibrate in a new folder (-o) on a longer text or on "
-            "fewer --tokens of it."
+            f"{name}: {selection.numel():,} tokens. Selection wants {most:,}, and at least {min_tokens:,}. Give "
+            "--selection-text FILE, or calibrate in a new folder (-o) on a longer text or on fewer --tokens of it."
         )
     return ModelInputs(selection if len(selection) else calibrated[:1], name=name), calibrated
+
+
+def _evenly_of_all_domains(left: range, most: int, domains: Sequence[str]) -> list[int]:
+    """Return numbers of windows, evenly from `left`; a domain that would be missing takes the place of a near window of
+    a domain that has several."""
+    count = min(most, len(left))
+    chosen = [left[index * len(left) // count] for index in range(count)]
+    for domain in dict.fromkeys(domains[left.start : left.stop]):
+        counts = Counter(domains[number] for number in chosen)
+        spare = [number for number in chosen if counts[domains[number]] > 1]
+        if domain in counts or not spare:
+            continue
+        of_domain = [number for number in left if domains[number] == domain]
+        middle = of_domain[len(of_domain) // 2]
+        chosen[chosen.index(min(spare, key=lambda number: abs(number - middle)))] = middle
+    return sorted(chosen)
 
 
 def _proposed(

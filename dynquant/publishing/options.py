@@ -13,6 +13,7 @@ from dynquant.exporters.options import ExportOptions
 from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes, typed_fields
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
+from dynquant.resources import shown_value
 from dynquant.storage.file_names import files_of_plan
 
 CARD_NAME, RECORD_NAME, PLOT_NAME = "README.md", "release.json", "kl_against_size"
@@ -165,7 +166,8 @@ class ReleaseOptions(Options):
             output=self.output / WORK_NAME,
             calibration=self.calibration,
             encoder=self.encoder,
-            search=SearchOptions(select=self.select),
+            # Files are measured on what is behind the text of the choice, unless another text is given.
+            search=SearchOptions(select=self.select, **({} if self.questions.text else {"selection_span": 0})),
             effort=self.effort,
         )
 
@@ -185,13 +187,13 @@ class ReleaseOptions(Options):
 
 def _evenly(sizes: str) -> list[float]:
     """Return bits per weight of a range as `1.8:5.0` or `1.8:5.0:8`, evenly in logarithm."""
-    parts = sizes.split(":")
+    parts, shown = sizes.split(":"), shown_value(sizes)
     if len(parts) not in (2, 3):
-        raise OptionError(f"--sizes {sizes:.40} is no range of bits per weight; give one as 1.8:5.0, or 1.8:5.0:8.")
+        raise OptionError(f"--sizes {shown} is no range of bits per weight; give one as 1.8:5.0, or 1.8:5.0:8.")
     low, high, count = (_number(part, "--sizes") for part in (*parts, str(DEFAULT_POINTS))[:3])
     if not (0 < low < high <= 32 and 2 <= count <= 99 and count == int(count)):
         raise OptionError(
-            f"--sizes {sizes:.40} is no range: bits per weight rise from above 0 to 32 at most, with 2 to 99 sizes."
+            f"--sizes {shown} is no range: bits per weight rise from above 0 to 32 at most, with 2 to 99 sizes."
         )
     return [round(low * (high / low) ** (step / (int(count) - 1)), 2) for step in range(int(count))]
 
@@ -200,4 +202,4 @@ def _number(text: str, flag: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise OptionError(f"{flag}: `{text:.40}` is no number of bits per weight.") from error
+        raise OptionError(f"{flag} {shown_value(text)} is no number of bits per weight.") from error

@@ -174,7 +174,7 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tiny_text):
         assert torch.equal(stream.hf_model(input_ids=tokens).logits, hf_model(input_ids=tokens).logits)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "moe"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-moe-tied", "moe"])
 def test_sensitivities_are_equal(name, moe_model, tiny_text, tmp_path):
     model = moe_model if name == "moe" else open_model(tiny_text(name))
     inputs = text_inputs(model, None, tokens=300, window=100, batch_size=2)

@@ -90,6 +90,12 @@ def test_a_refusal_is_one_paragraph_that_names_the_range(tmp_path):
     assert "0.1 to 32" in refused("plan", "model", "--bpw", "nan", "-o", tmp_path / "plan")
     assert "--frontier 4:2" in refused("plan", "model", "--frontier", "4:2", "-o", tmp_path / "plan")
     assert "--frontier nan:3" in refused("plan", "model", "--frontier", "nan:3", "-o", tmp_path / "plan")
+    assert "--max-memory 0 is out of range; give a size of at least 1 B" in refused("calibrate", "m", "--max-memory", 0)
+    assert "--size nan is not a size; " in refused("plan", "m", "--size", "nan")
+    assert "--max-memory '1 XB' is not a size; " in refused("calibrate", "m", "--max-memory", "1 XB")
+    assert "--size '' is not a size; " in refused("plan", "m", "--size", "")
+    assert "--tokens 1.5x is no number of tokens; " in refused("calibrate", "m", "--tokens", "1.5x")
+    assert "--bpw 2.x is no number of bits" in refused("release", "m", "--bpw", "2.x", "-o", tmp_path / "r")
     assert "--frontier 99" in refused("plan", "model", "--frontier", f"{HUGE}:3x", "-o", tmp_path / "plan")
     assert not list(tmp_path.iterdir())
 
@@ -153,7 +159,7 @@ def test_every_option_that_counts_tokens_takes_them_by_the_thousand(tmp_path):
     )
     said = refused("calibrate", "model", "--sampled-tokens", "16kB", "-o", tmp_path / "stats.safetensors")
     assert said == (
-        "error: --sampled-tokens: `16kB` is no number of tokens; give one as 16384, 16k, 1.5k or 1m, where k is 1,024."
+        "error: --sampled-tokens 16kB is no number of tokens; give one as 16384, 16k, 1.5k or 1m, where k is 1,024."
     )
     said = refused("calibrate", "model", "--window", "3m", "--tokens", "9999m", "-o", tmp_path / "stats.safetensors")
     assert said.startswith("error: --tokens 10484711424 is out of range")
@@ -308,7 +314,11 @@ def test_former_names_of_options_work_and_are_not_shown(small_moe, tmp_path):
         assert said.startswith("error: --tokens 1 is out of range")
     said = refused("eval", small_moe, "--reference", small_moe, "--text", demo_text, "--json", demo_text)
     assert f"{demo_text} (--output)" in said
-    for word in (["--llama-cpp"], ["--llama-cpp", tmp_path], [f"--llama-cpp={tmp_path}"], ["--for-llama-cpp"]):
+    tree = tmp_path / "llama.cpp"
+    for place in ("conversion", "gguf-py/gguf"):
+        (tree / place).mkdir(parents=True)
+        (tree / place / "__init__.py").touch()
+    for word in (["--llama-cpp"], ["--llama-cpp", tree], [f"--llama-cpp={tree}"], ["--for-llama-cpp"]):
         said = refused("finetune", tmp_path / "none", *word, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "a")
         assert "none.jsonl" in said, "the words behind the option are still read"
 

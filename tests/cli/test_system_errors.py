@@ -266,7 +266,7 @@ def test_a_name_that_is_not_utf8_is_refused_as_that(small_moe, tmp_path):
     name = os.fsdecode(bytes(tmp_path) + b"/m\xff")
     linked_copy(small_moe, Path(name))
     message = refused("export", name, "--preset", "f16", "-o", tmp_path / "a.gguf")
-    assert "m\ufffd` has bytes that are not UTF-8. Rename the file" in message
+    assert r"/$'m\xff'` has bytes that are not UTF-8. Rename the file" in message
     assert [path.name for path in tmp_path.iterdir()] == [Path(name).name]
 
 

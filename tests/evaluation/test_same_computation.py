@@ -13,7 +13,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError, EvaluationError, OtherGraphError
 from dynquant.evaluation.agreement import same_computation
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
-from dynquant.evaluation.llama_cpp import separate_window_logits
+from dynquant.evaluation.llama_cpp_alone import separate_window_logits
 from dynquant.families import open as families_open
 from dynquant.families.open import open_model
 from dynquant.session import Session

@@ -7,13 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dynquant.analysis.sensitivity.closed_form import output_sensitivity
 from dynquant.calibration.run import StatisticsOptions
 from dynquant.calibration.second_moments import hessian
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
-from dynquant.running.load import load_directory
+from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.running.live_weights import LiveWeights
+from dynquant.running.load import load_directory, load_hf
 from dynquant.running.streaming.layer_stream import LayerStream
+from dynquant.running.weight_inputs import weight_inputs
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import succeed
 from tests.helpers.exports import export_gguf, export_safetensors
@@ -51,6 +55,18 @@ def test_an_embedding_that_is_the_output_too_has_the_statistics_of_that(name: st
     assert model.reads_input("token_embd.weight")
     untied = open_model(store_output(model.path, other_output(8192, 256)))
     assert untied.reads_input("output.weight") and not untied.reads_input("token_embd.weight")
+
+
+def test_an_output_that_files_store_apart_is_priced_apart(tmp_path: Path, small_moe: Path) -> None:
+    """llama.cpp loads no qwen2moe without it: two tensors in the file, each with a type, of one matrix."""
+    model = open_model(save_tiny("qwen2-moe-tied", tmp_path / "tied", small_moe))
+    hf_model, inputs = load_hf(model), ModelInputs(torch.tensor(TOKENS[:48]).view(2, 24))
+    names = weight_inputs(model, hf_model)
+    tied, _ = output_sensitivity(hf_model, names, inputs)
+    live = LiveWeights(model, hf_model)  # from here on the running model has two matrices, too
+    assert live.parameters("output.weight")[0] is not live.parameters("token_embd.weight")[0]
+    apart, _ = output_sensitivity(hf_model, names, inputs)
+    assert {"output.weight", "token_embd.weight"} <= tied.keys() and tied == apart
 
 
 @pytest.mark.parametrize("name", represented_by(("llama-tied",), TIED))

@@ -47,7 +47,7 @@ def search(deepseek, tmp_path):
     chooser = SchemeChooser(checkpoint, tuple(LOSSES), budget=BUDGET)
     by_name = {name: {scheme.name: scheme for scheme in of} for name, of in chooser.candidates.items()}
     store = SchemeStore(model, checkpoint, by_name, Guidance(), tmp_path / "store", torch.device("cpu"))
-    stats = SimpleNamespace(stats=SimpleNamespace(provenance=SimpleNamespace(max_tokens=512, window=64)))
+    stats = SimpleNamespace(stats=SimpleNamespace(provenance=SimpleNamespace(max_tokens=512, window=64, seed=0)))
     target = Target(size=str(BUDGET), serves="vllm")
     return Search(store, SearchOptions(**SELECTING), chooser, target, stats, CALIBRATION, SILENT)
 

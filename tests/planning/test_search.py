@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.sensitivity.unit_kl import refine, unit_worth
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
+from dynquant.calibration.run import text_inputs
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, calibrate
 from dynquant.checkpoints.gguf_layout import padded
@@ -408,10 +410,61 @@ def test_a_text_that_calibration_used_up_is_selected_on_where_it_was_held_back(
             made = plan(small_moe, Target(bpw=3.0, types=TYPES), options, directory, search)
             selection = json.loads((directory / "selection.json").read_text())
             assert made.selected_kl > 0 and selection["num_tokens"] == 256
-            assert selection["text"] == "dynquant-mix-2, held back from calibration"
+            assert selection["text"] == "dynquant-mix-2, all over what calibration held back"
         else:
             with pytest.raises(StatsError, match=r"256 tokens\. Selection wants 1,024.*new folder"):
                 plan(small_moe, Target(bpw=3.0, types=TYPES), options, directory, search)
+
+
+@pytest.mark.parametrize(
+    ("used", "span", "pieces", "length", "first", "end"),
+    [
+        (10, 131_072, 16, 256, 11, 100),  # more text behind than is wanted
+        (10, 0, 8, 512, 11, 19),  # `release` measures files on what comes then
+        (80, 131_072, 16, 256, 81, 100),
+        (87, 131_072, 12, 341, 88, 100),
+        (100, 131_072, 9, 455, 91, 100),  # what was held back, but for a window beside what was not
+        (999, 131_072, 9, 455, 91, 100),
+    ],
+)
+def test_plans_are_scored_on_pieces_from_all_over_what_calibration_left(
+    moe_model, tmp_path, used, span, pieces, length, first, end
+):
+    text, tokenizer = tmp_path / "text.txt", load_tokenizer(moe_model)
+    text.write_text(tokenizer.decode(pack_windows(read_text(None), tokenizer, window=51_200)[0].tolist()))
+    windows = pack_windows(read_text(text), tokenizer, window=512)[:100]
+    options, extent = SearchOptions(select=True, selection_span=span), search_module._Extent(512 * used, 512, 0)
+    found, calibrated = search_module._text_windows(moe_model, options, CalibrationOptions(text=str(text)), extent)
+    places = [int((windows[:, :length] == piece).all(1).nonzero()[0]) for piece in found.windows]
+    steps = {after - before for before, after in pairwise([*places, end])}
+    assert found.windows.shape == (pieces, length) and places[0] == first and max(steps) - min(steps) <= 1
+    assert torch.equal(calibrated, windows[: len(calibrated)]) and len(calibrated) == first - 1
+
+
+def test_every_domain_of_a_text_is_selected_on(moe_model, tmp_path):
+    """Also one of a fiftieth, between even places."""
+    numbers = {"plant": 60, "river": 50, "metal": 25, "music": 12, "court": 3}
+    records = [{"text": f"{name} " * 200, "domain": name} for name, number in numbers.items() for _ in range(number)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    calibration, decode = CalibrationOptions(text=str(tmp_path / "text.jsonl")), load_tokenizer(moe_model).decode
+    for seed in range(5):
+        options, extent = SearchOptions(select=True, selection_tokens=2048), search_module._Extent(2048, 512, seed)
+        found, calibrated = search_module._text_windows(moe_model, options, calibration, extent)
+        assert found.windows.shape == (8, 256) and len(calibrated) == 4
+        assert all(name in decode(found.windows.flatten().tolist()) for name in numbers)
+
+
+def test_of_a_data_set_that_is_read_in_part_the_documents_of_calibration_are_known(moe_model, tmp_path):
+    pytest.importorskip("datasets")
+    lines = (json.dumps({"text": f"Document {number} is about {number + 1} words. " * 30}) for number in range(400))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    calibration = CalibrationOptions(text=str(tmp_path / "set"), tokens=2048, window=256)
+    used = text_inputs(moe_model, calibration.text, tokens=2048, window=256).windows
+    extent = search_module._Extent(2048, 256, 0)
+    found, calibrated = search_module._text_windows(moe_model, SearchOptions(select=True), calibration, extent)
+    assert torch.equal(calibrated, used) and found.num_tokens == 4096
+    assert not any((used == piece).all(1).any() for piece in found.windows)
 
 
 def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypatch):

@@ -21,7 +21,7 @@ from dynquant.analysis.bench.architectures.checkpoints import write_tiny
 from dynquant.calibration.run import text_inputs
 from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.evaluation.agreement.same_computation import NUM_TOKENS, mean_kl
-from dynquant.evaluation.llama_cpp import separate_window_logits
+from dynquant.evaluation.llama_cpp_alone import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf

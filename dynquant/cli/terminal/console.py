@@ -4,10 +4,11 @@ A command has one record of its stages, and JSON lines where `--json-progress` a
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from dynquant.cli.terminal.display import Bars, JsonLines, Lines
 from dynquant.cli.terminal.record import RunRecord, Spent
-from dynquant.cli.terminal.wording import duration, printable, short, sizes_and_peaks
+from dynquant.cli.terminal.wording import duration, names_to_quote, printable, quoted, short, sizes_and_peaks
 from dynquant.errors import ExportError
 from dynquant.resources import human_bytes
 from dynquant.session import SILENT, Progress, Session
@@ -34,12 +35,22 @@ _record = RunRecord()
 _json_lines: JsonLines | None = None
 _has_only_json = False
 json_target: Path | None = None
+_names: list[str] = []
+"""Names of files on the command line that would break or steer a line."""
 
 
-def begin(command: str) -> None:
-    """A command starts; `command` is the line to type for it."""
-    global _record, _json_lines, _has_only_json, json_target
+def begin(words: Sequence[str]) -> None:
+    """A command starts, of these words: the line to type for it again."""
+    global _record, _json_lines, _has_only_json, json_target, _names
+    command = " ".join(map(quoted, words))
     _record, _json_lines, _has_only_json, json_target = RunRecord(command), None, False, None
+    _names = names_to_quote(words)
+    with suppress(OSError):  # of a directory that is gone
+        _names += names_to_quote([os.getcwd()])
+
+
+def _shown(text: str) -> str:
+    return printable(text, _names)
 
 
 def write_json_to(target: str) -> None:
@@ -126,7 +137,7 @@ def interrupted() -> None:
     kept = _record.kept or "Finished stages are kept, and used again where a file holds them."
     message = f"Interrupted{place}. {kept} To go on, run the same command again: {_record.command}"
     if not _has_only_json:
-        sys.stderr.write(f"{_SHOW_CURSOR if err.is_terminal else ''}{printable(message)}\n")
+        sys.stderr.write(f"{_SHOW_CURSOR if err.is_terminal else ''}{_shown(message)}\n")
         sys.stderr.flush()
     if _json_lines:
         _json_lines.write(_record.summary("interrupted", message))
@@ -136,17 +147,17 @@ def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, console: Console = out
 ) -> None:
     """A table on stdout; the first column is text, the others are right-aligned."""
-    table = Table(title=Text(printable(title), "bold") if title else None, title_justify="left")
+    table = Table(title=Text(_shown(title), "bold") if title else None, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
+        table.add_column(Text(_shown(column)), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))  # as Text: names may look like markup
+        table.add_row(*(Text(_shown(str(cell))) for cell in row))  # as Text: names may look like markup
     console.print(table)
 
 
 def say(text: str) -> None:
     """Print a line of results on stdout."""
-    out.print(Text(printable(text)), soft_wrap=True)
+    out.print(Text(_shown(text)), soft_wrap=True)
 
 
 def show_json(document: object) -> None:
@@ -161,7 +172,7 @@ def note(message: str) -> None:
     if _has_only_json and _json_lines:
         _json_lines.write({"note": message})
     else:
-        err.print(Text(printable(message.replace("\n", "\n  "))), soft_wrap=True)  # no name forges a line of its own
+        err.print(Text(_shown(message).replace("\n", "\n  ")), soft_wrap=True)  # no name forges a line of its own
 
 
 @contextmanager
@@ -178,7 +189,7 @@ def noted_warnings(*, of_all_kinds: bool) -> Iterator[None]:
     ) -> None:
         if of_all_kinds or not issubclass(category, _FOR_AUTHORS):
             where = f" ({category.__name__}, {filename}:{lineno})" if of_all_kinds else ""
-            line = f"warning: {' '.join(str(message).split())}{where}"
+            line = f"warning: {' '.join(_shown(str(message)).split())}{where}"
             if line not in noted:
                 noted.add(line)
                 note(line)
@@ -190,7 +201,7 @@ def noted_warnings(*, of_all_kinds: bool) -> Iterator[None]:
 
 def fail(message: str) -> None:
     """The one paragraph of a refusal, on stderr."""
-    paragraph = " ".join(message.split())  # libraries' messages that we quote may have lines of their own
+    paragraph = " ".join(_shown(message).split())  # libraries' messages that we quote may have lines of their own
     if not _has_only_json:
-        err.print(Text("error: ", style="bold red") + Text(printable(paragraph)), soft_wrap=True)
+        err.print(Text("error: ", style="bold red") + Text(paragraph), soft_wrap=True)
     finish("refused", paragraph)

@@ -1,4 +1,8 @@
-"""Amounts, times and sizes in words."""
+"""Amounts, times, sizes and names in words."""
+
+import shlex
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import PurePath
 
 from dynquant.resources import human_bytes, peak_cuda_bytes, peak_memory_bytes
 
@@ -29,6 +33,41 @@ def sizes_and_peaks(**sizes: int | None) -> str:
     return ", ".join(f"{name} {human_bytes(size)}" for name, size in (sizes | peaks).items() if size is not None)
 
 
-def printable(text: str) -> str:
-    """Return the text without what steers a terminal: names and metadata come from files of strangers."""
+def quoted(word: str) -> str:
+    """Return a word for a shell; one with letters that break or steer a line as `$'a\\nb'`, in one line."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(map(_escaped, word))}'"
+
+
+def _escaped(letter: str) -> str:
+    if letter in "\\'":
+        return f"\\{letter}"
+    if letter.isprintable():
+        return letter
+    if 0xDC80 <= ord(letter) <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(letter, f"\\U{ord(letter):08x}")
+
+
+def names_to_quote(words: Iterable[str]) -> list[str]:
+    """Return the names of files, with and without their endings, that a line of text cannot show as they are, the
+    longest first. A word is a path, or an option with one behind `=`."""
+    paths = (word.partition("=")[2] if word.startswith("-") else word for word in words)
+    names = {name for path in paths for part in path.split("/") for name in _with_stems(part)}
+    return sorted((name for name in names if name.strip() and not name.isprintable()), key=len, reverse=True)
+
+
+def _with_stems(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        shorter = PurePath(name).stem
+        name = shorter if shorter != name else ""
+
+
+def printable(text: str, names: Collection[str] = ()) -> str:
+    """Return the text with these names quoted, and without what steers a terminal: names and metadata come from files
+    of strangers."""
+    for name in names:
+        text = text.replace(name, quoted(name))
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

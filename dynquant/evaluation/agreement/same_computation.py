@@ -28,7 +28,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError, DynquantError, OtherGraphError
 from dynquant.evaluation.agreement.likely_causes import likely_causes
-from dynquant.evaluation.llama_cpp import separate_window_logits
+from dynquant.evaluation.llama_cpp_alone import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.families.converter.source_tree import find_tree, tree_version
 from dynquant.families.model_kind import check_same_kind

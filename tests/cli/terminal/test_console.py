@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.display import Bars
 from dynquant.cli.terminal.record import RunRecord
-from tests.helpers.commands import run
+from tests.helpers.commands import refused, run, succeed
 
 HOSTILE = "x\x1b[2J[/red][bold]\x9b5m\u202e\r\b\x07"
 SHOWN = "x\ufffd[2J[/red][bold]\ufffd5m\ufffd\ufffd\ufffd\ufffd"
@@ -81,3 +83,36 @@ def test_json_for_programs_is_ascii(capsys):
 def test_a_name_cannot_forge_a_line(screens):
     console.note("model\nerror: all is lost")
     assert screens["err"].getvalue().splitlines() == ["model", "  error: all is lost"]
+
+
+def test_file_names_that_break_or_steer_lines_are_quoted_on_every_way_out(screens, monkeypatch):
+    monkeypatch.setattr(console, "_names", [])
+    console.begin(["dynquant", "export", "in a/x\ny.gguf", "--output=it's\x1b\n/z", "plain.gguf"])
+    for file in ("in a/x\ny.gguf", "x\ny-1.gguf", "it's\x1b\n/z", "plain.gguf"):
+        console.say(file)
+        console.note(f"wrote {file}\n2 lines")
+        console.fail(f"{file} is gone")
+        console.print_table(file, ("file",), [(file,)], console=console.out)
+        with console.noted_warnings(of_all_kinds=False):
+            warnings.warn(f"{file} is old", stacklevel=1)
+    out, err = (screen.getvalue() for screen in screens.values())
+    assert out.count(r"in a/$'x\ny.gguf'") == out.count(r"$'x\ny'-1.gguf") == out.count("plain.gguf") == 3
+    assert out.count(r"$'it\'s\U0000001b\n'/z") == 3
+    assert r"wrote in a/$'x\ny.gguf'" in err and "\n  2 lines\n" in err
+    assert r"in a/$'x\ny.gguf' is gone" in err and r"warning: in a/$'x\ny.gguf' is old" in err
+
+
+def test_what_is_to_be_typed_again_is_what_was_typed(capsys):
+    words = ["dynquant", "plan", "a\nb\x9bc\td'\\e\udcff", "it's", "--bpw", "3"]
+    console.begin(words)
+    console.interrupted()
+    said = capsys.readouterr().err.splitlines()
+    line = said[-1].partition("run the same command again: ")[2]
+    typed = subprocess.run(["bash", "-c", f"LC_ALL=C.UTF-8; printf '%s\\0' {line}"], capture_output=True, check=True)
+    assert len(said) == 1 and os.fsdecode(typed.stdout).split("\0")[:-1] == words
+
+
+def test_a_command_shows_a_directory_with_such_a_name_in_one_line(small_moe, tmp_path):
+    (tmp_path / "x\ny").symlink_to(small_moe)
+    assert r"$'x\ny'" in succeed("inspect", tmp_path / "x\ny")
+    assert rf"{tmp_path}/$'x\nz' " in refused("inspect", tmp_path / "x\nz")

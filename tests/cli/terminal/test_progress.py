@@ -249,7 +249,7 @@ def test_a_file_that_cannot_be_written_is_refused(small_moe, tmp_path):
 
 
 def test_a_failing_stage_leaves_no_display_open():
-    console.begin("dynquant test")
+    console.begin(["dynquant", "test"])
     with pytest.raises(ExportError), console.stage_progress("Nothing is kept.") as report:
         report("quantize", 0, 4)
         raise ExportError("no space")

@@ -18,8 +18,9 @@ import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.agreement.same_computation import check_computation
+from dynquant.evaluation.runners import open_runner
 from dynquant.families.converter.converted import open_converted
 from dynquant.families.open import open_model
 from dynquant.running.load import load_directory
@@ -240,6 +241,20 @@ def test_a_graph_of_other_tensors_is_refused_before_anything_is_measured(tree: P
     model = open_model(saved("ernie4_5", COMMON | {"use_bias": True}, tmp_path, small_moe))
     with pytest.raises(CheckpointError, match=r"graph of `ernie4_5` has other tensors \(.*wrong number of tensors"):
         check_computation(model, Session(threads=1, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_hidden_layers": 4, "no_rope_layers": [1] * 4, "layer_types": ["full_attention"] * 4}],
+    ids=["two layers", "all global"],
+)
+def test_a_llama_4_at_which_llama_cpp_ends_is_refused(settings, tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    """It would take this process with it."""
+    llama4 = EXPERTS | {"num_experts_per_tok": 1, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
+    directory = saved("llama4_text", COMMON | llama4 | {"head_dim": 32} | settings, tmp_path, small_moe)
+    file = write_f32(open_model(directory), tmp_path / "model.gguf")
+    with pytest.raises(EvaluationError, match=r"model\.gguf: llama\.cpp cannot run it: .*every fourth layer"):
+        open_runner(file, threads=1)
 
 
 def test_a_tensor_without_a_place_is_refused_by_name(tree: Path, tmp_path: Path, small_moe: Path) -> None:

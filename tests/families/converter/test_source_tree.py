@@ -55,8 +55,10 @@ def test_without_a_tree_every_way_is_named(olmo: Path) -> None:
     assert not (olmo.parent / "plan").exists()
 
 
-def test_a_folder_that_is_no_tree_is_refused(olmo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_no_tree_is_refused(olmo: Path, small_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is no source tree of llama.cpp" in refused("calibrate", olmo, "--llama-cpp", olmo, "-o", "s.safetensors")
+    for command in (("version",), ("inspect", small_moe)):  # which need none
+        assert "absent (--llama-cpp, or" in refused(*command, "--llama-cpp", olmo / "absent")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(olmo / "absent"))
     with pytest.raises(CheckpointError, match="absent"):
         open_model(olmo)
