@@ -3,8 +3,9 @@
     DIR/ggml-1f2e3d4c5b6a/blk.3.ffn_down_exps.weight.IQ2_XXS
 
 The folder's name holds a hash of what decides the bytes: checkpoint, statistics, second moments, encoder and its
-version, and that of dynquant. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all; blocks that
-protect super weights have a name of their own. Float types are not kept: they cost no more to make than to read.
+version, and that of dynquant. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or
+not at all; blocks that protect super weights have a name of their own. Float types are not kept: they cost no more to
+make than to read.
 """
 
 import hashlib
