@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dynquant.calibration.stage import StatsFile
@@ -109,13 +110,22 @@ class SchemeStore:
         if self.is_float(type_name):
             return self.original(name).to(torch.bfloat16).to(device, torch.float32)
         self.fill([(name, type_name)])
-        linear, (_, stored) = self._linears[name], read_tensors(self._file(name, type_name))
+        linear, stored = self._linears[name], self._stored(name, type_name)
         suffixes = [part.key for part in self.schemes[name][type_name].parts(*linear.shape[-2:])]
         layers = [
             weights_of({suffix: stored[f"{expert}.{suffix}"] for suffix in suffixes}).float()
             for expert in range(linear.num_experts)
         ]
         return (torch.stack(layers) if linear.is_expert else layers[0]).to(device)
+
+    def _stored(self, name: str, type_name: str) -> dict[str, Tensor]:
+        """Return what is on disk of a layer that was encoded; a damaged file is made anew."""
+        file = self._file(name, type_name)
+        try:
+            return read_tensors(file)[1]
+        except (OSError, SafetensorError, ValueError):
+            self._encode((name, type_name))
+            return read_tensors(file)[1]
 
     def _encode(self, pair: tuple[str, str]) -> None:
         name, type_name = pair

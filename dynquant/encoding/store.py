@@ -3,8 +3,9 @@
     DIR/ggml-1f2e3d4c5b6a/blk.3.ffn_down_exps.weight.IQ2_XXS
 
 The folder's name holds a hash of what decides the bytes: checkpoint, statistics, second moments, encoder and its
-version. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all; blocks that
-protect super weights have a name of their own. Float types are not kept: they cost no more to make than to read.
+version, and that of dynquant. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or
+not at all; blocks that protect super weights have a name of their own. Float types are not kept: they cost no more to
+make than to read.
 """
 
 import hashlib
@@ -22,9 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile
-from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks
@@ -198,18 +199,17 @@ def store_directory(
     content = [model.fingerprint, stats_hash, encoder.name, encoder_version(encoder)]
     if moments is not None:
         content.append(moments.identity)
-    if isinstance(model.source, GGUFSource):
-        content.append("copies")  # stores of versions before encoded what such a file holds in the wanted type
     return folder_of(parent, encoder.name, content)
 
 
 def folder_of(parent: Path, name: str, content: Sequence[str]) -> Path:
-    """Make and return the directory of a store below `parent`, named by a hash of what decides its bytes.
+    """Make and return the directory of a store below `parent`, named by a hash of what decides its bytes:
+    `content`, and the version of dynquant.
 
     Raises:
         WriteError: it cannot be made.
     """
-    directory = parent / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+    directory = parent / f"{name}-{hashlib.sha256(json.dumps([__version__, *content]).encode()).hexdigest()[:12]}"
     make_directory(directory)
     return directory
 

@@ -60,8 +60,8 @@ def lay_out_traced(
     traced = parameter_map(hf_model, source.checkpoint)
     builder = _Builder(model, hf_model, traced)
     by_parameter: dict[str, list[tuple[PlanEntry | TypedTensor, StridedMap]]] = {}
-    tensors = list(tensors)
-    copied = [entry for entry in tensors if entry.name in _copied(source)]
+    tensors, tied = list(tensors), _embedding_and_copy(source)
+    copied = [entry for entry in tensors if entry.name in tied]
     # Transformers has one matrix: the one of more bits.
     skipped = {entry.name for entry in sorted(copied, key=lambda entry: entry.quant_type.bits_per_weight)[:-1]}
     for entry in tensors:
@@ -103,9 +103,10 @@ def traced_places(model: Model, hf_model: Any) -> dict[str, Place]:
     traced = parameter_map(hf_model, source.checkpoint)
     builder = _Builder(model, hf_model, traced)
     by_parameter: dict[str, list[tuple[TypedTensor, StridedMap]]] = {}
+    skipped = _embedding_and_copy(source)[:1]
     for name in source.names():
         shape = tuple(source.info(name).shape)
-        entries = traced.gguf(source, name) if len(shape) > 1 and name not in _copied(source)[:1] else None
+        entries = traced.gguf(source, name) if len(shape) > 1 and name not in skipped else None
         for parameter in () if entries is None else entries.sources:
             by_parameter.setdefault(parameter, []).append((TypedTensor(name, shape), entries))
     for parameter, tensors in by_parameter.items():
@@ -114,7 +115,7 @@ def traced_places(model: Model, hf_model: Any) -> dict[str, Place]:
     return builder.places
 
 
-def _copied(source: ConvertedSource) -> tuple[str, ...]:
+def _embedding_and_copy(source: ConvertedSource) -> tuple[str, ...]:
     """Return embedding and output where both are made of the same tensor, which transformers ties; else nothing."""
     names = ("token_embd.weight", "output.weight")
     if not set(names) <= set(source.names()) or len({source.checkpoint_names(name) for name in names}) > 1:

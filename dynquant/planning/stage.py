@@ -121,7 +121,7 @@ def make_plans(options: PlanOptions, targets: Sequence[Target], session: Session
         tools = [Search(store, search, each, each.target, stats, options.calibration, session) for each in choosers]
         table, results = _searched(tools, table, path)
     else:
-        (directory / file_names.SELECTION_NAME).unlink(missing_ok=True)
+        _forget_selection(directory)
     return [_built(*each, table=table, path=path) for each in zip(choosers, recipes, results, strict=True)]
 
 
@@ -134,6 +134,11 @@ def _searched(searches: Sequence[Search], table: ErrorTable, path: Path) -> tupl
     table.save(path)
     results[-1][1].save(path.with_name(file_names.SELECTION_NAME))
     return table, results
+
+
+def _forget_selection(folder: Path) -> None:
+    """Remove what a search found for an earlier plan of a folder, whose next plan comes of none."""
+    (folder / file_names.SELECTION_NAME).unlink(missing_ok=True)
 
 
 def _pruned(
@@ -195,6 +200,7 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     request = {"recipe": target.recipe, "stats_hash": stats.hash}
     with stats.finishing():
         if uniform is not None:
+            _forget_selection(options.output)
             return plan_for_vllm(model, checkpoint, uniform, **request)
         table = scheme_table(model, checkpoint, schemes, stats, path, session)
     _, table = _probe(model, table, options, session)
@@ -207,7 +213,7 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
         tools = Search(store, search, chooser, target, stats, options.calibration, session)
         _, ((table, selection, _),) = _searched([tools], table, path)
     else:
-        (options.output / file_names.SELECTION_NAME).unlink(missing_ok=True)
+        _forget_selection(options.output)
     chosen = chooser.choose(table) if selection is None else chooser.explained(selection.winner.types)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)

@@ -20,6 +20,8 @@ _STARTS = {
 PLAN = "a plan of dynquant"
 STATISTICS, MOMENTS = "a statistics file of dynquant", "a file of second moments of dynquant"
 _DOCUMENTS = {
+    "model_type": "the configuration of a model",
+    "weight_map": "the index of a model's safetensors files",
     "entries": PLAN,
     "encoder": "an error table of dynquant",
     "super_weights": "a list of super weights of dynquant",
@@ -27,10 +29,8 @@ _DOCUMENTS = {
     "extra_files": "the record of a release of dynquant",
     "multiple_choice": "a report of `dynquant eval` of dynquant",
     "matmul_flops": "a machine file of dynquant",
-    "model_type": "the configuration of a model",
-    "weight_map": "the index of a model's safetensors files",
 }
-"""JSON documents by a field that no other one has."""
+"""JSON documents by a field that none below has: a configuration may have an `encoder`, as an error table has."""
 _MAX_DOCUMENT_BYTES = 1 << 28
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library. What else begins with letters begins with a larger number."""

@@ -70,6 +70,16 @@ def test_a_rendered_plan_has_the_weights_of_its_checkpoint(store, plan, tmp_path
     assert store.fixed.keys() == {"token_embd.weight", "output.weight", "blk.1.ffn_gate_inp.weight"}
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-3] + b"abc"])
+def test_a_damaged_layer_is_encoded_anew(store, damage):
+    name = store.checkpoint.linears[0].name
+    weights = store.decoded(name, "W4A16")
+    (file,) = store.directory.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert torch.equal(store.decoded(name, "W4A16"), weights) and file.read_bytes() == whole
+
+
 def test_layers_without_a_place_are_refused(store):
     rendered = RenderedModel(load_hf(store.model, dtype=torch.float32), store)
     with pytest.raises(CheckpointError, match=r"no place .* for `blk.1.attn_x.weight`"):

@@ -125,6 +125,13 @@ def test_a_selected_plan_says_what_its_checkpoint_loses(deepseek, tmp_path):
     assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(plan.selected_kl, rel=0.02)
 
 
+def test_a_plan_without_a_search_leaves_no_selection_of_an_earlier_one(deepseek, tmp_path):
+    for target in (Target(preset="uniform-w4a16", serves="vllm"), Target(preset="uniform-q8_0")):
+        (tmp_path / "selection.json").write_text("{}")
+        make_plan(PlanOptions(model=str(deepseek), output=tmp_path, target=target, calibration=CALIBRATION))
+        assert not (tmp_path / "selection.json").exists()
+
+
 def test_a_streamed_plan_and_too_little_text_are_refused_before_calibration(deepseek, tmp_path):
     for limit, calibration, words in (
         ("4GB", {}, "--select run"), (None, {"tokens": 10**6, "text": "TEXT"}, "Give --selection-text FILE")

@@ -138,6 +138,14 @@ def test_other_second_moments_are_another_store(moe_model, calibrated, tmp_path)
     assert len(places) == 3
 
 
+def test_what_another_version_of_dynquant_encoded_is_not_taken(moe_model, calibrated, tmp_path, monkeypatch):
+    encoder = load_encoder("dynquant", "cpu")
+    place = store_directory(tmp_path, moe_model, "stats", encoder)
+    assert store_directory(tmp_path, moe_model, "stats", encoder) == place
+    monkeypatch.setattr("dynquant.encoding.store.__version__", "0.0.9")
+    assert store_directory(tmp_path, moe_model, "stats", encoder) != place
+
+
 @pytest.mark.nightly
 def test_streamed_gradients_are_those_of_the_whole_backward_pass(moe_model, table, store, windows):
     hf_model = load_hf(moe_model)

@@ -33,6 +33,7 @@ def renamed(f32_moe, small_moe, plan, planned_16m, tmp_path_factory):
         (folder / name).symlink_to(file)
     torch.save({"weight": torch.zeros(4)}, folder / "pickle.gguf")
     shutil.copyfile(folder / "pickle.gguf", folder / "pickle.safetensors")
+    (folder / "musicgen.json").write_text('{"decoder": {}, "encoder": {}, "model_type": "musicgen"}')
     (folder / "other.json").write_text('{"a": 1}')
     (folder / "text.gguf").write_text("Once upon a time there was a model.\n")
     return folder
@@ -61,6 +62,7 @@ def test_diff_reads_plans_and_files_under_other_names(f32_moe, plan, renamed):
         ("inspect pickle.gguf", "but a zip archive, as pickled weights are"),
         ("inspect pickle.safetensors", "but a zip archive, as pickled weights are"),
         ("inspect plan.gguf", "but a plan of dynquant. Check"),
+        ("inspect musicgen.json", "but the configuration of a model. Check"),
         ("inspect other.json", "but a JSON file. Check"),
         ("inspect text.gguf", "does not begin with `GGUF`"),
         ("inspect --lint safetensors.gguf", "is a safetensors file, not a GGUF file"),
