@@ -116,7 +116,10 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
-        notes.append(f"The candidate runs with the adapter {options.adapter}.")
+        size = sum(file.stat().st_size for file in Path(options.adapter).glob("adapter_model.safetensors"))
+        notes.append(
+            f"The candidate runs with the adapter {options.adapter}, whose {size:,} bytes are not among its bytes."
+        )
     if options.kv_type:
         notes.append(f"The candidate's key/value cache is {' and '.join(options.kv_type)}, the reference's float32.")
     return reports.EvalReport(

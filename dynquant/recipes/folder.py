@@ -125,6 +125,7 @@ def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:
         _ = file.stats  # raises where it is something else than statistics
         raise StatsError(
             f"{path} has the hash {file.hash[:12]}, but the plan was made from statistics {stats_hash[:12]}. Give the "
-            "stats.safetensors that was written beside the plan."
+            "stats.safetensors that was written beside the plan or, where a later run has replaced it, plan again for "
+            "the same request."
         )
     return file
