@@ -264,7 +264,8 @@ def _check_graph(base: _Base, adapted: Mapping[str, AdaptedWeight], targets: lis
         raise AdapterError(
             f"The adapter changes {', '.join(kinds)} (`{left_out[0]}` and {len(left_out) - 1} more), to which "
             f"llama.cpp applies no adapter in its {base.arch} graph: it would load the file and leave these out. Train "
-            "an adapter without them; `add_adapter(model, llama_cpp=True)` chooses what llama.cpp applies."
+            "an adapter without them: `--for-llama-cpp` of `finetune` and `heal`, or `add_adapter(model, "
+            "llama_cpp=True)`, takes what llama.cpp applies."
         )
 
 

@@ -111,7 +111,7 @@ def _exported(options: ExportOptions, session: Session) -> Exported:
             plan=plan,
             encoder=encoder,
             stats=stats and stats.stats,
-            moments=_moments_of(stats, session) if encoder.uses_hessians else None,
+            moments=_moments_of(stats, plan, session) if encoder.uses_hessians else None,
             protected=protected,
             limits=_limits(options.max_memory),
             blocks=options.blocks,
@@ -316,12 +316,20 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     return files
 
 
-def _moments_of(stats: StatsFile | None, session: Session) -> SecondMoments | None:
-    """Return the second moments that belong to the statistics; say so when there are none."""
-    if stats is not None and stats.moments is None:
-        where = path_beside(stats.path)
+def _moments_of(stats: StatsFile | None, plan: Plan, session: Session) -> SecondMoments | None:
+    """Return the second moments that belong to the statistics; say so when there are none, or others than the plan was
+    made with."""
+    if stats is None:
+        return None
+    where, moments = path_beside(stats.path), stats.moments
+    if moments is None:
         session.note(f"there is no {where}: encoding without error feedback (calibrate with --hessians to have it)")
-    return stats and stats.moments
+    elif plan.hessians not in (None, moments.kind):
+        session.note(
+            f"the plan was made with {plan.hessians} second moments, and {where} has those of {moments.kind}: the KL "
+            f"of the plan is not that of this file. Plan again with --hessians {plan.hessians} to have them back"
+        )
+    return moments
 
 
 def _protected(path: Path, plan: Plan) -> dict[str, tuple[ProtectedWeight, ...]]:

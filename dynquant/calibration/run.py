@@ -5,7 +5,7 @@ experts. The last part of the inputs is held back: it gives only samples, on whi
 so that no encoder is judged on inputs that it was fitted to. Extremes of down-projections come from all inputs. With
 pictures, image and text tokens are measured together and apart. Second moments (E[x xᵀ], what error feedback needs) are
 summed beside, from the forward pass alone or weighted by the gradients of a backward pass. `streamed` and `sharded`
-share the options, the split and the results.
+share the options, the split and the results, and `other_options` tells which of them an earlier run has.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,13 @@ from torch import nn
 from dynquant.calibration.collector import Collector, SampleLimits
 from dynquant.calibration.options import CalibrationOptions, Hessians
 from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder
-from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.second_moments import SecondMoments, kind_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
+from dynquant.families.common.settings import differing_settings
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context, num_held_back
+from dynquant.inputs.pictures import read_samples
 from dynquant.inputs.text import pack_windows, read_text, refused_chats
 from dynquant.running.layer_ahead import layer_ahead_of
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
@@ -201,3 +203,50 @@ def check_seen(stats: CalibrationStats, hf_model: nn.Module) -> None:
             f"None of the linear layers of {type(hf_model).__name__} has a name in gguf-py's tensor map, so "
             "nothing was measured; check that the model's architecture is the one that was asked for."
         )
+
+
+def other_options(
+    provenance: StatsProvenance, kind: str, model: Model, options: CalibrationOptions, seed: int
+) -> list[str]:
+    """Return in what statistics, with second moments of this kind, differ from those that these options give."""
+    same = {
+        "weights": provenance.fingerprint == model.fingerprint,
+        "configuration": not differing_settings(provenance.settings, model.settings),
+        "--tokens": provenance.max_tokens == options.tokens,
+        "--seed": provenance.seed == seed,
+        "--sampled-tokens": provenance.sampled_tokens == options.sampled_tokens,
+        "--hessians": options.hessians in ("none", kind),
+    }
+    if options.data is not None:
+        same["--data"] = provenance.text_hash == read_samples(Path(options.data)).sha256
+    elif all(same.values()):  # the text depends on both
+        text = read_text(options.text, seed=seed, max_tokens=given_tokens(options))
+        same |= {
+            "--window": provenance.window == _window_of(provenance, model, options, seed),
+            "text": provenance.text_hash == text.sha256,
+        }
+    newer = [name for name, value in (provenance.model_extra or {}).items() if value]  # of options that are not here
+    return [name for name, is_same in same.items() if not is_same] + newer
+
+
+def _window_of(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
+    """Return the window that a calibration with these options has: that of one short window is the text's length."""
+    window = min(options.window, max(options.tokens, 2))
+    if provenance.num_windows != 1 or provenance.window >= window:
+        return window
+    return text_inputs(model, options.text, tokens=options.tokens, window=options.window, seed=seed).longest
+
+
+def given_tokens(options: CalibrationOptions) -> int:
+    """Return how many tokens of given text are read; what the model writes takes its beginnings from some."""
+    return options.tokens or options.sampled_tokens
+
+
+def with_kept_moments(path: Path, model: Model, options: CalibrationOptions, seed: int) -> CalibrationOptions:
+    """Return options that take second moments with gradients as they are in a folder, where none were asked for by
+    name: what `plan --select` measured in a multiple of the time serves a plan without it, too."""
+    kind = kind_beside(path)
+    if kind in ("none", options.hessians) or options.hessians != "activations" or options.changed("hessians"):
+        return options
+    kept, provenance = options.filled({"hessians": kind}), CalibrationStats.load(path).provenance
+    return options if other_options(provenance, kind, model, kept, seed) else kept

@@ -23,19 +23,26 @@ from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.recorders import moment_limits
-from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of, text_inputs
+from dynquant.calibration.run import (
+    Calibration,
+    StatisticsOptions,
+    collect_statistics,
+    given_tokens,
+    other_options,
+    provenance_of,
+    text_inputs,
+    with_kept_moments,
+)
 from dynquant.calibration.second_moments import SecondMoments, kind_beside, load_beside
 from dynquant.calibration.sharded import calibrate_in_shards
-from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError, StatsError, WriteError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.settings import differing_settings
 from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.inputs.pictures import picture_inputs, read_samples
-from dynquant.inputs.text import read_text
+from dynquant.inputs.pictures import picture_inputs
 from dynquant.inputs.written import Writer
 from dynquant.resources import chosen_device, human_bytes, parse_size, total_memory
 from dynquant.running.cluster import open_ray
@@ -179,7 +186,8 @@ def statistics_in(
                 except OSError:
                     shutil.copyfile(source, target)
         return StatsFile(path, stats)
-    return statistics_at(path, model, options, session, in_background=options.ray is None)
+    kept = with_kept_moments(path, model, options, session.seed)
+    return statistics_at(path, model, kept, session, in_background=options.ray is None)
 
 
 def statistics_at(
@@ -188,7 +196,7 @@ def statistics_at(
     """Return the statistics of a file if they were measured with these options, or new ones in their place."""
     if path.is_file():
         file = StatsFile(path)
-        if not (others := _others(file, model, options, session.seed)):
+        if not (others := other_options(file.stats.provenance, kind_beside(path), model, options, session.seed)):
             session.note(f"reusing {path}")
             return file
         session.note(f"{path} was made with other {', '.join(others)}: calibrating anew")
@@ -196,42 +204,6 @@ def statistics_at(
     with file.guarded():
         tell_coverage(file.stats, model, session)
     return file
-
-
-def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: int) -> list[str]:
-    """Return in what the statistics of a file differ from those that these options give."""
-    provenance, kind = file.stats.provenance, kind_beside(file.path)
-    same = {
-        "weights": provenance.fingerprint == model.fingerprint,
-        "configuration": not differing_settings(provenance.settings, model.settings),
-        "--tokens": provenance.max_tokens == options.tokens,
-        "--seed": provenance.seed == seed,
-        "--sampled-tokens": provenance.sampled_tokens == options.sampled_tokens,
-        "--hessians": options.hessians in ("none", kind),
-    }
-    if options.data is not None:
-        same["--data"] = provenance.text_hash == read_samples(Path(options.data)).sha256
-    elif all(same.values()):  # the text depends on both
-        text = read_text(options.text, seed=seed, max_tokens=_given_tokens(options))
-        same |= {
-            "--window": provenance.window == _window_of(provenance, model, options, seed),
-            "text": provenance.text_hash == text.sha256,
-        }
-    newer = [name for name, value in (provenance.model_extra or {}).items() if value]  # of options that are not here
-    return [name for name, is_same in same.items() if not is_same] + newer
-
-
-def _window_of(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
-    """Return the window that a calibration with these options has: that of one short window is the text's length."""
-    window = min(options.window, max(options.tokens, 2))
-    if provenance.num_windows != 1 or provenance.window >= window:
-        return window
-    return text_inputs(model, options.text, tokens=options.tokens, window=options.window, seed=seed).longest
-
-
-def _given_tokens(options: CalibrationOptions) -> int:
-    """Return how many tokens of given text are read; what the model writes takes its beginnings from some."""
-    return options.tokens or options.sampled_tokens
 
 
 def run_calibration(
@@ -383,7 +355,7 @@ def calibration_inputs(model: Model, options: CalibrationOptions, session: Sessi
         StatsError: the text is missing or empty.
     """
     if options.data is None:
-        length = {"tokens": _given_tokens(options), "window": options.window}
+        length = {"tokens": given_tokens(options), "window": options.window}
         inputs = text_inputs(model, options.text, **length, seed=session.seed)
         if inputs.num_tokens + inputs.longest <= options.tokens != CalibrationOptions.tokens:
             session.note(

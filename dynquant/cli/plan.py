@@ -13,6 +13,7 @@ from dynquant.options import Only
 from dynquant.planning.options import PlanOptions
 from dynquant.resources import human_bytes, parse_size
 from dynquant.session import Session
+from dynquant.storage.file_names import REPORT_NAME
 
 if TYPE_CHECKING:
     from dynquant.recipes.plan import Plan, PlanEntry
@@ -70,6 +71,8 @@ def plan(
         from dynquant.analysis.report.stage import write_plan_report
 
         write_plan_report(str(options.model), options.output, session, base_gguf=options.base_gguf)
+    elif (drawn := options.output / REPORT_NAME).is_file():
+        session.note(f"{drawn} and the plots are of an earlier plan: this one has none")
     if as_json:
         console.show_json(decided.model_dump_json(indent=1))
     else:

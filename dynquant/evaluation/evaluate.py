@@ -116,7 +116,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
-        notes.append(f"The candidate runs with the adapter {options.adapter}.")
+        notes.append(_adapter_note(options.adapter))
     if options.kv_type:
         notes.append(f"The candidate's key/value cache is {' and '.join(options.kv_type)}, the reference's float32.")
     return reports.EvalReport(
@@ -381,6 +381,11 @@ class _Run:
         if is_gguf(self.reference) and self.options.runner != runners.LLAMA_CPP:
             more["runner"] = self.options.runner
         return cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
+
+
+def _adapter_note(adapter: Path) -> str:
+    size = sum(file.stat().st_size for file in adapter.glob("adapter_model.safetensors"))
+    return f"The candidate runs with the adapter {adapter}, whose {size:,} bytes are not among its bytes."
 
 
 def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:

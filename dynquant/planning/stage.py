@@ -10,6 +10,7 @@ from dynquant.analysis.errors.stage import check_table_name, error_table, scheme
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import write_token_errors
 from dynquant.analysis.sensitivity.stage import run_probe
+from dynquant.calibration.second_moments import kind_beside
 from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
@@ -258,9 +259,12 @@ def _readable_schemes(session: Session) -> tuple[str, ...]:
 def _of_table(
     plan: Plan, table: ErrorTable, path: Path, source: TensorSource, names: Iterable[str], **fields: object
 ) -> Plan:
-    """Return the plan with the hash of its error table, and checksums: the table's, and now of the others by name."""
+    """Return the plan with the hash of its error table, the kind of second moments that are beside it, and checksums:
+    the table's, and now of the others by name."""
     others = {name: f"{checksum(source.load(name)):016x}" for name in names if name not in table.tensors()}
     update = {"errors_hash": file_hash(path), "checksums": {**table.checksums, **others}, **fields}
+    kind = kind_beside(path.with_name(file_names.STATS_NAME))
+    update |= {"hessians": kind} if kind != "none" else {}
     return plan.model_copy(update=update)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from dynquant.analysis.plots.style import PlotFiles
 from dynquant.checkpoints.gguf_layout import is_tuned
 from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.model import Model
 from dynquant.errors import hub_failures
 from dynquant.evaluation.report import EvalReport, markdown
@@ -48,7 +49,7 @@ def release_card(
     parts = [
         f"---\n{_metadata(record, model, options, base, original)}---",
         f"# {name}, quantized by measurement",
-        f"{about} {licence}".rstrip(),
+        " ".join(part for part in (about, _of_quantized(model), licence) if part),
         "## Files",
         "The largest file that fits in your memory loses least." * (count > 1),
         _files(record, reports, next(iter(besides.values()))),
@@ -62,6 +63,20 @@ def release_card(
         _how_made(record, options),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _of_quantized(model: Model) -> str:
+    """Say that the original is a quantized GGUF file, whose own loss no figure of the card counts; else nothing."""
+    if not isinstance(model.source, GGUFSource):
+        return ""
+    summary = inspect(model.path)
+    most = max(summary.types, key=lambda share: share.num_weights).label
+    if most in ("F32", "F16", "BF16"):
+        return ""
+    return (
+        f"The original is a quantized file itself ({most} for most weights, {summary.bits_per_weight:.2f} bits per "
+        "weight): all figures compare with it, and what it had lost before comes on top."
+    )
 
 
 def _original_card(model: Model, options: ReleaseOptions) -> dict[str, Any]:

@@ -61,11 +61,20 @@ def save_plan(plan: Plan, path: Path, session: Session) -> None:
     former = _read(path)
     if former is not None and (former.recipe, former.target) != (plan.recipe, plan.target):
         note = f"{path} was the plan of {former.recipe}, which is kept as {_kept(former, path)}"
-        is_usable = former.stats_hash in (None, plan.stats_hash)
-        session.note(f"{note}; `export --plan` takes it as well" if is_usable else note)
+        if former.stats_hash in (None, plan.stats_hash):
+            note += f"; `export --plan` takes it as well{_other_moments(former, plan)}"
+        session.note(note)
     plan.save(path)
     if plan.stats_hash is not None:
         note_lost_plans(path.parent, plan.stats_hash, session, before=former and former.stats_hash)
+
+
+def _other_moments(former: Plan, plan: Plan) -> str:
+    """Say that a kept plan was made with second moments of another kind than those that are now in the folder."""
+    if former.hessians is None or former.hessians == plan.hessians:
+        return ""
+    there = f"{plan.hessians} second moments" if plan.hessians else "no second moments"
+    return f", but encodes it with {there} instead of the {former.hessians} ones that it was made with"
 
 
 def note_lost_plans(folder: Path, stats_hash: str, session: Session, *, before: str | None) -> None:
@@ -116,6 +125,7 @@ def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:
         _ = file.stats  # raises where it is something else than statistics
         raise StatsError(
             f"{path} has the hash {file.hash[:12]}, but the plan was made from statistics {stats_hash[:12]}. Give the "
-            "stats.safetensors that was written beside the plan."
+            "stats.safetensors that was written beside the plan or, where a later run has replaced it, plan again for "
+            "the same request."
         )
     return file

@@ -85,6 +85,7 @@ class Plan(FrozenRecord):
     settings: dict[str, Setting] = Field({}, exclude_if=_is_empty)  # what decides the computation beside the weights
     pruned: PrunedExperts | None = Field(None, exclude_if=_is_empty)  # experts that the planned model lacks
     stats_hash: str | None = None  # SHA-256 of stats.safetensors; None for presets that read no statistics
+    hessians: str | None = Field(None, exclude_if=_is_empty)  # kind of second moments beside the statistics, if any
     errors_hash: str | None = None
     recipe: str  # the request: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`
     objective: str = "fixed recipe"  # sum that the types were chosen to minimise (`ErrorTable.cost_name`)

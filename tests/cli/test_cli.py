@@ -75,6 +75,7 @@ def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
     again = ("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", planned, "--size", "6.5MB", "--no-report")
     said, kept = succeed(*again), planned / f"{asked.replace(' ', '-')}.plan.json"
     assert f"{path} was the plan of {asked}, which is kept as {kept}; `export --plan` takes it as well" in said
+    assert f"{planned / 'report.html'} and the plots are of an earlier plan" in said
     assert kept.read_bytes() == former and "which is kept" not in succeed(*again)
     assert [file.stat().st_mtime_ns for file in files] == before
     assert json.loads(files[2].read_text())["stats_hash"] == file_hash(files[0])

@@ -182,7 +182,9 @@ def test_the_graph_applies_adapters_where_we_say(name, tmp_path, tiny_text):
 
 def test_what_llama_cpp_would_leave_out_is_refused(deepseek, tmp_path):
     adapter_of(deepseek, tmp_path / "adapter", llama_cpp=False)
-    with pytest.raises(AdapterError, match=r"kv_a_proj_with_mqa, kv_b_proj, q_a_proj, q_b_proj .*deepseek2"):
+    with pytest.raises(
+        AdapterError, match=r"kv_a_proj_with_mqa, kv_b_proj, q_a_proj, q_b_proj .*deepseek2.*--for-llama-cpp"
+    ):
         export_adapter(tmp_path / "adapter", tmp_path / "a.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
 

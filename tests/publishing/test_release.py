@@ -19,11 +19,12 @@ from dynquant.errors import HubError, LibraryError
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.gguf import write_patched
+from dynquant.families.open import open_model
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing import stage
-from dynquant.publishing.card import _how_made
+from dynquant.publishing.card import _how_made, _of_quantized
 from dynquant.publishing.hub import push
 from dynquant.publishing.options import ReleaseOptions
 from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
@@ -300,6 +301,14 @@ def test_the_card_names_the_files_that_the_closing_pass_has_changed(packed_moe, 
             write_patched(GGUFSource(packed_moe.gguf), tmp_path / row.name, {}, encoder=encoder)
         expected = f"The closing pass tuned scales and norms{words} on the KL to the original. " * (words is not None)
         assert f"\n\n{expected}Made with dynquant 0 on cpu." in _how_made(record, options)
+
+
+def test_the_card_says_where_the_original_is_quantized_itself(packed_moe, small_moe, tmp_path):
+    model = open_model(packed_moe.gguf)
+    size = f"{8 * packed_moe.gguf.stat().st_size / model.num_weights:.2f} bits per weight"
+    assert f"{size}): all figures compare with it" in _of_quantized(model)
+    succeed("export", small_moe, "--preset", "f16", "--encoder", "ggml", "--tune", 0, "-o", tmp_path / "f16.gguf")
+    assert not _of_quantized(open_model(tmp_path / "f16.gguf")) and not _of_quantized(open_model(small_moe))
 
 
 def test_more_effort_reaches_plans_and_files(tmp_path):

@@ -36,6 +36,16 @@ def test_plans_of_other_requests_stay_under_their_names(saved, tmp_path):
     assert said[0] == f"{path} was the plan of bpw 2.5, which is kept as {kept}; `export --plan` takes it as well"
 
 
+def test_a_kept_plan_of_other_second_moments_is_not_told_to_be_as_good(saved):
+    saved("bpw 2", hessians="two-sided")
+    assert saved("bpw 3", hessians="activations")[0].endswith(
+        "takes it as well, but encodes it with activations second moments instead of the two-sided ones that it was "
+        "made with"
+    )
+    assert "no second moments instead" in saved("bpw 4", hessians=None)[0]
+    assert saved("bpw 5", hessians="two-sided")[0].endswith("takes it as well"), "no moments were there to lose"
+
+
 def test_no_plan_that_was_kept_is_replaced(saved, tmp_path):
     saved("bpw 2.5", "bpw 3")
     before = (tmp_path / "bpw-2.5.plan.json").read_bytes()

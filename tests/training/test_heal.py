@@ -77,6 +77,8 @@ def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
     options = {"tasks": ("kl",), "text": [crushed.held_out], "window": 64, "max_tokens": 256}
     found = evaluated(crushed.packed, crushed.original, adapter=output, **options)
     assert found.texts[0].kl.mean.value == pytest.approx(report.changes[0].after.value, rel=1e-5)
+    size = (output / "adapter_model.safetensors").stat().st_size
+    assert any(f"whose {size:,} bytes are not among its bytes" in note for note in found.notes)
     bare = evaluated(crushed.packed, crushed.original, **options)
     assert bare.texts[0].kl.mean.value == pytest.approx(report.changes[0].before.value, rel=1e-5)
 
