@@ -276,6 +276,7 @@ class _Planner:
         return self._by_level[level]
 
     def _floor(self, name: str, level: int) -> QuantType | None:
+        """Return the higher of the floors of its role and of an exception at a level; None where it has neither."""
         if self.rules.target == "vllm":
             return None  # schemes of vLLM are no quant types, and none has fewer than 4 bits
         of_role, of_outlier, of_super_weight = FLOOR_LEVELS[level]
@@ -294,6 +295,7 @@ class _Planner:
         }
 
     def _reason(self, name: str, group: tuple[str, ...], draft: _Draft) -> str:
+        """Return why a tensor has its type in a draft, as plan.json and the report say it."""
         if self.rules.target == "vllm":
             cost = sum(self.table.cost(row) for member in group if (row := self.table.row(member, draft.types[member])))
             with_others = f", with {len(group) - 1} others that share its scheme" if len(group) > 1 else ""
