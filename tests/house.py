@@ -159,6 +159,19 @@ def lost_names(modules: list[Module]) -> list[str]:
     return lost
 
 
+def lost_rows(modules: list[Module]) -> list[str]:
+    """List rows of maps in docstrings of folders (`    name, name    words`) that name no module or folder there."""
+    places = {place for module in modules for place in (module.place.removesuffix(".py"), module.folder)}
+    return [
+        f"{module.place}: {name}"
+        for module in modules
+        if module.is_package
+        for names in re.findall(r"^ {4}(\w+(?:, \w+)*) {2,}[^`\s]", ast.get_docstring(module.tree) or "", re.MULTILINE)
+        for name in names.split(", ")
+        if f"{module.folder}/{name}" not in places
+    ]
+
+
 CHECKS = (
     crowded_folders,
     long_modules,
@@ -169,6 +182,7 @@ CHECKS = (
     printing_modules,
     vague_names,
     lost_names,
+    lost_rows,
 )
 
 
