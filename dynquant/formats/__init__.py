@@ -11,7 +11,8 @@ blocks; what the fields should be is searched in `encoding`. A new quant type of
     checkpoints.gguf_layout                      `_FILE_TYPE_OF`, where llama.cpp calls files of it otherwise
     analysis.errors.options                      `DEFAULT_TYPES`, for `plan` to try it without --types
 
-All else goes by the registry: error table, planner, exporters and readers, and tests of decoding, planes and ggml.
+The first two rows are enough to plan, to export as GGUF and to evaluate in llama.cpp. All else goes by the registry:
+error table, planner, exporters and readers, and tests of decoding, planes and ggml.
 """
 
 from dynquant.formats.decode import decode
