@@ -1,6 +1,16 @@
 """dynquant: measured dynamic low-bit quantization of language models.
 
 After `import dynquant`, transformers' `from_pretrained` loads packed checkpoints; `dynquant.load` loads GGUF files.
+
+Each step begins in one function, which `cli` calls with the options that stand beside it and a `session.Session`:
+
+    calibrate    `calibration.stage.calibrate`       export      `exporters.stage.export`
+    analyze      `analysis.errors.stage.analyze`     eval        `evaluation.evaluate.evaluate`
+    plan         `planning.stage.make_plan`          release     `publishing.stage.release`
+    heal         `training.heal.heal`                finetune    `training.finetune.finetune`
+
+The docstring of a folder says which module does what. Those of `formats`, `families` and `evaluation.tasks` say where a
+new quant type, architecture or task is written.
 """
 
 from typing import TYPE_CHECKING, Any

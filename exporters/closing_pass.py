@@ -7,8 +7,9 @@ through the whole model under its own routing, so that each layer also makes up 
 sizes follow the damage: a scale moves in proportion to the relative error of its tensor, the others to the mean one.
 File size and types stay as they are, and what is measured is rounded as it is stored.
 
-GGUF files and compressed-tensors checkpoints are two kinds of `tuning.interface.QuantizedFile`. Which text is used, how
-far it goes and whether the result is kept is decided in `tuning.training`.
+This module says when it can run, and runs it over a written file. GGUF files and compressed-tensors checkpoints are two
+kinds of `tuning.interface.QuantizedFile`. How long it trains, which share of the trained change is taken and whether it
+is kept is decided in `tuning.training`.
 """
 
 from pathlib import Path
@@ -21,7 +22,6 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import count_windows
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
 from dynquant.encoding.interface import Encoder
 from dynquant.errors import ExportError
 from dynquant.evaluation.reference_cache import model_files
@@ -92,9 +92,9 @@ def tune_file(
 def _quantized_file(path: Path, model: Model, session: Session) -> QuantizedFile:
     """Open what is tuned, and say what of it stays. Raises ExportError: it is not of this model."""
     if not path.is_dir():
-        source = GGUFSource(path)
-        check_original(model, source, path)
-        return QuantizedGGUF(source, model)
+        file = QuantizedGGUF(GGUFSource(path), model)
+        file.check_original()
+        return file
     checkpoint = QuantizedCheckpoint(path, model, linear_checkpoint(model))
     checkpoint.check_original()
     if checkpoint.untrained:
@@ -119,26 +119,6 @@ def _outcome(tuned: Tuned) -> str:
     if tuned.replacements:
         return f"closing pass on {run}: {change}"
     return f"the closing pass on {run} did not clearly help, and all stays as encoded: {change}"
-
-
-def check_original(model: Model, file: GGUFSource, path: Path) -> None:
-    """Refuse a quantized file of another model. Raises ExportError: other layers or shapes; the first is named."""
-    sides = [{name: list(source.info(name).shape) for name in source.names()} for source in (file, model.source)]
-    ahead = mtp_layers(sides[1])
-    layers = [max(({layer_of(name) or 0 for name in shapes} - ahead), default=0) for shapes in sides]
-    difference = next(
-        (
-            f"`{name}` is {shape} and {sides[1][name]}"
-            for name, shape in sides[0].items()
-            if sides[1].get(name, shape) != shape
-        ),
-        f"there are {layers[0] + 1} and {layers[1] + 1} layers" if layers[0] != layers[1] else "",
-    )
-    if difference or not sides[0].keys() & sides[1].keys():
-        raise ExportError(
-            f"{path} is not of {model.name}: {difference or 'no tensor is in both'}. Give the model that it was made "
-            "from as --reference."
-        )
 
 
 def sampled_tokens(options: ClosingPassOptions, given: int, device: str) -> int:

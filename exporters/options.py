@@ -205,7 +205,7 @@ class TuneFileOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions(Options):
+class AdapterFileOptions(Options):
     """A LoRA adapter as PEFT saves it, and the file that llama.cpp reads."""
 
     adapter: Annotated[Path, Flag("Directory that save_pretrained wrote.", is_argument=True, show_default=False)]

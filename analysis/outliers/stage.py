@@ -15,7 +15,7 @@ from dynquant.session import Session
 
 
 @dataclass(frozen=True)
-class SuperWeights:
+class SuperWeightFindings:
     """Super weights of a model, each with the effect of zeroing it where that was measured."""
 
     model: str
@@ -23,7 +23,7 @@ class SuperWeights:
     weights: list[tuple[SuperWeight, Ablation | None]]
 
 
-def look_for_super_weights(options: SuperWeightOptions, session: Session) -> SuperWeights:
+def look_for_super_weights(options: SuperWeightOptions, session: Session) -> SuperWeightFindings:
     """Run the model on a text and return the single weights that it cannot do without."""
     model = open_and_announce(options.model, session)
     text = read_text(options.text, max_tokens=options.tokens)
@@ -34,4 +34,4 @@ def look_for_super_weights(options: SuperWeightOptions, session: Session) -> Sup
     criteria = Criteria(min_effect=options.min_effect)
     weights = find_super_weights(hf_model, weight_inputs(model, hf_model), window, criteria=criteria)
     effects = [ablation(hf_model, weight, window) if options.ablation else None for weight in weights]
-    return SuperWeights(model.name, len(window), list(zip(weights, effects, strict=True)))
+    return SuperWeightFindings(model.name, len(window), list(zip(weights, effects, strict=True)))

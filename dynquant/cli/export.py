@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.cli.terminal import console
-from dynquant.exporters.options import AdapterOptions, ExportOptions, TuneFileOptions
+from dynquant.exporters.options import AdapterFileOptions, ExportOptions, TuneFileOptions
 from dynquant.options import Only
 from dynquant.publishing.options import CARD_NAME, ReleaseOptions
 from dynquant.resources import human_bytes
@@ -54,7 +54,7 @@ def tune(options: TuneFileOptions, session: Annotated[Session, Only(("seed", "de
     print_files(stage.tune(options, session))
 
 
-def export_adapter(options: AdapterOptions) -> None:
+def export_adapter(options: AdapterFileOptions) -> None:
     """Write a LoRA adapter for llama.cpp: use it with any GGUF of its base, as --lora FILE or Llama(lora_path=...).
 
     Example: dynquant export-adapter adapter/ --base model.gguf -o adapter.gguf

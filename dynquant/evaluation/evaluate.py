@@ -37,6 +37,7 @@ from dynquant.evaluation.pictures.candidate import (
     refuse_plan,
     stored_bytes,
 )
+from dynquant.evaluation.pictures.questions import SPARE_TOKENS, PictureQuestion, encoded_samples
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.tasks import multiple_choice
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, check_fits, read_prompts, summarize_generation
@@ -45,7 +46,7 @@ from dynquant.families.common.settings import settings_note
 from dynquant.families.model_kind import check_same_kind, difference_of_kind
 from dynquant.families.open import locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
-from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
+from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
 from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows
 from dynquant.lora.saved import read_adapter_config
@@ -56,8 +57,6 @@ from dynquant.session import SILENT, Progress, Session
 
 if TYPE_CHECKING:
     from dynquant.evaluation.tasks.harness import Harness, Samples
-
-SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 
 
 def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalReport | reports.PictureReport:
@@ -88,14 +87,8 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     where = {"runner": options.runner, "base": reference}
     infos = [runners.describe_model(path, **where) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
-    context_length = min(info.context_length for info in infos)
-    if options.window > context_length and not options.contexts:
-        raise EvaluationError(
-            f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
-        )
-    notes += of_kinds + runners.tokenizer_notes(reference, candidate)
-    if difference := settings_note(settings_of(reference), settings_of(candidate)):
-        notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
+    context_length = _context_length(options, infos)
+    notes += of_kinds + runners.tokenizer_notes(reference, candidate) + _notes_on_settings(reference, candidate)
     harness = _harness(asked, reference, progress) if asked.harness_tasks else None
     with runners.open_encoder(reference) as encode:
         texts, prompts, questions = _inputs(options, encode, context_length, notes)
@@ -107,18 +100,15 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             references = [run.reduced(runner, text) for text in texts]
             written = [run.written(runner, "reference", starts) for starts in prompts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
-            asked_before = run.asked(runner, "reference", harness) if harness else {}
+            harness_before = run.harness_samples(runner, "reference", harness) if harness else {}
         with run.opening(candidate, is_candidate=True) as runner:
             scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
             pairs = [(first, run.written(runner, "candidate", *first)) for first in zip(prompts, written, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
-            asked_after = run.asked(runner, "candidate", harness) if harness else {}
+            harness_after = run.harness_samples(runner, "candidate", harness) if harness else {}
     finally:
         torch.set_num_threads(torch_threads)
-    if options.adapter is not None:
-        notes.append(_adapter_note(options.adapter))
-    if options.kv_type:
-        notes.append(f"The candidate's key/value cache is {' and '.join(options.kv_type)}, the reference's float32.")
+    notes += _notes_on_candidate(options)
     return reports.EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
@@ -135,7 +125,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             reports.summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
         generated=tuple(summarize_generation(*first, second, asked.new_tokens) for first, second in pairs),
-        harness=harness.results(asked_before, asked_after) if harness else (),
+        harness=harness.results(harness_before, harness_after) if harness else (),
         notes=[*notes, *(harness.notes if harness else ())],
         seconds=run.seconds,
     )  # fmt: skip
@@ -152,6 +142,16 @@ def _check_program(options: EvalOptions, candidate: Path) -> None:
         read_adapter_config(options.adapter)
     if options.kv_type and not runs_in_llama_cpp:
         raise EvaluationError("--kv-type is of llama.cpp's cache; the candidate is no GGUF file that runs there.")
+
+
+def _context_length(options: EvalOptions, infos: Sequence[runners.ModelInfo]) -> int:
+    """Return the tokens of context that both models have. Raises EvaluationError: a window is longer."""
+    context_length = min(info.context_length for info in infos)
+    if options.window > context_length and not options.contexts:
+        raise EvaluationError(
+            f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
+        )
+    return context_length
 
 
 def _harness(asked: QuestionOptions, reference: Path, progress: Progress) -> "Harness":
@@ -210,6 +210,24 @@ def _notes_on_kinds(options: EvalOptions, reference: Path, candidate: Path) -> l
             "the two are to be compared as they are, repeat this with --allow-difference."
         )
     return [f"The comparison was allowed although {difference}."] if difference else []
+
+
+def _notes_on_settings(reference: Path, candidate: Path) -> list[str]:
+    """Return a note where the two models compute different things from their weights."""
+    difference = settings_note(settings_of(reference), settings_of(candidate))
+    if not difference:
+        return []
+    return [f"{reference.name} and {candidate.name} differ in more than their weights: {difference}."]
+
+
+def _notes_on_candidate(options: EvalOptions) -> list[str]:
+    """Return what the candidate runs with and the reference does not."""
+    notes = []
+    if options.adapter is not None:
+        notes.append(_adapter_note(options.adapter))
+    if options.kv_type:
+        notes.append(f"The candidate's key/value cache is {' and '.join(options.kv_type)}, the reference's float32.")
+    return notes
 
 
 def common_columns(reference: runners.ModelInfo, candidate: runners.ModelInfo) -> tuple[int, list[str]]:
@@ -347,7 +365,7 @@ class _Run:
         ends = np.cumsum([len(e.answers) for e in encoded])[:-1]
         return [AnswerScores(e.question, part) for e, part in zip(encoded, np.split(log_probs, ends), strict=True)]
 
-    def asked(self, runner: Opener, side: str, harness: "Harness") -> "Samples":
+    def harness_samples(self, runner: Opener, side: str, harness: "Harness") -> "Samples":
         """Return what the harness logs of every question of its tasks."""
         limits, cache = {"context_length": self.context_length, "num_columns": self.num_columns}, None
         if side == "reference" and self.options.reference_cache is not None:
@@ -356,14 +374,16 @@ class _Run:
         with self.timed(f"{side}, {', '.join(harness.tasks)}", "questions") as report:
             return harness.ask(runner, report, cache, **limits)
 
-    def answers(self, runner: runners.PictureRunner, side: str, asked: Sequence["_Asked"], tokenizer: Any) -> list[str]:
+    def answers(
+        self, runner: runners.PictureRunner, side: str, questions: Sequence[PictureQuestion], tokenizer: Any
+    ) -> list[str]:
         """Return a model's greedy answers to questions about pictures."""
         answers = []
         with self.timed(f"{side}, questions", "questions") as report:
-            for done, question in enumerate(asked, start=1):
+            for done, question in enumerate(questions, start=1):
                 ids = runner.answer(question.prompt, question.num_answer_tokens + SPARE_TOKENS)
                 answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
-                report(done, len(asked))
+                report(done, len(questions))
         return answers
 
     def _cached(
@@ -398,14 +418,6 @@ def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:
     )
 
 
-class _Asked(NamedTuple):
-    """A question about pictures: the model inputs up to the answer, and how long the right one is with its end."""
-
-    sample: Sample
-    prompt: Batch
-    num_answer_tokens: int
-
-
 def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> reports.PictureReport:
     tasks = options.questions.tasks
     model = open_model(options.reference)
@@ -417,7 +429,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     file = read_samples(data)
     processor = load_processor(model.hf_directory)
     encoder = SampleEncoder(processor, image_token_of(model.hf_directory), strict=options.strict)
-    batches, asked = _encoded_samples(encoder, file.samples[: options.questions.limit or None], "vqa" in tasks)
+    batches, questions = encoded_samples(encoder, file.samples[: options.questions.limit or None], asks="vqa" in tasks)
     inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
     if is_gguf(candidate := Path(options.candidate)) or (candidate / "config.json").is_file():
         check_same_kind(
@@ -432,10 +444,10 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         use_tensor_cores(hf_model, weights_stay=False)  # a plan is installed into it
         original = runners.HuggingFaceRunner(hf_model)
         reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
-        before = run.answers(original, "reference", asked, processor.tokenizer)
+        before = run.answers(original, "reference", questions, processor.tokenizer)
         with picture_candidate(options, model, original, processor, planned) as (candidate, candidate_bytes):
             scores = run.compared(lambda: candidate, inputs, reference[0]) if reference else None
-            after = run.answers(candidate, "candidate", asked, processor.tokenizer)
+            after = run.answers(candidate, "candidate", questions, processor.tokenizer)
     return reports.PictureReport(
         reference=model.name,
         candidate=str(options.candidate),
@@ -446,25 +458,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         samples=len(inputs),
         skipped=inputs.skipped,
         **(scores.means([len(batch.scored) for batch in inputs]) if scores is not None else {}),
-        questions=reports.summarize_answers([question.sample for question in asked], before, after) if asked else None,
+        questions=(
+            reports.summarize_answers([question.sample for question in questions], before, after) if questions else None
+        ),
     )
-
-
-def _encoded_samples(
-    encoder: SampleEncoder, samples: Sequence[Sample], asks: bool
-) -> tuple[tuple[Batch, ...], list[_Asked]]:
-    if asks and not any(sample.question for sample in samples):
-        raise EvaluationError("The task vqa needs lines with `images`, `question` and `answer`; the file has none.")
-    batches, asked = [], []
-    for sample in samples:
-        batch = encoder.encode(sample, breaks_are_text=False)
-        if batch is None:
-            continue
-        batches.append(batch)
-        if asks and sample.question:
-            prompt = encoder.encode(sample, prompt_only=True, breaks_are_text=False)
-            if prompt is not None:
-                asked.append(_Asked(sample, prompt, batch.num_tokens - prompt.num_tokens))
-    if not batches:
-        raise EvaluationError("No sample can be used: all of their images fail to decode.")
-    return tuple(batches), asked

@@ -20,7 +20,7 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_n
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(Options):
-    """Inputs that a model is scored on: texts for KL and perplexity, questions for accuracy."""
+    """Tasks that two models are compared on, and what they read: texts, prompts and questions."""
 
     text: Annotated[
         tuple[Path, ...], Flag("Text for kl and ppl, as --calibration of plan takes it. May be repeated.")

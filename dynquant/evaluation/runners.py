@@ -482,8 +482,3 @@ def _are_done(length: int, is_done: IsDone, ids: torch.Tensor, _scores: object, 
 
 def _is_recurrent(cache: Any) -> bool:
     return any("LinearAttention" in type(layer).__name__ for layer in cache.layers)
-
-
-def gguf_bytes(paths: Sequence[Path]) -> int:
-    """Bytes of GGUF files, with all parts of split ones."""
-    return sum(file.stat().st_size for path in paths for file in GGUFSource(path).files)

@@ -142,10 +142,10 @@ def tokenizer_files(gguf_file: Path) -> dict[str, bytes]:
 
 def stated(keys: Keys) -> dict[str, Any]:
     """Return what the file says of its configuration."""
-    family = _FAMILIES.get(keys.arch)
-    if family is None:
-        keys.refuse(f"dynquant knows the architectures {', '.join(sorted(_FAMILIES))}")
-    return {**_common(keys), **family(keys)}
+    reader = _READERS.get(keys.arch)
+    if reader is None:
+        keys.refuse(f"dynquant knows the architectures {', '.join(sorted(_READERS))}")
+    return {**_common(keys), **reader(keys)}
 
 
 def _common(keys: Keys) -> dict[str, Any]:
@@ -293,12 +293,13 @@ def _deepseek(keys: Keys) -> dict[str, Any]:
     return raw
 
 
-_FAMILIES: dict[str, Callable[[Keys], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[Keys], dict[str, Any]]] = {
     "llama": _llama,
     **dict.fromkeys(("qwen2", "qwen3", "qwen2moe", "qwen3moe"), _qwen),
     "gemma3": _gemma3,
     "deepseek2": _deepseek,
 }
+"""By llama.cpp's name of the architecture; `text.registry.FAMILIES` is the way there."""
 
 
 def _expert_width(keys: Keys) -> int:

@@ -84,7 +84,7 @@ def _layout(name: str) -> QuantType:
 
 
 QUANT_TYPES: dict[str, QuantType] = {name: _layout(name) for name in _NAMES}
-STAND_INS = (QUANT_TYPES["Q2_0"], QUANT_TYPES["Q1_0"])
+SMALL_BLOCK_TYPES = (QUANT_TYPES["Q2_0"], QUANT_TYPES["Q1_0"])
 """Types of few bits with small blocks, for rows that blocks of 256 do not divide."""
 
 
@@ -121,6 +121,6 @@ def fits_blocks(row_length: int) -> bool:
 
 def candidates_for_row(wanted: QuantType, row_length: int) -> tuple[QuantType, ...]:
     """The types among which a planner may choose where `wanted` is a candidate: itself, or what `fit_to_row` stores
-    with and without STAND_INS."""
-    stored, with_stand_ins = (fit_to_row(wanted, row_length, others)[0] for others in ((), STAND_INS))
-    return tuple(dict.fromkeys((stored, with_stand_ins)))
+    with and without SMALL_BLOCK_TYPES."""
+    stored, with_small_blocks = (fit_to_row(wanted, row_length, others)[0] for others in ((), SMALL_BLOCK_TYPES))
+    return tuple(dict.fromkeys((stored, with_small_blocks)))

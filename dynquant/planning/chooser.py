@@ -1,4 +1,7 @@
-"""One budget, any pricing: the types or schemes that the planner takes for a table, and why."""
+"""One budget, any pricing: the types or schemes that the planner takes for a table.
+
+Plans are tried by their types alone, so the reasons that `planner` gives are kept here until a plan is taken.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -74,6 +77,8 @@ class Chooser(_Explained):
         self.memory = target.memory(model)
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
+        """Return the type of every tensor that has a choice, at the target's budget or the size nearest `file_bytes`.
+        Raises PlanError: as `plan_types`."""
         allowed = self.allowed(table)
         rules = self._rules[floors and self.target.floors]
         return self._types(plan_types(allowed, self._budget(allowed, rules, file_bytes), rules))
@@ -208,6 +213,7 @@ class SchemeChooser(_Explained):
         )  # fmt: skip
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
+        """Return the scheme of every linear layer, as `Chooser` returns types."""
         del floors  # schemes have none
         allowed, budget = self.allowed(table), self._budget
         if file_bytes is not None:

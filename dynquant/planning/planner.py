@@ -30,7 +30,7 @@ from dynquant.formats.storage_format import Choice
 from dynquant.planning.allocate import allocate, largest_total, smallest_total, total_cost
 from dynquant.recipes.plan import PlanTarget
 
-LEVELS = (
+FLOOR_LEVELS = (
     ("IQ4_XS", "Q6_K", "Q6_K"), ("Q3_K", "Q4_K", "Q6_K"), ("Q2_K", "Q3_K", "Q6_K"),
     (None, None, "Q6_K"), (None, None, "Q4_K"), (None, None, "Q2_K"), (None, None, None),
 )  # fmt: skip
@@ -241,12 +241,12 @@ class _Planner:
         """Return the draft under the highest floors that are worth their price. Raises PlanError: the budget is below
         the smallest or above the largest possible size."""
         check_budget_range(budget, *self.size_range, self.rules)
-        levels = range(len(LEVELS)) if self.rules.floors else (len(LEVELS) - 1,)
+        levels = range(len(FLOOR_LEVELS)) if self.rules.floors else (len(FLOOR_LEVELS) - 1,)
         draft_of = cache(partial(self.draft, budget=budget, depth=depth))
         drafts = filter(None, map(draft_of, levels))  # drawn one by one: the lowest are seldom needed
         if not self.table.sensitivity:  # then costs cannot judge floors: the highest that fit
             return next(drafts)
-        no_floors = (level for level in levels if LEVELS[level][0] is None)
+        no_floors = (level for level in levels if FLOOR_LEVELS[level][0] is None)
         without = next(filter(None, map(draft_of, no_floors)))
         return next(draft for draft in drafts if draft.cost <= FLOOR_PRICE * without.cost or draft is without)
 
@@ -276,9 +276,10 @@ class _Planner:
         return self._by_level[level]
 
     def _floor(self, name: str, level: int) -> QuantType | None:
+        """Return the higher of the floors of its role and of an exception at a level; None where it has neither."""
         if self.rules.target == "vllm":
             return None  # schemes of vLLM are no quant types, and none has fewer than 4 bits
-        of_role, of_outlier, of_super_weight = LEVELS[level]
+        of_role, of_outlier, of_super_weight = FLOOR_LEVELS[level]
         role = next(iter(self.table.tensors()[name].values())).role
         floors = [None if role in _NO_FLOOR else of_outlier if role in _SENSITIVE else of_role]
         if name in self.exceptions:
@@ -294,6 +295,7 @@ class _Planner:
         }
 
     def _reason(self, name: str, group: tuple[str, ...], draft: _Draft) -> str:
+        """Return why a tensor has its type in a draft, as plan.json and the report say it."""
         if self.rules.target == "vllm":
             cost = sum(self.table.cost(row) for member in group if (row := self.table.row(member, draft.types[member])))
             with_others = f", with {len(group) - 1} others that share its scheme" if len(group) > 1 else ""
@@ -305,7 +307,7 @@ class _Planner:
             error += f"; coupled, one type with {', '.join(other for other in group if other != name)}"
         why = exception or row.role.value
         if floor:
-            lowered = f", lowered from {LEVELS[0][0]} at this budget" if draft.level and not exception else ""
+            lowered = f", lowered from {FLOOR_LEVELS[0][0]} at this budget" if draft.level and not exception else ""
             return f"kept: {why}, floor {floor.name}{lowered}; {error}"
         if exception:
             return f"{why}, but bytes are worth more elsewhere at this budget; {error}"

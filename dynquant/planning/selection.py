@@ -1,4 +1,7 @@
-"""Findings of a selection (selection.json): candidate plans with predicted and measured KL, and how the two agree."""
+"""Record of a selection (selection.json): candidate plans with predicted and measured KL, and how the two agree.
+
+`search` makes the plans, scores them and chooses.
+"""
 
 from math import exp, log
 from pathlib import Path

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynquant.formats.quant_types import QuantType
     from dynquant.planning.memory.budget import MemoryBudget
 
-LEVELS = ("keep", "8bit", "lower")
+MODULE_LEVELS = ("keep", "8bit", "lower")
 """Treatments of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
 
 
@@ -133,8 +133,8 @@ class Target(Options):
             )
         if self.like is not None or self.patterns is not None or self.serves is not None:
             self.refuse_unused("--like and --recipe have types of their own, and for vLLM they stay BF16.", "mtp_type")
-        if self.vision not in ("auto", *LEVELS):
-            raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(LEVELS)}.")
+        if self.vision not in ("auto", *MODULE_LEVELS):
+            raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(MODULE_LEVELS)}.")
         for flag, is_set in (("--couple", bool(self.couple)), (f"--vision {self.vision}", self.vision != "auto")):
             if is_set and given and given[0] in types:
                 raise PlanError(f"{flag} goes with a budget; {given[0]} has types of its own.")

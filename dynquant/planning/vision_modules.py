@@ -15,7 +15,7 @@ from typing import Literal
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.checkpoints.vision_names import LANGUAGE, PROJECTOR, TRANSPOSED, VISION, part_of
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.planning.target import LEVELS
+from dynquant.planning.target import MODULE_LEVELS
 
 Level = Literal["keep", "8bit", "lower"]
 KEEP_RATIO, EIGHT_BIT_RATIO = 2.0, 1.25
@@ -37,18 +37,18 @@ class ModuleChoice:
 def module_choices(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoice, ...]]:
     """Choices for both modules, from the measured or wanted ones down; without a vision tower nothing is chosen.
 
-    `wanted` is a level of LEVELS for both modules, or `auto`; a wanted level is the only one.
+    `wanted` is a level of MODULE_LEVELS for both modules, or `auto`; a wanted level is the only one.
     """
     parts = _modules(table)
     if not parts:
         yield ()
     elif wanted != "auto":
-        level = next(level for level in LEVELS if level == wanted)
+        level = next(level for level in MODULE_LEVELS if level == wanted)
         yield tuple(ModuleChoice(part, level, f"{_NAMES[part]} {_OUTCOMES[level]}, as asked for") for part in parts)
     else:
         measured = tuple(_measured(table, part) for part in parts)
         yield measured
-        while any(choice.level != LEVELS[-1] for choice in measured):
+        while any(choice.level != MODULE_LEVELS[-1] for choice in measured):
             measured = tuple(map(_lowered, measured))
             yield measured
 
@@ -58,7 +58,7 @@ def every_choice(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoice,
     if wanted != "auto":
         yield from module_choices(table, wanted)
     else:
-        yield from product(*([ModuleChoice(part, level, "") for level in LEVELS] for part in _modules(table)))
+        yield from product(*([ModuleChoice(part, level, "") for level in MODULE_LEVELS] for part in _modules(table)))
 
 
 def with_measured_reasons(
@@ -115,8 +115,8 @@ def _modules(table: ErrorTable) -> list[str]:
 
 
 def _lowered(choice: ModuleChoice) -> ModuleChoice:
-    if choice.level == LEVELS[-1]:
+    if choice.level == MODULE_LEVELS[-1]:
         return choice
-    level = LEVELS[LEVELS.index(choice.level) + 1]
+    level = MODULE_LEVELS[MODULE_LEVELS.index(choice.level) + 1]
     start = choice.reason.partition(" (")[0]  # a second step replaces the words of the first
     return ModuleChoice(choice.part, level, f"{start} (but the budget does not hold that, so it {_OUTCOMES[level]})")

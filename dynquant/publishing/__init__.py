@@ -1,1 +1,1 @@
-"""Step 8. A family of files of one model, its card, and their way to the Hub."""
+"""Step 6, release: a family of files of one model, its card, and their way to the Hub."""

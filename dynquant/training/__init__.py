@@ -1,1 +1,1 @@
-"""Step 6, heal and finetune: adapters trained on a packed model."""
+"""Step 7, heal and finetune: adapters trained on a packed model."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from dynquant.checkpoints.gguf_layout import TUNED
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
+from dynquant.errors import ExportError
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.tuning.interface import SCALES, ScaledParts, kind_of_values
 from dynquant.formats import decode
@@ -62,6 +64,28 @@ class QuantizedGGUF:
     def write(self, output: Path, replacements: Mapping[str, Tensor], *, encoder: str, outcome: str) -> list[Path]:
         encoder += TUNED * bool(replacements)
         return write_patched(self._source, output, replacements, encoder=encoder)
+
+    def check_original(self) -> None:
+        """Raise ExportError when layers or shapes are not the model's; the first tensor that differs is named."""
+        sides = [
+            {name: list(source.info(name).shape) for name in source.names()}
+            for source in (self._source, self._model.source)
+        ]
+        ahead = mtp_layers(sides[1])
+        layers = [max(({layer_of(name) or 0 for name in shapes} - ahead), default=0) for shapes in sides]
+        difference = next(
+            (
+                f"`{name}` is {shape} and {sides[1][name]}"
+                for name, shape in sides[0].items()
+                if sides[1].get(name, shape) != shape
+            ),
+            f"there are {layers[0] + 1} and {layers[1] + 1} layers" if layers[0] != layers[1] else "",
+        )
+        if difference or not sides[0].keys() & sides[1].keys():
+            raise ExportError(
+                f"{self._source.path} is not of {self._model.name}: {difference or 'no tensor is in both'}. Give the "
+                "model that it was made from as --reference."
+            )
 
     def _type(self, name: str) -> str:
         return self._source.info(name).dtype

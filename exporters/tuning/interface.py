@@ -28,6 +28,9 @@ class QuantizedFile(Protocol):
     pace: float
     """Share of the full rate at which scales move: finer groups each see less in the same text."""
 
+    def check_original(self) -> None:
+        """Raise ExportError when the files are of another model; the first tensor that differs is named."""
+
     def live(self, hf_model: Any) -> LiveWeights:
         """Return the places of the tensors in the running original."""
 

@@ -1,11 +1,12 @@
 """Training of the closing pass: how long, how far, and whether it is worth keeping.
 
-How long: steps fall with the square root of their number, and the average over all of them, later ones counting more,
-is about what a schedule that ends there would reach. It is measured on windows kept apart for that, after 16 steps and
-then whenever the text has grown by 40 %, until `patience` looks in a row find it no better, or text or time end. How
-far: the least fraction of the way that has most of the best one's gain there; the rest of the way gains a tenth, and
-costs what the text does not ask for. Whether: other windows, which decided nothing yet, must show that the KL clearly
-falls, and on no kind of text clearly rises.
+How long (`_Tuning.train`): steps fall with the square root of their number, and the average over all of them, later
+ones counting more, is about what a schedule that ends there would reach. It is measured on windows kept apart for that,
+after 16 steps and then whenever the text has grown by 40 %, until `patience` looks in a row find it no better, or text
+or time end. How far (`_Tuning.move_to_best_fraction`): the least of `_FRACTIONS` of the way that has `_ENOUGH_OF_GAIN`
+of the best one's gain there; the rest of the way gains a tenth, and costs what the text does not ask for. Whether
+(`_falls_clearly`): other windows, which decided nothing yet, must show that the KL clearly falls, and on no kind of
+text clearly rises.
 
 The loss is the square root of each token's KL, by `kl_lower_bound`, so that a share of a token's KL counts more where
 there is little of it. The mean KL itself trades tokens that quantization hardly hurt, such as letters of answers, for
@@ -48,12 +49,14 @@ GIVEN, WRITTEN = "given text", "text that the original wrote"
 _TRAINED_TOP = 1024
 _STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "all text was used", "time was over"
 _FULL_RATE_STEPS = 16
-_STEPS, _LEAST_STEP, _MOST_STEP = 128, 1024, 4096  # tokens of a step: four times as many take a GPU as long
+_STEPS = 128  # that all text makes, if each has as many tokens as follow
+_LEAST_STEP, _MOST_STEP = 1024, 4096  # tokens of a step: four times as many take a GPU as long
 _GROWTH = 1.4  # of the text between two looks at the held-out KL
 _LATE = 8  # power by which later steps count more in the average
 _LEAST_KL = 1e-3  # nats that are added to a token's KL, whose root has no slope at 0
-_FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-_MOST = 0.85  # of the best fraction's gain: half the way has 0.89 where three quarters are best, 0.75 where all is
+_FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the way from the first values to the trained ones
+_ENOUGH_OF_GAIN = 0.85
+"""Share of the best fraction's gain: half the way has 0.89 where three quarters are best, 0.75 where all is."""
 _CLEARLY = 1.64  # standard errors by which the KL must fall: one chance in twenty that it did not
 # Shares of the time for what the original says to text: that which chooses, which decides (the file is measured on it
 # twice, as long), and which is trained on.
@@ -339,7 +342,7 @@ class _Tuning:
             return [start.lerp(end, fraction) for start, end in zip(first, last, strict=True)]
 
         before, *kls = (self._placed(on_the_way(fraction), choice) for fraction in (0.0, *_FRACTIONS))
-        enough = max(min(kls), before - _MOST * (before - min(kls)))
+        enough = max(min(kls), before - _ENOUGH_OF_GAIN * (before - min(kls)))
         enough_gained = (share for share, kl in zip(_FRACTIONS, kls, strict=True) if kl <= enough)
         fraction = next(enough_gained, _FRACTIONS[-1])  # none of a training that diverged, which is then not kept
         self._place(on_the_way(fraction), as_stored=True)  # what is measured next is what is written

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from dynquant.errors import OptionError
-from dynquant.exporters.options import AdapterOptions
+from dynquant.exporters.options import AdapterFileOptions
 from dynquant.options import Writes
 from dynquant.planning.options import PlanOptions
 from dynquant.storage.atomic import save_tensors
@@ -174,7 +174,7 @@ def test_every_file_has_an_ending():
 
 def test_callers_in_python_hear_of_names_as_well(tmp_path):
     with pytest.raises(OptionError, match=r"does not end in \.gguf"):
-        AdapterOptions(adapter=tmp_path / "a", output=tmp_path / "b.bin")
+        AdapterFileOptions(adapter=tmp_path / "a", output=tmp_path / "b.bin")
     (tmp_path / "old.json").mkdir()
     with pytest.raises(OptionError, match="has the name of a file"):
         PlanOptions(model="model", output=tmp_path / "new.json")

@@ -15,7 +15,7 @@ from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.cli.terminal.record import RunRecord
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError, ExportError, StatsError, WriteError
-from dynquant.exporters.closing_pass import check_original, closing_pass_of, too_large_to_tune, tune_file, tune_options
+from dynquant.exporters.closing_pass import closing_pass_of, too_large_to_tune, tune_file, tune_options
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions, ExportOptions
 from dynquant.exporters.output import Encoding
@@ -367,10 +367,10 @@ def test_a_full_disk_is_known_before_a_file_is_tuned(crushed, moe_model, windows
 def test_a_file_of_another_model_is_not_tuned(crushed, tiny_text, tmp_path, family):
     """Once a RuntimeError about sizes of PyTorch tensors, after loading the reference."""
     with pytest.raises(ExportError, match=r"is not of .*`.*` is \[.*\] and \[.*as --reference"):  # no fingerprint
-        check_original(open_model(tiny_text(family)), GGUFSource(crushed), crushed)
+        opened(open_model(tiny_text(family)), crushed).check_original()
     message = refused("tune", crushed, "--reference", tiny_text(family), "-o", tmp_path / "tuned.gguf")
     assert "--reference" in message and not list(tmp_path.iterdir())
 
 
 def test_a_file_is_of_its_own_model(crushed, moe_model):
-    check_original(moe_model, GGUFSource(crushed), crushed)
+    opened(moe_model, crushed).check_original()

@@ -14,7 +14,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_hf
-from dynquant.formats.quant_types import STAND_INS
+from dynquant.formats.quant_types import SMALL_BLOCK_TYPES
 from dynquant.formats.storage_format import Choice
 from dynquant.packed.layers import PackedExperts, PackedLinear, PackedModule
 from dynquant.recipes.build_plan import plan_from_types
@@ -105,7 +105,7 @@ def test_two_and_one_bit_in_short_blocks_agree_with_llama_cpp(tiny_llama, tmp_pa
     """Rows of 256 and 320: both types in the same file, beside those that they stand in for."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     model = open_hf(tiny_llama)
-    types = preset_types("uniform-q2_k", model, fallbacks=STAND_INS)
+    types = preset_types("uniform-q2_k", model, fallbacks=SMALL_BLOCK_TYPES)
     types |= {name: Choice("Q1_0", "test") for name in types if "attn_q" in name or "ffn_up" in name}
     types |= {name: Choice("Q2_0", "test") for name in types if "attn_v" in name or "token_embd" in name}
     plan = plan_from_types(model, types, recipe="test")

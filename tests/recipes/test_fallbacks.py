@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from dynquant.analysis.errors.measure import tensor_formats, unmeasured_table
 from dynquant.cli.app import app
 from dynquant.families.open import open_config
-from dynquant.formats.quant_types import STAND_INS, candidates_for_row, fit_to_row, quant_type
+from dynquant.formats.quant_types import SMALL_BLOCK_TYPES, candidates_for_row, fit_to_row, quant_type
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.command_line import recipe_types
 from dynquant.recipes.presets import preset_types
@@ -37,7 +37,7 @@ def directory(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_the_nearest_type_in_bits_stands_in(wanted, row, stored):
-    chosen, reason = fit_to_row(quant_type(wanted), row, STAND_INS)
+    chosen, reason = fit_to_row(quant_type(wanted), row, SMALL_BLOCK_TYPES)
     assert chosen.name == stored
     assert reason is None if stored == wanted else stored in reason
     of_llama_cpp, _ = fit_to_row(quant_type(wanted), row)

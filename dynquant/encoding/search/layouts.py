@@ -275,7 +275,7 @@ LAYOUTS: dict[str, BlockLayout] = {
         _mxfp4(),
     )
 }
-"""Types with a block structure that this encoder searches; for others rounding has nothing to choose."""
+"""Types that this encoder searches. Floats, Q8_0 and NVFP4 are left to ggml's encoder."""
 
 
 @dataclass(frozen=True)

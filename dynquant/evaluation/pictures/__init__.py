@@ -1,1 +1,1 @@
-"""Candidates that are compared with their original on pictures."""
+"""Candidates that are compared with their original on pictures, and the questions that both answer."""

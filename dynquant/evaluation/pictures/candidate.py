@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.gguf_layout import mmproj_path
-from dynquant.checkpoints.gguf_source import is_gguf
+from dynquant.checkpoints.gguf_source import GGUFSource, is_gguf
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.encoding.store import ENCODED_NAME, open_store
@@ -96,7 +96,7 @@ def picture_candidate(
                     f"{path.name} has {runner.vocab_size:,} tokens and the reference {original.vocab_size:,}; they are "
                     "not the same model. Give the checkpoint that the file was made from."
                 )
-            yield runner, runners.gguf_bytes((path, mmproj))
+            yield runner, sum(file.stat().st_size for each in (path, mmproj) for file in GGUFSource(each).files)
         finally:
             runner.close()
         return

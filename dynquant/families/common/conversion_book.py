@@ -67,14 +67,14 @@ class ConversionBook:
         dtype: str | None = None,
         optional: bool = False,
     ) -> None:
-        """One GGUF tensor of `shape` made of one checkpoint tensor of `stored_shape` (default: the same)."""
+        """Add a GGUF tensor of `shape` made of one checkpoint tensor of `stored_shape` (default: the same)."""
         if optional and not self.holds(checkpoint_name):
             return
         stored = self._take(checkpoint_name, stored_shape or shape)
         self.conversions.append(Conversion(name, (checkpoint_name,), shape, dtype or stored, transform))
 
     def add_stack(self, name: str, checkpoint_names: tuple[str, ...], shape: tuple[int, ...]) -> None:
-        """A stacked tensor made of one checkpoint tensor per slice."""
+        """Add a stacked tensor made of one checkpoint tensor per slice."""
         if not checkpoint_names:
             raise CheckpointError(f"{self.config.path} calls for experts and gives their number as 0. Fetch it again.")
         dtypes = [self._take(part, shape[1:]) for part in checkpoint_names]
@@ -85,14 +85,14 @@ class ConversionBook:
             self.conversions.append(Conversion(name, checkpoint_names, shape, dtypes[0], of_one))
 
     def add_rows(self, name: str, checkpoint_name: str, shape: tuple[int, ...], start: int, stored_rows: int) -> None:
-        """Rows `start…` of every slice of a fused tensor [slices, stored_rows, columns]."""
+        """Add rows `start…` of every slice of a fused tensor [slices, stored_rows, columns]."""
         stored_shape = (shape[0], stored_rows, shape[2])
         rows = Selection(stored_shape, whole("", stored_shape).sliced(1, start, start + shape[1]))
         dtype = self._take(checkpoint_name, stored_shape)
         self.conversions.append(Conversion(name, (checkpoint_name,), shape, dtype, rows))
 
     def add_computed(self, name: str, values: torch.Tensor) -> None:
-        """A tensor that follows from the configuration."""
+        """Add a tensor that follows from the configuration."""
         self.conversions.append(Conversion(name, (), tuple(values.shape), "F32", values=values))
 
     def drop(self, matches: Callable[[str], bool], reason: str) -> None:
@@ -103,11 +103,11 @@ class ConversionBook:
             warnings.warn(f"{len(dropped)} tensors are left out ({some_of(dropped)}): {reason}", stacklevel=4)
 
     def ignore(self, checkpoint_name: str) -> None:
-        """A tensor that transformers does not use either."""
+        """Leave out a tensor that transformers does not use either."""
         self._unused.discard(checkpoint_name)
 
     def finish(self) -> list[Conversion]:
-        """All conversions. Raises CheckpointError: tensors are missing, or stored but unknown to the family."""
+        """Return all conversions. Raises CheckpointError: tensors are missing, or stored but unknown to the family."""
         where = f"{self.config.path.parent} ({self.config.model_type})"
         if self._missing:
             raise CheckpointError(

@@ -17,7 +17,7 @@ _GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def head_dim(config: Config) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return config.integer("head_dim", config.integer("hidden_size") // max(config.integer("num_attention_heads"), 1))
 
 
@@ -34,7 +34,7 @@ def write_decoder_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def add_rope_factors(book: ConversionBook) -> None:
-    """`rope_freqs.weight`, for Llama 3.1's way to longer contexts alone."""
+    """Add `rope_freqs.weight`, for Llama 3.1's way to longer contexts alone."""
     parameters = rope_parameters(book.config)
     if parameters.get("rope_type") == "llama3":
         book.add_computed("rope_freqs.weight", llama3_factors(book.config, parameters, head_dim(book.config)))
@@ -47,7 +47,7 @@ def add_decoder(
     *,
     always_output: bool = False,
 ) -> None:
-    """Embeddings, and for each layer a norm, its attention, a norm, and its feed-forward block; the last norm."""
+    """Add embeddings, and for each layer a norm, its attention, a norm, and its feed-forward block; the last norm."""
     add_embeddings(book, always_output=always_output)
     for layer in range(book.config.integer("num_hidden_layers")):
         add_norm(book, f"blk.{layer}.attn_norm.weight", f"model.layers.{layer}.input_layernorm.weight")
@@ -58,7 +58,7 @@ def add_decoder(
 
 
 def add_embeddings(book: ConversionBook, *, always_output: bool = False) -> None:
-    """Token embedding and output matrix; tied models get no `output.weight` unless `always_output`.
+    """Add token embedding and output matrix; tied models get no `output.weight` unless `always_output`.
 
     Like transformers, a configuration that ties them is not believed where the checkpoint stores two matrices.
     """
@@ -85,7 +85,7 @@ def add_attention(
     permute_q: Transform = unchanged,
     permute_k: Transform = unchanged,
 ) -> None:
-    """Query, key, value and output projections; `bias` holds the letters of those that have one, at most "qkvo"."""
+    """Add query, key, value and output projections; `bias` holds the letters of those that have one, at most "qkvo"."""
     config, prefix = book.config, f"model.layers.{layer}.self_attn"
     hidden, width = config.integer("hidden_size"), head_dim(config)
     num_q, num_kv = config.integer("num_attention_heads") * width, num_kv_heads(config) * width
@@ -100,7 +100,7 @@ def add_attention(
 
 
 def add_gated_ffn(book: ConversionBook, layer: int, module: str, width: int, suffix: str = "") -> None:
-    """A gated feed-forward block; `suffix` is `_shexp` for shared experts."""
+    """Add a gated feed-forward block; `suffix` is `_shexp` for shared experts."""
     hidden = book.config.integer("hidden_size")
     for kind, stored, shape in zip(("gate", "up", "down"), _GATED_NAMES, _ffn_shapes(width, hidden), strict=True):
         book.add(f"blk.{layer}.ffn_{kind}{suffix}.weight", f"{module}.{stored}.weight", shape)
@@ -109,7 +109,7 @@ def add_gated_ffn(book: ConversionBook, layer: int, module: str, width: int, suf
 def add_experts(
     book: ConversionBook, layer: int, module: str, *, count: int, width: int, names: tuple[str, str, str] = _GATED_NAMES
 ) -> None:
-    """Routed experts, stored one by one (`experts.N.gate_proj.weight`) or fused (`experts.gate_up_proj`)."""
+    """Add routed experts, stored one by one (`experts.N.gate_proj.weight`) or fused (`experts.gate_up_proj`)."""
     hidden = book.config.integer("hidden_size")
     shapes = [(count, *shape) for shape in _ffn_shapes(width, hidden)]
     targets = [f"blk.{layer}.ffn_{kind}_exps.weight" for kind in ("gate", "up", "down")]

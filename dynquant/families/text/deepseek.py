@@ -30,7 +30,7 @@ _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    """GGUF keys of DeepSeek V2 and V3."""
+    """Write the GGUF keys of DeepSeek V2 and V3."""
     _check(config)
     write_keys(config, writer, "decoder", num_key_value_heads=1)  # absorbed MLA is multi-query
     _write_attention_keys(config, writer)
@@ -48,7 +48,7 @@ def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def add_deepseek_tensors(book: ConversionBook) -> None:
-    """Tensors of DeepSeek V2 and V3."""
+    """Add the tensors of DeepSeek V2 and V3."""
     decoder.add_decoder(book, _add_attention, _add_feed_forward)
     # Layers beyond the configuration's count are left out only if they are what they should be.
     book.drop(

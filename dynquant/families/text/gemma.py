@@ -23,7 +23,7 @@ _LAYERS_OF_27B = 62
 
 
 def write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    """GGUF keys of Gemma 3 text models."""
+    """Write the GGUF keys of Gemma 3 text models."""
     _check(config)
     write_keys(config, writer, "decoder")
     writer.add_key_length(head_dim(config))
@@ -45,7 +45,7 @@ def write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def add_gemma3_tensors(book: ConversionBook) -> None:
-    """Tensors of Gemma 3 text models."""
+    """Add the tensors of Gemma 3 text models."""
     config = book.config
     add_embeddings(book)
     for layer in range(config.integer("num_hidden_layers")):

@@ -18,7 +18,7 @@ from dynquant.families.common.rope import rope_parameters, write_attention_facto
 
 
 def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    """GGUF keys of Llama, Mistral and Mixtral."""
+    """Write the GGUF keys of Llama, Mistral and Mixtral."""
     config.expect("hidden_act", "silu")
     window = config.get("sliding_window")
     if window is not None and config.integer("sliding_window") < config.integer("max_position_embeddings"):
@@ -37,7 +37,7 @@ def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def add_llama_tensors(book: ConversionBook) -> None:
-    """Tensors of Llama, Mistral and Mixtral."""
+    """Add the tensors of Llama, Mistral and Mixtral."""
     config = book.config
     decoder.add_rope_factors(book)
     attention = partial(

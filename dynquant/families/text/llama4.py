@@ -18,7 +18,7 @@ from dynquant.families.common.rope import rope_parameters, write_rope
 
 
 def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    """GGUF keys of Llama 4."""
+    """Write the GGUF keys of Llama 4."""
     config.expect("hidden_act", "silu")
     dense = {"intermediate_size": config.integer("intermediate_size_mlp")}
     decoder.write_decoder_keys(replace(config, values=config.values | dense), writer)
@@ -30,7 +30,7 @@ def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def add_llama4_tensors(book: ConversionBook) -> None:
-    """Tensors of Llama 4's language model."""
+    """Add the tensors of Llama 4's language model."""
     decoder.add_rope_factors(book)
     bias = "qkvo" if book.config.get("attention_bias", False) else ""
     decoder.add_decoder(book, partial(decoder.add_attention, bias=bias), _add_feed_forward)

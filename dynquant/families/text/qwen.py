@@ -17,7 +17,7 @@ _QWEN2_TYPES = ("qwen2", "qwen2_moe")
 
 
 def write_qwen_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    """GGUF keys of the four Qwen families."""
+    """Write the GGUF keys of the four Qwen families."""
     _check(config)
     decoder.write_decoder_keys(config, writer)
     parameters = rope_parameters(config)
@@ -30,7 +30,7 @@ def write_qwen_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def add_qwen_tensors(book: ConversionBook) -> None:
-    """Tensors of the four Qwen families."""
+    """Add the tensors of the four Qwen families."""
     is_qwen2_moe = book.config.model_type == "qwen2_moe"
     decoder.add_decoder(book, _add_attention, _add_feed_forward, always_output=is_qwen2_moe)
 

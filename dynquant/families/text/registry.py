@@ -1,8 +1,9 @@
 """The text families that can be converted to GGUF, by `model_type` of config.json.
 
-A family is two functions: one writes its GGUF keys, one names its tensors. Facts (names, layouts, key types) follow
-llama.cpp's converter and graphs; where those fix what a configuration leaves open, the checkpoint is refused instead of
-converted wrongly.
+A family here is two functions: one writes its GGUF keys, one names its tensors; the docstring of `dynquant.families`
+says what else belongs to it, as the way back from a GGUF file. Facts (names, layouts, key types) follow llama.cpp's
+converter and graphs; where those fix what a configuration leaves open, the checkpoint is refused instead of converted
+wrongly.
 """
 
 from collections.abc import Callable, Iterable

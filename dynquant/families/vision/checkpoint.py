@@ -25,7 +25,7 @@ from dynquant.families.common.metadata import recorded_fields, write_general_key
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.parts import open_language_part, open_projector_part
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "mllama", "llava", "mistral3", "gemma3")
+VISION_TYPES = ("qwen2_vl", "qwen2_5_vl", "mllama", "llava", "mistral3", "gemma3")
 """`model_type` of the checkpoints that can be opened. Pixtral is a LLaVA with Pixtral's vision tower."""
 
 _LANGUAGE_ARCH = {
@@ -48,7 +48,7 @@ def is_vision_checkpoint(directory: Path) -> bool:
     raw = read_json(directory / "config.json")
     text = raw.get("text_config")
     stated = text.get("model_type") if isinstance(text, dict) else None
-    return raw.get("model_type") in FAMILIES and (stated is None or stated in _LANGUAGE_ARCH)
+    return raw.get("model_type") in VISION_TYPES and (stated is None or stated in _LANGUAGE_ARCH)
 
 
 def open_vision(directory: Path) -> Model:
