@@ -38,6 +38,7 @@ def test_what_select_measured_serves_a_plan_without_it_unless_other_moments_are_
     )
 
 
+@pytest.mark.nightly
 def test_a_plan_made_with_other_second_moments_is_exported_with_a_word(planned_16m, small_moe, tmp_path):
     folder = linked_copy(planned_16m, tmp_path / "plan")
     assert Plan.load(folder / "plan.json").hessians == "activations"

@@ -462,6 +462,7 @@ def test_every_domain_of_a_text_is_selected_on(moe_model, tmp_path):
         assert all(name in decode(found.windows.flatten().tolist()) for name in numbers)
 
 
+@pytest.mark.nightly
 def test_of_a_data_set_that_is_read_in_part_the_documents_of_calibration_are_known(moe_model, tmp_path):
     pytest.importorskip("datasets")
     lines = (json.dumps({"text": f"Document {number} is about {number + 1} words. " * 30}) for number in range(400))

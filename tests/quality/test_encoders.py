@@ -78,6 +78,7 @@ def files(small_moe, plan, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.nightly
 def test_held_out_kl_at_the_same_bytes(small_moe, files, tmp_path):
     text, kl = unseen_text(tmp_path), {}
     for name, path in files.items():
@@ -90,12 +91,14 @@ def test_held_out_kl_at_the_same_bytes(small_moe, files, tmp_path):
     assert kl["tuned"] < 0.97 * kl["dynquant"]
 
 
+@pytest.mark.nightly
 def test_the_encoder_is_named_in_the_file(files):
     for name, expected in (("ggml", "ggml"), ("dynquant", "dynquant"), ("tuned", "dynquant+tune")):
         keys = {field.key: field.value for field in GGUFSource(files[name]).metadata}
         assert keys["dynquant.encoder"].strip() == expected
 
 
+@pytest.mark.nightly
 def test_llama_cpp_computes_with_the_weights_that_we_decode(small_moe, files):
     source, model = GGUFSource(files["tuned"]), open_model(small_moe)
     hf_model = load_hf(model)
@@ -149,6 +152,7 @@ def test_without_second_moments_it_says_so(small_moe, calibrated, plan_of_one, t
     assert "encoding without error feedback" in said and "closing pass" not in said
 
 
+@pytest.mark.nightly
 def test_super_weights_beside_the_plan_keep_their_value(small_moe, calibrated, plan_of_one, files, tmp_path):
     name, expert, row, column = CRUSHED_DOWN, 2, 3, 100
     weight = float(open_model(small_moe).source.load(name, expert)[row, column])
