@@ -61,11 +61,11 @@ def stats_path(directory, tmp_path_factory):
 def measure(directory, stats_path):
     model, stats = open_model(directory), CalibrationStats.load(stats_path)
     checkpoint = linear_checkpoint(model)
-    candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
 
-    def measured(journal, threads=1, **how):
+    def measured(journal, threads=1, schemes=SCHEMES, **how):
+        candidates = checkpoint.candidates(schemes, mixed_experts=True)
         meter = SchemeMeter(model, stats, checkpoint, candidates, torch.device("cpu"), threads=threads, **how)
-        return build_error_table(meter, tuple(SCHEMES), stats_hash="s", journal=journal)
+        return build_error_table(meter, tuple(schemes), stats_hash="s", journal=journal)
 
     return measured
 
@@ -73,7 +73,7 @@ def measure(directory, stats_path):
 def test_errors_equal_a_direct_computation(directory, stats_path, measure):
     stats, scheme = CalibrationStats.load(stats_path), SCHEMES["W4A16"]
     linears = {linear.name: linear for linear in linear_checkpoint(open_model(directory)).linears}
-    table = measure(None, sampling=Sampling(target=0, negligible=0))
+    table = measure(None, schemes={scheme.name: scheme}, sampling=Sampling(target=0, negligible=0))
     for name in (DENSE, STACK):
         linear, row = linears[name], table.row(name, scheme.name)
         weights = torch.stack([linear.load(expert) for expert in range(linear.num_experts)])
@@ -89,22 +89,27 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure):
         assert row.weighted_error_se is None
 
 
-def test_a_plan_is_priced_by_the_errors_that_ship(small_moe, tmp_path):
+@pytest.mark.parametrize(
+    "place, bpw",
+    [("directory", "14"), pytest.param("small_moe", "6.2", marks=pytest.mark.nightly)],
+)
+def test_a_plan_is_priced_by_the_errors_that_ship(place, bpw, request, tmp_path):
     """Second moments decide both, and the errors of the written checkpoint under them are those of the table."""
     plan_folder, out = tmp_path / "plan", tmp_path / "out"
     calibration = ("--tokens", 2048, "--window", 256)
-    done = run("plan", small_moe, "--for", "vllm", "--bpw", "6.2", *calibration, "-o", plan_folder)
+    original = request.getfixturevalue(place)
+    done = run("plan", original, "--for", "vllm", "--bpw", bpw, *calibration, "-o", plan_folder)
     assert done.returncode == 0, done.stderr
     plan = Plan.load(plan_folder / "plan.json", "vllm")
     table = ErrorTable.load(plan_folder / "serving_errors.json", known_types=SCHEMES)
     done = run(
-        "export", small_moe, "-f", "compressed-tensors", "--plan", plan_folder / "plan.json", "--tune", 0, "-o", out
+        "export", original, "-f", "compressed-tensors", "--plan", plan_folder / "plan.json", "--tune", 0, "-o", out
     )
     assert done.returncode == 0, done.stderr
     stats = CalibrationStats.load(plan_folder / "stats.safetensors")
     moments, written = load_beside(plan_folder / "stats.safetensors", stats), SafetensorsSource(out)
     assert table.moments == moments.identity
-    linears, shipped, told = {one.name: one for one in linear_checkpoint(open_model(small_moe)).linears}, 0.0, 0.0
+    linears, shipped, told = {one.name: one for one in linear_checkpoint(open_model(original)).linears}, 0.0, 0.0
     for entry in plan.entries:
         linear, row = linears[entry.name], table.row(entry.name, entry.type)
         weights = torch.stack([linear.load(expert) for expert in range(linear.num_experts)])
