@@ -105,7 +105,8 @@ def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Ite
         try:
             return parse_json(text, unique_names=True)
         except ValueError as error:
-            content = content_of(path) if text.strip() == "{" else JSON
+            is_document = text.strip() == "{" and path.suffix.lower() != ".gz"
+            content = content_of(path) if is_document else JSON
             fault = f"{place} is not JSON: {error}" if content == JSON else f"{path} is {content}"
             form = "Records are objects, one a line, or one array of them."
             raise refusal(f"{fault}. {form} {way_out}".rstrip()) from error
