@@ -199,10 +199,12 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     chooser, uniform = _chooser(model, checkpoint, target, schemes)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     request = {"recipe": target.recipe, "stats_hash": stats.hash}
+    if uniform is not None:
+        with stats.finishing():
+            plan = plan_for_vllm(model, checkpoint, uniform, **request)
+        _forget_selection(options.output)
+        return _with_kind_of_moments(plan, options.output)
     with stats.finishing():
-        if uniform is not None:
-            _forget_selection(options.output)
-            return plan_for_vllm(model, checkpoint, uniform, **request)
         table = scheme_table(model, checkpoint, schemes, stats, path, session)
     _, table = _probe(model, table, options, session)
     if not target.mixed_experts:
@@ -263,9 +265,13 @@ def _of_table(
     the table's, and now of the others by name."""
     others = {name: f"{checksum(source.load(name)):016x}" for name in names if name not in table.tensors()}
     update = {"errors_hash": file_hash(path), "checksums": {**table.checksums, **others}, **fields}
-    kind = kind_beside(path.with_name(file_names.STATS_NAME))
-    update |= {"hessians": kind} if kind != "none" else {}
-    return plan.model_copy(update=update)
+    return _with_kind_of_moments(plan.model_copy(update=update), path.parent)
+
+
+def _with_kind_of_moments(plan: Plan, folder: Path) -> Plan:
+    """Return the plan with the kind of the second moments in its folder, which must be whole; without any as it is."""
+    kind = kind_beside(folder / file_names.STATS_NAME)
+    return plan if kind == "none" else plan.model_copy(update={"hessians": kind})
 
 
 def _weighted_errors(table: ErrorTable) -> dict[tuple[str, str], float]:
