@@ -49,7 +49,7 @@ class Flag:
     is_tokens: bool = False
     """A number of tokens, which may be typed as `16k`."""
     choices: tuple[str, ...] = ()
-    """All values that there are; empty for a field of any."""
+    """All values that there are, of a field of several each; empty for a field of any."""
     parse: Callable[[str], Any] | None = None
     """Makes the value of what was typed; a field of type tuple[str, ...] is split at commas without it."""
 
@@ -75,8 +75,7 @@ class Flag:
     def check(self, value: Any, field: str, *, is_whole: bool) -> None:
         """Raise OptionError for a number or size outside the range, or none of the choices."""
         if self.choices:
-            if value not in self.choices:
-                raise OptionError(f"{self.option(field)} {value} is not known; give one of {', '.join(self.choices)}.")
+            self._check_choice(value, field)
             return
         try:
             number = parse_size(value) if self.is_size else value
@@ -90,6 +89,15 @@ class Flag:
         allowed = f"a {'whole ' * is_whole}number from {self.min:,} to {self.max:,}"
         allowed = f"a size of at least {self.min} B, as 140GB" if self.is_size else allowed
         raise OptionError(f"{self.option(field)} {shown_value(value)} is out of range; give {allowed}.")
+
+    def _check_choice(self, value: Any, field: str) -> None:
+        is_one = isinstance(value, str)
+        way_out = f"give {'one' if is_one else 'some'} of {', '.join(self.choices)}."
+        for each in [value] if is_one else value:
+            if each not in self.choices:
+                raise OptionError(f"{self.option(field)} {each} is not known; {way_out}")
+        if not value:
+            raise OptionError(f"{self.option(field)} names none; {way_out}")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class CalibrationOptions(Options):
             "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or "
             "none. Default: activations; two-sided with --select of GGUF types, whose models run backward anyway.",
             show_default=False,
+            choices=get_args(Hessians),
         ),
     ] = "activations"
     hessian_memory: Annotated[
@@ -93,8 +94,6 @@ class CalibrationOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hessians not in get_args(Hessians):
-            raise StatsError(f"--hessians {self.hessians} is not known; give one of {', '.join(get_args(Hessians))}.")
         if self.text is not None and self.data is not None:
             raise StatsError(
                 f"Give either text (--calibration {self.text}) or samples with images (--data {self.data})."

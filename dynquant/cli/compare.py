@@ -15,7 +15,7 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
 from dynquant.errors import EvaluationError, OptionError
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import EvalOptions, QuestionOptions, Scorings
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import ENCODERS, Flag, Former, ModelPath, Only, Options, Writes
 from dynquant.planning.options import PlanOptions, SearchOptions
@@ -78,7 +78,7 @@ class EncoderQuestions(RecipeQuestions):
     """Inputs that encoders are compared on."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl",)
-    scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter",)
+    scoring: Scorings = ("letter",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +117,17 @@ class CompareEncodersOptions(Options):
         default_factory=CalibrationOptions
     )
     tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0, is_tokens=True)] = 131072
-    variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
+    variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.", choices=_VARIANTS)] = (
+        BASE,
+        "dynquant",
+        "dynquant+tune",
+    )
     keep: Keep = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_some(self.recipes)
         self.questions.check_text()
-        for variant in self.variants:
-            if variant not in _VARIANTS:
-                raise OptionError(f"--variants {variant} is not known; give some of {', '.join(_VARIANTS)}.")
 
 
 def compare(options: CompareOptions, session: Annotated[Session, Only(("threads",))]) -> None:

@@ -28,7 +28,7 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
-from dynquant.evaluation.options import CONTEXT_SCORED, LOOKED_UP, TEXT_TASKS, EvalOptions, QuestionOptions
+from dynquant.evaluation.options import CONTEXT_SCORED, LOOKED_UP, TEXT_TASKS, EvalOptions, QuestionOptions, Scoring
 from dynquant.evaluation.pictures.candidate import (
     checked_candidate,
     needs_pictures,
@@ -41,7 +41,7 @@ from dynquant.evaluation.pictures.questions import SPARE_TOKENS, PictureQuestion
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.tasks import multiple_choice
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, check_fits, read_prompts, summarize_generation
-from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring
+from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion
 from dynquant.families.common.settings import settings_note
 from dynquant.families.model_kind import check_same_kind, difference_of_kind
 from dynquant.families.open import locate_model, open_model, settings_of

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from dynquant.errors import EvaluationError
 from dynquant.options import ENCODERS, LARGEST, Flag, Former, ModelPath, Options, Strict, Window
@@ -10,6 +10,10 @@ from dynquant.options import ENCODERS, LARGEST, Flag, Former, ModelPath, Options
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu", "generate"}), frozenset({"kl", "vqa"})
 READ_TASKS = frozenset({"kl", "ppl", "generate"})
 """Tasks that need a text."""
+Scoring = Literal["letter", "cloze"]
+"""Way in which answers to questions are scored; see `tasks.multiple_choice`."""
+SCORINGS = get_args(Scoring)
+Scorings = Annotated[tuple[str, ...], Flag("letter, cloze or both.", choices=SCORINGS)]
 LOOKED_UP = "lm-evaluation-harness, looking up"
 """Stage in which its tasks are found and their data read."""
 CONTEXT_SCORED = 256
@@ -56,7 +60,7 @@ class QuestionOptions(Options):
     ] = None
     num_shots: Annotated[int, Flag("Shots before each question; of harness tasks in place of their own.", min=0)] = 5
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly; 0 for all.", min=0)] = None
-    scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
+    scoring: Scorings = SCORINGS
     task_data: Annotated[
         Path | None,
         Flag(
@@ -88,8 +92,6 @@ class QuestionOptions(Options):
             raise EvaluationError(
                 "The tasks kl, ppl and generate need a text that the models have not been tuned on; give --text."
             )
-        if "mmlu" in self.tasks and (not self.scoring or set(self.scoring) - {"letter", "cloze"}):
-            raise EvaluationError(f"Unknown scoring {list(self.scoring)}; choose letter, cloze or both.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,8 @@ class Target(Options):
         str,
         Flag(
             "Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or auto, "
-            "which decides by their output errors, and with --select by the KL of plans of each."
+            "which decides by their output errors, and with --select by the KL of plans of each.",
+            choices=("auto", *MODULE_LEVELS),
         ),
     ] = "auto"
     serves: Annotated[
@@ -133,8 +134,6 @@ class Target(Options):
             )
         if self.like is not None or self.patterns is not None or self.serves is not None:
             self.refuse_unused("--like and --recipe have types of their own, and for vLLM they stay BF16.", "mtp_type")
-        if self.vision not in ("auto", *MODULE_LEVELS):
-            raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(MODULE_LEVELS)}.")
         for flag, is_set in (("--couple", bool(self.couple)), (f"--vision {self.vision}", self.vision != "auto")):
             if is_set and given and given[0] in types:
                 raise PlanError(f"{flag} goes with a budget; {given[0]} has types of its own.")

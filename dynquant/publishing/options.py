@@ -1,5 +1,6 @@
 """Options of a release: the sizes of a family of files, how they are made and measured, and where they go."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.effort import Effort, fill
 from dynquant.errors import OptionError
-from dynquant.evaluation.options import QuestionOptions
+from dynquant.evaluation.options import QuestionOptions, Scorings
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes, typed_fields
 from dynquant.planning.options import PlanOptions, SearchOptions
@@ -48,7 +49,7 @@ class ReleaseQuestions(QuestionOptions):
     mmlu_data: Annotated[
         str | None, Flag("Multiple-choice questions for accuracies, .jsonl, .json, .parquet or a datasets id.")
     ] = None
-    scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter",)
+    scoring: Scorings = ("letter",)
     prompts: Annotated[
         int, Flag("Also let every file go on from so many starts of each text: divergence@N and loops.", min=0)
     ] = 0
@@ -119,9 +120,9 @@ class ReleaseOptions(Options):
                 f"Give the sizes once, as --sizes LOW:HIGH, --bpw or --fits, not {' and '.join(given) or 'none'}: each "
                 "says alone which files there are."
             )
-        if self.name is not None and (Path(self.name).name != self.name or not self.name.isprintable()):
+        if self.name is not None and not _names_a_file(self.name):
             raise OptionError(f"--name {self.name!r}: files are called by it, so it is one word of a name without /.")
-        if self.push is not None and self.push.count("/") != 1:
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
             raise OptionError(f"--push {self.push} is no repository of the Hub; give it as OWNER/REPO.")
         if self.push is None:
             self.refuse_unused("it goes with --push OWNER/REPO.", "yes")
@@ -183,6 +184,11 @@ class ReleaseOptions(Options):
             tune=None if is_default else self.tune,
             effort=self.effort,
         )
+
+
+def _names_a_file(name: str) -> bool:
+    """Return whether a text is the name of a file, or its beginning; empty, `.` and `..` are none."""
+    return Path(name).name == name and name.isprintable() and name.strip(". ") != ""
 
 
 def _evenly(sizes: str) -> list[float]:

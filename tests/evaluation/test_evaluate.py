@@ -132,7 +132,6 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
         ({"tasks": {"kl"}, "text": []}, "need a text"),
         ({"tasks": {"kl"}, "window": 4096}, "does not fit the context of 1024"),
         ({"tasks": {"mmlu"}, "shots": None, "num_shots": 1000}, "No subject has more than the 1000 questions"),
-        ({"tasks": {"mmlu"}, "scoring": ["digits"]}, "Unknown scoring"),
         ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "There is no text"),
     ],
 )

@@ -11,20 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import log_probs_at
-from dynquant.evaluation.options import QuestionOptions
+from dynquant.evaluation.options import QuestionOptions, Scoring
 from dynquant.evaluation.runners import LogitRunner
 from dynquant.inputs.branches import Branches, num_shared
 from dynquant.inputs.questions import Question, load_questions, split_shots, take_evenly
 from dynquant.inputs.text import TextEncoder
 
-Scoring = Literal["letter", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
