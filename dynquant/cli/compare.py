@@ -176,12 +176,12 @@ def _check_some(recipes: tuple[str, ...]) -> None:
 
 def _check_readable(options: CompareOptions | CompareEncodersOptions, model: "Model") -> None:
     """Refuse presets that are none, and texts or questions that cannot be read, before anything long runs."""
-    from dynquant.inputs.questions import check_readable
+    from dynquant.evaluation.evaluate import check_readable
     from dynquant.recipes.presets import preset_types
 
     for recipe in options.recipes:
         preset_types(recipe, model)
-    check_readable(options.questions.text, options.questions.question_files)
+    check_readable(options.questions)
 
 
 class _Results:

@@ -48,7 +48,7 @@ from dynquant.families.open import locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
-from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows
+from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows, read_measured
 from dynquant.lora.saved import read_adapter_config
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.resources import chosen_device
@@ -76,6 +76,15 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
     loss = "Nothing is kept without --reference-cache: what the models said so far is lost."
     with session.stage("What the original said is kept." if options.reference_cache else loss) as progress:
         return _evaluate_on_text(options, session, progress)
+
+
+def check_readable(asked: QuestionOptions) -> None:
+    """Raise EvaluationError, before anything long runs, for texts or questions that `evaluate` could not read or ask
+    then."""
+    for text in asked.text:
+        read_measured(text, max_tokens=1)
+    if "mmlu" in asked.tasks:
+        multiple_choice.load_asked(asked)
 
 
 def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:

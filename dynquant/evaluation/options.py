@@ -78,11 +78,6 @@ class QuestionOptions(Options):
         """Tasks that are none of our own."""
         return [name for name in dict.fromkeys(self.tasks) if name not in TEXT_TASKS]
 
-    @property
-    def question_files(self) -> tuple[str, ...]:
-        """Files or data sets of multiple-choice questions that were named and are read."""
-        return tuple(filter(None, (self.mmlu_data, self.shots))) if "mmlu" in self.tasks else ()
-
     def check_text(self, *, takes_harness: bool = False) -> None:
         """Raise EvaluationError for tasks that these inputs do not serve."""
         unknown = [] if takes_harness else sorted(self.harness_tasks)

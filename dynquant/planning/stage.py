@@ -26,7 +26,7 @@ from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_scheme, vllm_scheme
-from dynquant.inputs.questions import check_readable
+from dynquant.inputs.text import read_measured
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import CLOSED_FORM, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
@@ -317,7 +317,7 @@ def _check_runs(model: Model, options: PlanOptions, search: SearchOptions, sessi
     if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
         raise PlanError(_why_not_streamed(model, options))
     if search.text is not None and options.calibration.data is None:
-        check_readable([search.text])
+        read_measured(search.text, max_tokens=1)
     if search.select and options.calibration.data is None and (options.stats is None or options.prune_experts):
         check_selection_text(model, search, options.calibration, session)
 

@@ -31,14 +31,13 @@ from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import DynquantError, OptionError
-from dynquant.evaluation.evaluate import evaluate
+from dynquant.evaluation.evaluate import check_readable, evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.report import EvalReport
 from dynquant.exporters.closing_pass import check_can_tune
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
-from dynquant.inputs.questions import check_readable
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.llama_library import llama_cpp
 from dynquant.options import command_words, shown_values
@@ -293,7 +292,7 @@ class _Making:
         rows = map(record.row, [*(target.recipe for target in self.options.targets), *self.likes])
         if self.questions.tasks and any(row is None or row.measured_with != self.settings for row in rows):
             llama_cpp()
-            check_readable(self.questions.text, self.questions.question_files)
+            check_readable(self.questions)
 
     def followed(self, record: Release) -> dict[str, Path]:
         """Return a plan with the types of every published recipe that was not measured."""

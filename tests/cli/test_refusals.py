@@ -30,6 +30,8 @@ from tests.helpers.commands import refused
         ("compare {m} --presets f16 --text {t}/empty.txt -o {t}/o", "The text empty.txt is empty"),
         ("compare {m} --presets f16 --text {t}/document.json -o {t}/o", "document.json, line 1 is not JSON"),
         ("compare {m} --presets f16 --text {t}/text.txt --tasks mmlu --mmlu-data {t}/empty.jsonl -o {t}/o", "no quest"),
+        ("compare {m} --presets f16 --tasks mmlu --mmlu-data {t}/few.jsonl -o {t}/o", "No subject has more than the 5"),
+        ("release {m} --bpw 4 --mmlu-data {t}/few.jsonl -o {t}/o", "No subject has more than the 5 questions"),
         ("compare-encoders {m} --presets f16 --text {t}/none.txt -o {t}/o", "There is no text"),
         ("release {m} --bpw 4 --text {t}/empty.txt -o {t}/o", "The text empty.txt is empty"),
         ("release {m} --bpw 4 --name ../up -o {t}/o", "--name '../up': files are called by it, so it is one"),
@@ -54,6 +56,8 @@ def test_what_is_known_at_the_start_is_refused_before_any_work(arguments, words,
     (tmp_path / "text.txt").write_text("The words of a text that is long enough. " * 99)
     (tmp_path / "document.json").write_text(json.dumps({"some": "document"}, indent=1))
     (tmp_path / "one.jsonl").write_text('{"text": "one example"}\n')
+    question = {"subject": "s", "question": "Which?", "choices": ["a", "b"], "answer": 0}
+    (tmp_path / "few.jsonl").write_text(4 * f"{json.dumps(question)}\n")
     for name in ("empty.txt", "empty.jsonl", "empty.gguf"):
         (tmp_path / name).touch()
     before = {*tmp_path.rglob("*")}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.errors import CheckpointError, DataError, TrainingError
+from dynquant.errors import CheckpointError, DataError, EvaluationError, TrainingError
 from tests.helpers.evaluating import evaluated
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -200,6 +200,12 @@ def test_without_a_text_the_part_that_was_kept_apart_is_measured_on(crushed, cac
     assert report.changes[0].name == "KL, held_out.txt"
     assert (tmp_path / "adapter" / "held_out.txt").stat().st_size
     assert any("stricter test" in note for note in report.notes)
+
+
+def test_questions_that_cannot_be_read_are_refused_before_the_original_runs(crushed, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "build_teacher_windows", lambda *_, **__: pytest.fail("the original runs"))
+    with pytest.raises(EvaluationError, match=r"none\.jsonl does not exist"):
+        run(crushed, cache, tmp_path / "adapter", questions=tmp_path / "none.jsonl")
 
 
 def test_what_cannot_be_healed_is_refused(crushed, cache, tmp_path):
