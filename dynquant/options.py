@@ -49,7 +49,7 @@ class Flag:
     is_tokens: bool = False
     """A number of tokens, which may be typed as `16k`."""
     choices: tuple[str, ...] = ()
-    """All values that there are, of a field of several each; empty for a field of any."""
+    """All values that there are, for a field of several each of them; empty for a field of any."""
     parse: Callable[[str], Any] | None = None
     """Makes the value of what was typed; a field of type tuple[str, ...] is split at commas without it."""
 

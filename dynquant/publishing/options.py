@@ -122,7 +122,7 @@ class ReleaseOptions(Options):
             )
         if self.name is not None and not _names_a_file(self.name):
             raise OptionError(f"--name {self.name!r}: files are called by it, so it is one word of a name without /.")
-        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push, re.ASCII):
             raise OptionError(f"--push {self.push} is no repository of the Hub; give it as OWNER/REPO.")
         if self.push is None:
             self.refuse_unused("it goes with --push OWNER/REPO.", "yes")

@@ -451,15 +451,16 @@ def test_experts_with_biases_are_refused(tmp_path: Path) -> None:
 
 
 def test_stacks_of_experts_are_known_by_their_names(tmp_path: Path) -> None:
-    def stack_of(number: int, stored: str) -> Model:
+    def stack_of(number: int, stored: str, rows: tuple[int, ...] | None = None) -> Model:
         (tmp_path / stored).mkdir()
         (tmp_path / stored / "config.json").write_text("{}")
-        save_file({stored: torch.ones(number, 64, 96)}, tmp_path / stored / "model.safetensors")
+        save_file({stored: torch.ones(*(rows or (number, 64)), 96)}, tmp_path / stored / "model.safetensors")
         conversion = Conversion("blk.0.ffn_down_exps.weight", (stored,), (number, 64, 96), "F32")
         return converted_model(tmp_path / stored, [conversion])
 
     for number in (1, 3):  # one expert is no matrix
         (layer,) = linear_checkpoint(stack_of(number, f"model.layers.{number}.mlp.experts.down_proj")).linears
         assert layer.modules == tuple(f"model.layers.{number}.mlp.experts.{e}.down_proj" for e in range(number))
-    with pytest.raises(ExportError, match=r"the stack `moe\.output_linear\.weight`, and it is not known"):
-        linear_checkpoint(stack_of(3, "moe.output_linear.weight"))
+    for stored, rows in (("moe.output_linear.weight", (3, 64)), ("experts.mlp.w1", (3 * 64,))):  # of Granite and DBRX
+        with pytest.raises(ExportError, match=rf"the stack `{re.escape(stored)}`, and it is not known"):
+            linear_checkpoint(stack_of(3, stored, rows))

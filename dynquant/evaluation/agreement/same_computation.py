@@ -96,7 +96,7 @@ def check_computation(
 
     Raises:
         CheckpointError: the two differ by more than `REFUSED`, llama.cpp has another graph and loads no such file, or
-            the directory lacks weights of its model, and that is not allowed.
+            the directory lacks weights of its model or has them in other shapes, and that is not allowed.
     """
     if model.hf_directory is None or not (model.base_gguf or model.is_converted):
         return None
@@ -123,9 +123,9 @@ def check_computation(
 
 
 def _refusal(model: Model, error: DynquantError) -> str:
-    """Return why a model is refused that could not be compared, or nothing where it may be as it should."""
+    """Return why a model that could not be compared is refused; nothing where that says nothing against it."""
     if isinstance(error, UnfitWeightsError):
-        return f"{error} Where nothing needs these weights, --allow-difference goes on without them."
+        return f"{error} With --allow-difference the run goes on with the weights as they are."
     return _refused_graph(model, error) if isinstance(error, OtherGraphError) else ""
 
 
@@ -144,7 +144,7 @@ def check_written(
     """Compare a file that was written with transformers, which gets the file's weights; told as for all weights.
 
     Raises:
-        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed. The file stays.
+        CheckpointError: as `check_computation`. The file stays.
     """
     try:
         compared = compare(model, file, session, takes_weights=True, max_memory=max_memory)

@@ -257,6 +257,17 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(name: str, tree: Path, tmp_
     assert "was not compared with transformers" in notes[0] and f"`{name}`" in notes[0]
 
 
+def test_a_checkpoint_with_weights_of_other_shapes_is_refused(tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    name, whole = "model.layers.1.self_attn.q_norm.weight", saved("olmo2", COMMON, tmp_path, small_moe)
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name][::2]
+
+    model = open_model(edited_weights(whole, tmp_path / "halved", halve))
+    with pytest.raises(CheckpointError, match=rf"`{name}` is stored as .*--allow-difference the run goes on with the"):
+        check_computation(model, Session(threads=1, device="cpu"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"num_hidden_layers": 4, "no_rope_layers": [1] * 4, "layer_types": ["full_attention"] * 4}],
