@@ -307,7 +307,8 @@ class _Planner:
             error += f"; coupled, one type with {', '.join(other for other in group if other != name)}"
         why = exception or row.role.value
         if floor:
-            lowered = f", lowered from {FLOOR_LEVELS[0][0]} at this budget" if draft.level and not exception else ""
+            highest = self._floored(0).floors[name]
+            lowered = f", lowered from {highest.name} at this budget" if highest and highest != floor else ""
             return f"kept: {why}, floor {floor.name}{lowered}; {error}"
         if exception:
             return f"{why}, but bytes are worth more elsewhere at this budget; {error}"

@@ -71,6 +71,21 @@ def test_floors_are_lowered_only_when_the_budget_demands_it_and_the_reason_says_
     assert "no floor at this budget" in types["blk.0.attn_q.weight"][1]
 
 
+def test_a_lowered_floor_is_told_with_the_one_that_it_was_lowered_from():
+    spike, held = "blk.2.ffn_down_exps.weight", "blk.4.ffn_down_exps.weight"
+    table = table_of(outlier=spike, parts=("attn_q", "ffn_down_exps"))
+    coupled = (("blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight"), ("blk.1.attn_q.weight", spike))
+    rules = Rules(super_weights={held: "holds a super weight"}, coupled=coupled)
+    floors = {spike: "Q4_K", "blk.1.attn_q.weight": "Q4_K", held: "Q6_K", "blk.3.attn_q.weight": "Q3_K"}
+    needed = {name: (floors.get(name, "Q3_K" if "attn_q" in name else "IQ1_S"), "") for name in table.tensors()}
+    needed["blk.0.ffn_down_exps.weight"] = ("Q3_K", "")
+    types = plan_types(table, size(table, needed), rules)
+    assert "floor Q4_K, lowered from Q6_K at this budget" in types[spike][1]
+    assert "floor Q4_K, lowered from Q6_K at this budget" in types["blk.1.attn_q.weight"][1]
+    assert "floor Q3_K, lowered from IQ4_XS at this budget" in types["blk.0.ffn_down_exps.weight"][1]
+    assert "floor Q6_K" in types[held][1] and "lowered" not in types[held][1]
+
+
 @pytest.mark.parametrize("budget, words", [(10, "below the smallest"), (10**9, "above the largest")])
 def test_impossible_budgets_name_both_ends(budget, words):
     table = table_of()
