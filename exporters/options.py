@@ -175,6 +175,8 @@ class ExportOptions(Options):
         if self.format == "compressed-tensors" and self.effort == "high":  # no scheme is searched across rows
             object.__setattr__(self, "calibration", self.calibration.filled({"hessians": "gradients"}))
         fill(self, self.effort)
+        if self.format == "compressed-tensors":
+            self.calibration.refuse_two_sided()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from dynquant.errors import StatsError
+from dynquant.errors import OptionError, StatsError
 from dynquant.options import (
     AllowDifference,
     BaseGguf,
@@ -107,6 +107,14 @@ class CalibrationOptions(Options):
             raise StatsError("--tokens 0 leaves nothing to calibrate on; give more, or --sampled-tokens N.")
         if self.hessians == "none":
             self.refuse_unused("--hessians none takes no second moments.", "hessian_memory")
+
+    def refuse_two_sided(self) -> None:
+        """Raise OptionError for second moments that the encoder of vLLM's schemes would make nothing of."""
+        if self.hessians == "two-sided":
+            raise OptionError(
+                "--hessians two-sided takes second moments of outputs too, for which the encoder of vLLM's schemes has "
+                "no use. Give gradients, activations or none."
+            )
 
     def for_selected_plans(self) -> Self:
         """Return what plans that are chosen by their KL calibrate with: two-sided second moments of text, and of

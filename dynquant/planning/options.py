@@ -148,6 +148,7 @@ class PlanOptions(Options):
             self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")
         if self.target.serves is not None:
             self.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder", "exact")
+            self.calibration.refuse_two_sided()
 
 
 @dataclass(frozen=True, kw_only=True)

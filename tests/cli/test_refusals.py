@@ -23,6 +23,8 @@ from tests.helpers.commands import refused
         ("eval {m} --reference {m} --scoring letter,magic --text {t}/text.txt", "give some of letter, cloze."),
         ("release {m} --bpw 4 --scoring magic --mmlu-data {t}/one.jsonl -o {t}/o", "--scoring magic is not known"),
         ("plan {m} --bpw 4 --hessians magic -o {t}/o", "give one of none, activations, gradients, two-sided."),
+        ("plan {m} --for vllm --bpw 6 --hessians two-sided -o {t}/o", "--hessians two-sided takes second moments"),
+        ("export {m} -f compressed-tensors --preset uniform-w4a16 --hessians two-sided -o {t}/o", "vLLM's schemes has"),
         ("compare {m} --presets uniform-q4_k,magic --text {t}/text.txt -o {t}/o", "There is no preset `magic`"),
         ("compare-encoders {m} --presets uniform-q4_k,magic --text {t}/text.txt -o {t}/o", "There is no preset `mag"),
         ("compare {m} --presets , --text {t}/text.txt -o {t}/o", "--presets names none; give some, as"),

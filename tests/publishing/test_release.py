@@ -176,7 +176,7 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
         "release", tiny_text("llama"), "--bpw", 3, *OPTIONS, "--text", text, "-o", again
     )
     assert "--tokens" in refused(*call, "--bpw", 3, "--tokens", 2048)
-    assert re.search(r"other --name .* differ in nothing but their sizes", refused(*call, "--bpw", 3, "--name", "other"))
+    assert re.search("other --name .* differ in nothing but their sizes", refused(*call, "--bpw", 3, "--name", "any"))
     assert "not --sizes and --bpw" in refused(*call, "--bpw", 3, "--sizes", "2:4")
     assert "not none" in refused(*call)
     assert "twice" in refused(*call, "--bpw", "3,3.0")
