@@ -64,7 +64,6 @@ from dynquant.storage.work_files import check_work, remove_work
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
-FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
 
 def export(options: ExportOptions, session: Session = SILENT) -> Exported:
@@ -211,8 +210,6 @@ def _check(options: ExportOptions) -> None:
     _limits(options.max_memory)
     if options.ship_weights and not options.ray:
         raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
-    if options.format not in FORMATS:
-        raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
     if options.format == "gguf":
         check_ending(options.output, ".gguf", "--output")
         for file in (options.output, mmproj_path(options.output)):

@@ -41,10 +41,9 @@ from dynquant.cli.terminal.parameters import parsed
 from dynquant.encoding.store import ENCODED_NAME
 from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import LLAMA_CPP, TRANSFORMERS, EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import model_fingerprint
 from dynquant.evaluation.report import EvalReport, markdown
-from dynquant.evaluation.runners import LLAMA_CPP, TRANSFORMERS
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired, shown_kl
 from dynquant.exporters.options import ClosingPassOptions, ExportOptions
 from dynquant.exporters.stage import export

@@ -60,6 +60,8 @@ _COMPARISON = Writes("folder", beside=_in_comparison)
 _ENCODERS = Writes("folder", beside=_in_comparison_of_encoders)
 
 
+_TASKS = ("kl", "ppl", "mmlu")
+"""Tasks of `eval` whose results have columns here."""
 QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
 
 
@@ -67,7 +69,7 @@ QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", 
 class RecipeQuestions(QuestionOptions):
     """Inputs that recipes are compared on: text and questions, no pictures."""
 
-    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl", "ppl")
+    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.", choices=_TASKS)] = ("kl", "ppl")
     max_tokens: Annotated[
         int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2, is_tokens=True)
     ] = 8192
@@ -77,7 +79,7 @@ class RecipeQuestions(QuestionOptions):
 class EncoderQuestions(RecipeQuestions):
     """Inputs that encoders are compared on."""
 
-    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl",)
+    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.", choices=_TASKS)] = ("kl",)
     scoring: Scorings = ("letter",)
 
 

@@ -28,7 +28,15 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
-from dynquant.evaluation.options import CONTEXT_SCORED, LOOKED_UP, TEXT_TASKS, EvalOptions, QuestionOptions, Scoring
+from dynquant.evaluation.options import (
+    CONTEXT_SCORED,
+    LLAMA_CPP,
+    LOOKED_UP,
+    TEXT_TASKS,
+    EvalOptions,
+    QuestionOptions,
+    Scoring,
+)
 from dynquant.evaluation.pictures.candidate import (
     checked_candidate,
     needs_pictures,
@@ -67,8 +75,6 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
         DataError: the samples cannot be used, or with `strict` an image cannot be decoded.
         CheckpointError: a model cannot be loaded.
     """
-    if options.runner not in runners.RUNNERS:
-        raise EvaluationError(f"There is no runner `{options.runner}`; use one of {', '.join(runners.RUNNERS)}.")
     if idle := options.idle:
         session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.questions.tasks)} reads it")
     if options.data is not None:
@@ -142,7 +148,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
 
 def _check_program(options: EvalOptions, candidate: Path) -> None:
     """Refuse what the program that runs the candidate does not do."""
-    runs_in_llama_cpp = is_gguf(candidate) and options.runner == runners.LLAMA_CPP
+    runs_in_llama_cpp = is_gguf(candidate) and options.runner == LLAMA_CPP
     if options.adapter is not None and runs_in_llama_cpp:
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
@@ -407,7 +413,7 @@ class _Run:
         assert self.reference is not None
         # Only what is not the default is part of a name.
         more: dict[str, object] = {"rounded": True} if self.options.rounded else {}
-        if is_gguf(self.reference) and self.options.runner != runners.LLAMA_CPP:
+        if is_gguf(self.reference) and self.options.runner != LLAMA_CPP:
             more["runner"] = self.options.runner
         return cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
 

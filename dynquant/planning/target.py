@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from dynquant.formats.quant_types import QuantType
     from dynquant.planning.memory.budget import MemoryBudget
 
+KV_TYPES = ("f16", "q8_0", "q4_0")
+"""Types of the KV cache that memories are told for."""
+GATE_UP, QKV = COUPLINGS = ("gate-up", "qkv")
+"""Kinds of tensors that a runtime fuses in each layer; `planner` has their roles."""
 MODULE_LEVELS = ("keep", "8bit", "lower")
 """Treatments of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
 
@@ -39,12 +43,13 @@ class Target(Options):
         ),
     ] = None
     context: Annotated[int, Flag("Tokens of KV cache, with --fits.", min=1, is_tokens=True)] = 8192
-    kv_type: Annotated[str, Flag("Type of the KV cache, with --fits: f16, q8_0 or q4_0.")] = "f16"
+    kv_type: Annotated[str, Flag("Type of the KV cache, with --fits: f16, q8_0 or q4_0.", choices=KV_TYPES)] = "f16"
     couple: Annotated[
         tuple[str, ...],
         Flag(
             "Give the tensors that a runtime fuses in each layer one type: gate-up, qkv or both, as gate-up,qkv. "
-            "llama.cpp does not need it."
+            "llama.cpp does not need it.",
+            choices=COUPLINGS,
         ),
     ] = ()
     preset: Preset = None
@@ -90,6 +95,8 @@ class Target(Options):
             "w2a16_asym to w7a16_asym, fp8, nvfp4a16, mxfp4a16, bf16), for export -f compressed-tensors.",
             ("--for",),
             show_default=False,
+            choices=("vllm",),
+            parse=str.lower,
         ),
     ] = None
     tensor_parallel: TensorParallel = 1
@@ -107,8 +114,6 @@ class Target(Options):
         types = {"--preset": self.preset, "--like": self.like, "--recipe": self.patterns}
         goals = types | {"--bpw": self.bpw, "--size": self.size, "--fits": self.fits}
         given = [flag for flag, value in goals.items() if value is not None]
-        if self.serves is not None and self.serves.lower() != "vllm":
-            raise PlanError(f"--for {self.serves} is not known; give vllm, or leave it out for GGUF types.")
         if self.mixed_experts and self.serves is None:
             raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
         if self.serves is None:
@@ -118,10 +123,6 @@ class Target(Options):
                 f"Give one of --preset, --bpw, --size, --fits, --like and --recipe, not {' and '.join(given)}: each "
                 "says alone which types the plan has."
             )
-        if self.couple:
-            from dynquant.planning.planner import check_couplings
-
-            check_couplings(self.couple)
         if self.changed("mtp_type", "fallback"):
             from dynquant.formats.quant_types import quant_type
 
@@ -137,11 +138,7 @@ class Target(Options):
         for flag, is_set in (("--couple", bool(self.couple)), (f"--vision {self.vision}", self.vision != "auto")):
             if is_set and given and given[0] in types:
                 raise PlanError(f"{flag} goes with a budget; {given[0]} has types of its own.")
-        if self.fits is not None:
-            from dynquant.planning.memory.budget import check_cache
-
-            check_cache(self.kv_type)
-        else:
+        if self.fits is None:
             self.refuse_unused("it goes with --fits.", "context", "kv_type")
         if self.has_types or self.serves is not None:
             self.refuse_unused("floors are for types of GGUF that the planner chooses.", "floors")

@@ -13,7 +13,7 @@ from dynquant.evaluation.options import QuestionOptions, Scorings
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes, typed_fields
 from dynquant.planning.options import PlanOptions, SearchOptions
-from dynquant.planning.target import Target
+from dynquant.planning.target import KV_TYPES, Target
 from dynquant.resources import shown_value
 from dynquant.storage.file_names import files_of_plan
 
@@ -75,7 +75,9 @@ class ReleaseOptions(Options):
         int,
         Flag("Tokens of context that memories are told for, and that --fits leaves room for.", min=1, is_tokens=True),
     ] = 8192
-    kv_type: Annotated[str, Flag("Type of the KV cache in these memories: f16, q8_0 or q4_0.")] = "f16"
+    kv_type: Annotated[str, Flag("Type of the KV cache in these memories: f16, q8_0 or q4_0.", choices=KV_TYPES)] = (
+        "f16"
+    )
     types: Types = ()
     calibration: Annotated[CalibrationOptions, _CALIBRATION] = field(default_factory=CalibrationOptions)
     select: Annotated[bool, Flag("Choose every size among several plans by its KL, as plan --select.")] = False
@@ -132,10 +134,6 @@ class ReleaseOptions(Options):
             self.questions.refuse_unused(
                 "it is for questions, given with --mmlu-data.", "shots", "num_shots", "limit", "scoring"
             )
-        if self.changed("kv_type"):
-            from dynquant.planning.memory.budget import check_cache  # here, since `--help` imports this module
-
-            check_cache(self.kv_type)
         recipes = [target.recipe for target in self.targets]
         if twice := [recipe for recipe in recipes if recipes.count(recipe) > 1]:
             raise OptionError(f"The size `{twice[0]}` is asked for twice; leave one out.")

@@ -23,10 +23,10 @@ import torch
 from dynquant.errors import DataError
 from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import check_readable, common_columns, evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import TRANSFORMERS, EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import TeacherWindows, build_teacher_windows, cache_key, model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model, open_encoder, open_runner
+from dynquant.evaluation.runners import describe_model, load_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
 from dynquant.families.model_kind import check_same_kind
 from dynquant.families.open import check_original, locate_model, open_model

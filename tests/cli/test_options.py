@@ -54,6 +54,45 @@ RANGES = [
 ]
 
 
+CHOICES = [
+    pytest.param(command, name, id=f"{command} {name}")
+    for command in COMMANDS
+    for name, (_, flag) in shown(command).items()
+    if flag is not None and flag.choices
+]
+
+
+def error_of(command: str, name: str, value: str, folder: Path) -> Exception:
+    """What a command raises at a value of a parameter; all others that it needs have some."""
+    _, flag = shown(command)[name]
+    line = [flag.option(name), value, *(["--text", str(folder / "text")] if command in NEED_TEXT else [])]
+    line += ["--bpw", "3"] if command == "release" else []
+    for other, (required, of_other) in shown(command).items():
+        if other != name and (required.default is Parameter.empty or other == "output"):
+            notes = get_args(required.annotation)
+            ending = next((note.ending for note in notes if isinstance(note, Writes)), "") or ".file"
+            place = "8GB" if of_other and of_other.is_size else str(folder / f"{other}{ending}")
+            line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
+    with pytest.raises(Exception) as refusal:
+        COMMANDS[command].main(line, standalone_mode=False)
+    return refusal.value
+
+
+@pytest.mark.parametrize("command, name", CHOICES)
+def test_values_that_are_no_choices_are_refused(command, name, tmp_path):
+    option = shown(command)[name][1].option(name)
+    error = error_of(command, name, "magic", tmp_path)
+    assert type(error) is OptionError and str(error).startswith(f"{option} magic is not known; give ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_choice_is_checked_in_another_way():
+    assert {name for _, name in (param.values for param in CHOICES)} >= {
+        "couple", "effort", "encoder", "for_", "format", "hessians", "kv_type", "mmproj_type", "runner", "scoring",
+        "sensitivity", "start", "store", "tasks", "tune_parts", "variants", "vision",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("command, name", RANGES)
 def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
     parameter, flag = shown(command)[name]
@@ -67,20 +106,11 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
         assert parameter.default in (None, Parameter.empty) or flag.min <= parameter.default <= flag.max
     option = flag.option(name)
     for value in bad:
-        line = [option, value, *(["--text", str(tmp_path / "text")] if command in NEED_TEXT else [])]
-        line += ["--bpw", "3"] if command == "release" else []
-        for other, (required, of_other) in shown(command).items():
-            if other != name and (required.default is Parameter.empty or other == "output"):
-                notes = get_args(required.annotation)
-                ending = next((note.ending for note in notes if isinstance(note, Writes)), "") or ".file"
-                place = "8GB" if of_other and of_other.is_size else str(tmp_path / f"{other}{ending}")
-                line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
-        with pytest.raises(Exception) as refusal:
-            COMMANDS[command].main(line, standalone_mode=False)
-        if refusal.type is OptionError:
-            assert str(refusal.value).startswith(option) and len(str(refusal.value)) < 250
+        error = error_of(command, name, value, tmp_path)
+        if type(error) is OptionError:
+            assert str(error).startswith(option) and len(str(error)) < 250
         else:
-            assert refusal.value.exit_code == 2 and option in refusal.value.format_message(), (value, refusal.value)
+            assert error.exit_code == 2 and option in error.format_message(), (value, error)
         assert not list(tmp_path.iterdir())
 
 

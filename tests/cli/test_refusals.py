@@ -27,6 +27,7 @@ from tests.helpers.commands import refused
         ("export {m} -f compressed-tensors --preset uniform-w4a16 --hessians two-sided -o {t}/o", "vLLM's schemes has"),
         ("compare {m} --presets uniform-q4_k,magic --text {t}/text.txt -o {t}/o", "There is no preset `magic`"),
         ("compare-encoders {m} --presets uniform-q4_k,magic --text {t}/text.txt -o {t}/o", "There is no preset `mag"),
+        ("compare {m} --presets f16 --tasks generate --text {t}/text.txt -o {t}/o", "give some of kl, ppl, mmlu."),
         ("compare {m} --presets , --text {t}/text.txt -o {t}/o", "--presets names none; give some, as"),
         ("compare-encoders {m} --presets , --text {t}/text.txt -o {t}/o", "--presets names none; give some, as"),
         ("compare {m} --presets f16 --text {t}/empty.txt -o {t}/o", "The text empty.txt is empty"),

@@ -128,7 +128,7 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tasks": set()}, r"choose from generate, kl"),
+        ({"tasks": set()}, r"--tasks names none; give some of generate, kl"),
         ({"tasks": {"kl"}, "text": []}, "need a text"),
         ({"tasks": {"kl"}, "window": 4096}, "does not fit the context of 1024"),
         ({"tasks": {"mmlu"}, "shots": None, "num_shots": 1000}, "No subject has more than the 1000 questions"),

@@ -13,7 +13,7 @@ from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.planning.planner import Rules, check_couplings, coupled_tensors, outlier_tensors, plan_types, size_range
+from dynquant.planning.planner import Rules, coupled_tensors, outlier_tensors, plan_types, size_range
 
 TYPES = ("IQ1_S", "IQ2_XXS", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0")
 SHAPE = {"attn_q": (256, 256), "ffn_down_exps": (8, 256, 256), "ffn_gate_exps": (8, 256, 256)}
@@ -175,11 +175,6 @@ def test_coupled_tensors_without_a_common_type_are_named():
     with pytest.raises(PlanError, match="no candidate type") as refusal:
         plan_types(apart, 10**6, Rules(coupled=((gate, up),)))
     assert f"`{gate}` can be Q4_K, Q6_K" in str(refusal.value) and up in str(refusal.value)
-
-
-def test_unknown_couplings_list_the_known():
-    with pytest.raises(PlanError, match=r"`--couple gates` .* gate-up, qkv"):
-        check_couplings(("gates",))
 
 
 def test_size_range_is_what_the_refusals_name():

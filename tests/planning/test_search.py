@@ -22,7 +22,7 @@ from dynquant.calibration.stage import StatsFile, calibrate
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.encoding.store import store_directory
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import PlanError, StatsError
+from dynquant.errors import OptionError, PlanError, StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import Estimate
@@ -488,7 +488,7 @@ def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypat
 
 
 def test_unknown_methods_and_too_few_plans_are_refused():
-    with pytest.raises(PlanError, match=r"no sensitivity `magic`.*fisher-probe"):
+    with pytest.raises(OptionError, match=r"--sensitivity magic is not known; .*fisher-probe"):
         SearchOptions(methods=("magic",))
     with pytest.raises(PlanError, match="--frontier 4:2 is no range"):
         SearchOptions(frontier=(4, 2))
