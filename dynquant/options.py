@@ -290,7 +290,6 @@ AllowDifference = Annotated[
         ("--allow-difference",),
     ),
 ]
-Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[
     str | None,
     Flag(

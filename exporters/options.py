@@ -106,7 +106,7 @@ class ExportOptions(Options):
         Flag("The .gguf file, or the directory of the others.", ("-o", "--output")),
         Writes("either", beside=_beside),
     ]
-    plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
+    plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`, or its folder.")] = None
     preset: Preset = None
     fallback: Fallback = ()
     format: Annotated[

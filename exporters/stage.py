@@ -51,7 +51,7 @@ from dynquant.options import check_ending, check_folder_name
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, plan_of_rest, uniform_schemes
 from dynquant.recipes.folder import load_super_weights, stats_of_plan
-from dynquant.recipes.plan import Plan
+from dynquant.recipes.plan import Plan, plan_file
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
@@ -72,6 +72,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     A vision-language model gets a second GGUF file, mmproj-OUTPUT, whose matrices have the types of the plan or all
     `mmproj_type`.
     """
+    if options.plan is not None:
+        options = options.changed_to({"plan": plan_file(options.plan)})
     _check(options)
     with locked(options.output):
         exported = _exported(options, session)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from dynquant.analysis.errors.options import Types
 from dynquant.errors import PlanError
-from dynquant.options import Fallback, Flag, GroupSize, Options, Preset, TensorParallel, Types
+from dynquant.options import Fallback, Flag, GroupSize, Options, Preset, TensorParallel
 from dynquant.resources import parse_size
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class Target(Options):
     ] = ()
     preset: Preset = None
     like: Annotated[
-        Path | None, Flag("The types of this .gguf file or plan.json, tensor by tensor.", show_default=False)
+        Path | None,
+        Flag("The types of this .gguf file, or of this plan.json or its folder.", show_default=False),
     ] = None
     patterns: Annotated[
         str | None,
@@ -92,7 +94,8 @@ class Target(Options):
         str | None,
         Flag(
             "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w2a16 to w8a16, "
-            "w2a16_asym to w7a16_asym, fp8, nvfp4a16, mxfp4a16, bf16), for export -f compressed-tensors.",
+            "w2a16_asym to w7a16_asym, fp8, nvfp4a16, mxfp4a16, bf16; default: all but _asym), for export -f "
+            "compressed-tensors.",
             ("--for",),
             show_default=False,
             choices=("vllm",),

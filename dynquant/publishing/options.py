@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from dynquant.analysis.errors.options import Types
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.effort import Effort, fill
 from dynquant.errors import OptionError
 from dynquant.evaluation.options import QuestionOptions, Scorings
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes, typed_fields
+from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Writes, typed_fields
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import KV_TYPES, Target
 from dynquant.resources import shown_value

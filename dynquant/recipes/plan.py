@@ -183,15 +183,23 @@ class Plan(FrozenRecord):
 
     @classmethod
     def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
-        """Read plan.json, of this version or an older one. Raises PlanError: missing, not JSON, of another target,
-        unknown fields or types, or a tensor named twice."""
-        if path.is_dir():
-            raise PlanError(f"{path} is a directory; give the {PLAN_NAME} in it.")
+        """Read plan.json, also by its folder, of this version or an older one. Raises PlanError: missing, not JSON, of
+        another target, unknown fields or types, or a tensor named twice."""
+        path = plan_file(path)
         plan = read_document(path, cls, "a plan", "Make one with `dynquant plan`.")
         if plan.target != target:
             raise PlanError(f"{path} {_OTHER_TARGET[plan.target]}")
         _check_entries(plan, path)
         return plan
+
+
+def plan_file(path: Path) -> Path:
+    """Return the plan that a path names: that of a folder is the plan.json in it. Raises PlanError: it has none."""
+    if not path.is_dir():
+        return path
+    if not (path / PLAN_NAME).is_file():
+        raise PlanError(f"{path} is a directory without {PLAN_NAME}; check the path, or make one with `dynquant plan`.")
+    return path / PLAN_NAME
 
 
 _OTHER_TARGET = {

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from dynquant.analysis.bench.judge import parsed
+from dynquant.analysis.errors.options import DEFAULT_TYPES
 from dynquant.calibration import stage
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
@@ -140,6 +141,12 @@ def test_callers_in_python_are_checked_alike():
 def test_help_shows_a_range_that_is_not_obvious():
     helps = {p.name: p.help for p in COMMANDS["finetune"].params}
     assert helps["held_out"].endswith("From 0 to 0.9.") and helps["rank"].endswith("From 1 to 4,096.")
+
+
+def test_help_shows_the_candidate_types_that_are_taken_where_none_are_named():
+    for command in ("analyze", "plan", "release"):
+        (said,) = (p.help for p in COMMANDS[command].params if p.name == "types")
+        assert said.endswith(f"Default: {', '.join(DEFAULT_TYPES).lower()}.")
 
 
 @pytest.mark.parametrize("text, size", [("0", 0), ("1.5kB", 1500), (" 2 KiB ", 2048), ("8GiB", 8 << 30), ("3", 3)])
