@@ -210,8 +210,8 @@ def _selection_samples(search: Search) -> ModelInputs:
 def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchResult]:
     search = searches[0]
     table, options, provenance = search.chooser.allowed(table), search.options, search.stats.stats.provenance
-    used, window = provenance.max_tokens or 0, provenance.window or 512
-    extent = _Extent(used, window, provenance.seed)
+    window = provenance.window or 512
+    extent = _Extent(provenance.max_tokens, window, provenance.seed, provenance.sampled_tokens)
     windows, calibrated = _text_windows(search.model, options, search.calibration, extent)
     hf_model = search.running(search.model)
     with search.session.stage(_KEEPS) as progress:
@@ -272,33 +272,38 @@ def _selected(
 
 
 class _Extent(NamedTuple):
-    """The first tokens of its text that calibration used, and the seed that shuffled it."""
+    """The first tokens of its text that calibration used, the seed that shuffled it, and without any the tokens that it
+    read to write others behind their beginnings."""
 
     num_tokens: int
     window: int
     seed: int
+    sampled_tokens: int = 0
 
 
 def check_selection_text(
     model: Model, options: SearchOptions, calibration: CalibrationOptions, session: Session
 ) -> None:
     """Raise StatsError, before anything is measured, when calibration will leave too little text to select on."""
-    _text_windows(model, options, calibration, _Extent(calibration.tokens, calibration.window, session.seed))
+    extent = _Extent(calibration.tokens, calibration.window, session.seed, calibration.sampled_tokens)
+    _text_windows(model, options, calibration, extent)
 
 
 def _text_windows(
     model: Model, options: SearchOptions, calibration: CalibrationOptions, used: _Extent
 ) -> tuple[ModelInputs, torch.Tensor]:
-    """Return windows to select on, and token ids [n, window] of those that calibration used.
+    """Return windows to select on, and token ids [n, window] of those that calibration used; where it used none, of all
+    others.
 
     A source may be read in part, and its documents are shuffled then: as many are read as calibration did.
     """
     window, most, tokenizer = used.window, options.selection_tokens, load_tokenizer(model)
     behind = max(most, options.selection_span)
-    documents = read_text(calibration.text, seed=used.seed, max_tokens=used.num_tokens or behind)
+    read = used.num_tokens or used.sampled_tokens or behind
+    documents = read_text(calibration.text, seed=used.seed, max_tokens=read)
     lengths = {"window": window, "max_tokens": used.num_tokens + window + behind}
     windows, first = pack_windows(documents, tokenizer, **lengths), used.num_tokens // window
-    calibrated, min_tokens = windows[: max(1, first)], min(most, 4 * window)
+    calibrated, min_tokens = windows[:first] if first else windows, min(most, 4 * window)
     if options.text is not None:
         name = options.text.name
         other = read_text(options.text, seed=used.seed, max_tokens=most)
@@ -313,7 +318,10 @@ def _text_windows(
             left, calibrated = range(len(summed) + 1, len(calibrated)), summed.windows
         domains = window_domains(documents, tokenizer, **lengths, place=min(window, options.selection_window) // 2)
         length = min(windows.shape[1], max(options.selection_window, most // max(1, len(left))))
-        selection = windows[_evenly_of_all_domains(left, max(1, most // length), domains), :length]
+        chosen = _evenly_of_all_domains(left, max(1, most // length), domains)
+        selection = windows[chosen, :length]
+        if not first:
+            calibrated = windows[[number for number in range(len(windows)) if number not in chosen]]
     if options.select and selection.numel() < min_tokens:
         raise StatsError(
             f"{name}: {selection.numel():,} tokens. Selection wants {most:,}, and at least {min_tokens:,}. Give "

@@ -112,6 +112,9 @@ class ReleaseOptions(Options):
         str | None, Flag("Show what would go to this repository of the Hub, OWNER/REPO; with --yes it goes there.")
     ] = None
     yes: Annotated[bool, Flag("With --push: create the repository and upload, one commit a file.")] = False
+    selection_span: int = SearchOptions.selection_span
+    """Tokens behind the calibrated ones, of which plans are chosen on pieces; without a text, `release` leaves some
+    behind them to measure on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,8 +169,7 @@ class ReleaseOptions(Options):
             output=self.output / WORK_NAME,
             calibration=self.calibration,
             encoder=self.encoder,
-            # Files are measured on what is behind the text of the choice, unless another text is given.
-            search=SearchOptions(select=self.select, **({} if self.questions.text else {"selection_span": 0})),
+            search=SearchOptions(select=self.select, selection_span=self.selection_span),
             effort=self.effort,
         )
 

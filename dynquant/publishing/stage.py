@@ -26,6 +26,7 @@ from dynquant import __version__
 from dynquant.analysis.plots import style
 from dynquant.analysis.plots.frontier import draw_measured_frontier
 from dynquant.calibration.imatrix import export_imatrix
+from dynquant.calibration.run import given_tokens
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME
@@ -170,30 +171,37 @@ def _divided(options: ReleaseOptions, model: Model, session: Session) -> tuple[R
     text. Of a text that is shorter than --tokens asks for, calibration takes what leaves enough to measure on."""
     if options.questions.text or model.has_vision:
         return options, None
-    calibration = options.calibration
-    asked, measured, window = calibration.tokens, options.questions.max_tokens, calibration.window
-    spare, usual = options.of_plans.search.selection_tokens + 2 * window, ReleaseQuestions.max_tokens
-    read = asked or calibration.sampled_tokens  # without given text, what is written begins with some of it
-    num_tokens = read + spare + max(measured, usual)
-    documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
-    tokenizer = load_tokenizer(model)
-    windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
-    # Whatever --max-tokens says: a later run may say otherwise, and calibration is one for all.
-    most = windows.numel() - spare - max(_LEAST_MEASURED, min(usual, windows.numel() // 8))
-    if read > most < _LEAST_MEASURED:
-        raise OptionError(
-            f"{documents.name} has {windows.numel():,} tokens, too few to calibrate, choose plans and measure files on "
-            "different parts. Give a longer --calibration, or a text to measure on as --text FILE."
-        )
-    if asked > most:
+    calibration, search, tokenizer = options.calibration, options.of_plans.search, load_tokenizer(model)
+    window, measured, usual = calibration.window, options.questions.max_tokens, ReleaseQuestions.max_tokens
+    read = given_tokens(calibration)  # without given text, what is written begins with some of it
+    while True:  # a data set is read as far as calibration reads it: in which order it comes depends on that
+        documents = read_text(calibration.text, seed=session.seed, max_tokens=read)
+        enough = read + 2 * window + search.selection_span + max(measured, search.selection_span)
+        windows = pack_windows(documents, tokenizer, window=window, max_tokens=enough)
+        # Whatever --max-tokens says: a later run may say otherwise, and calibration and selection are one for all.
+        kept = max(_LEAST_MEASURED, min(usual, windows.numel() // 8))
+        most = windows.numel() - 2 * window - search.selection_tokens - kept
+        if read > most < _LEAST_MEASURED:
+            raise OptionError(
+                f"{documents.name} gives {windows.numel():,} tokens, too few to calibrate, choose plans and measure "
+                "files on different parts. Give a longer --calibration, of a data set more --tokens, or a text to "
+                "measure on as --text FILE."
+            )
+        if read <= most or not calibration.tokens:
+            break
+        read = most
+    if read < calibration.tokens:
         session.note(
-            f"{documents.name} has {windows.numel():,} tokens: calibration takes {most:,} of them instead of "
-            f"{asked:,}, for plans are chosen and files measured on the rest. A longer --calibration gives more"
+            f"{documents.name} has {windows.numel():,} tokens: calibration takes {read:,} of them instead of "
+            f"{calibration.tokens:,}, for plans are chosen and files measured on the rest. A longer --calibration "
+            "gives more"
         )
-        options = options.changed_to({"calibration": calibration.changed_to({"tokens": most})})
-    first = min(read, most) + spare
-    left = windows[first // window : (first + measured) // window]
-    return options, _Behind(documents.name, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
+        options = options.changed_to({"calibration": calibration.changed_to({"tokens": read})})
+    first = min(read, most) + 2 * window
+    span = min(search.selection_span, max(search.selection_tokens, (windows.numel() - first) // 2))
+    left = windows[(first + span) // window : (first + span + measured) // window]
+    behind = _Behind(documents.name, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
+    return options.changed_to({"selection_span": span}), behind
 
 
 def _texts(options: ReleaseOptions, behind: _Behind | None) -> tuple[Path, ...]:

@@ -428,7 +428,7 @@ def test_a_text_that_calibration_used_up_is_selected_on_where_it_was_held_back(
     ("used", "span", "pieces", "length", "first", "end"),
     [
         (10, 131_072, 16, 256, 11, 100),  # more text behind than is wanted
-        (10, 0, 8, 512, 11, 19),  # `release` measures files on what comes then
+        (10, 0, 8, 512, 11, 19),
         (80, 131_072, 16, 256, 81, 100),
         (87, 131_072, 12, 341, 88, 100),
         (100, 131_072, 9, 455, 91, 100),  # what was held back, but for a window beside what was not
@@ -447,6 +447,15 @@ def test_plans_are_scored_on_pieces_from_all_over_what_calibration_left(
     steps = {after - before for before, after in pairwise([*places, end])}
     assert found.windows.shape == (pieces, length) and places[0] == first and max(steps) - min(steps) <= 1
     assert torch.equal(calibrated, windows[: len(calibrated)]) and len(calibrated) == first - 1
+
+
+def test_tensors_are_priced_on_all_of_a_text_that_only_began_what_was_calibrated_on(moe_model):
+    """Else on one window of it."""
+    windows = pack_windows(read_text(None), load_tokenizer(moe_model), window=512, max_tokens=131_072 + 512)
+    extent = search_module._Extent(0, 512, 0, sampled_tokens=4096)
+    found, others = search_module._text_windows(moe_model, SearchOptions(select=True), CalibrationOptions(), extent)
+    assert found.windows.shape == (16, 256) and len(others) == len(windows) - 16
+    assert not any((others[:, :256] == piece).all(1).any() for piece in found.windows)
 
 
 def test_every_domain_of_a_text_is_selected_on(moe_model, tmp_path):

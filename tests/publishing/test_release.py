@@ -7,10 +7,12 @@ from dataclasses import replace
 from unittest.mock import Mock, patch
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.run import text_inputs
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.inspect import inspect
@@ -20,14 +22,16 @@ from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.gguf import write_patched
 from dynquant.families.open import open_model
+from dynquant.planning import search as search_module
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing import stage
 from dynquant.publishing.card import _how_made, _of_quantized
 from dynquant.publishing.hub import push
-from dynquant.publishing.options import ReleaseOptions
+from dynquant.publishing.options import ReleaseOptions, ReleaseQuestions
 from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
+from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import linked_copy, refused, succeed
@@ -207,6 +211,31 @@ def test_a_text_shorter_than_tokens_is_calibrated_on_but_for_what_is_measured(ti
     assert json.loads(report.read_text())["texts"][0]["name"] == "behind-demo_text.txt"
     assert f"--tokens {given.max_tokens} " in shown(tmp_path)
     succeed(*call, "--tokens", 524_288, "--max-tokens", 1024, "-o", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "data set"])
+def test_plans_are_chosen_all_over_what_calibration_left_and_files_measured_behind(tiny_moe, tmp_path, kind):
+    if kind == "data set":
+        pytest.importorskip("datasets")
+    lines = [json.dumps({"text": f"Document {number} tells of {number + 1} things. " * 30}) for number in range(400)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    text = str(tmp_path / "set" / "train.jsonl" if kind == "file" else tmp_path / "set")
+    calibration, model = CalibrationOptions(text=text, tokens=8192, window=256), open_model(str(tiny_moe))
+    asked = ReleaseOptions(model=str(tiny_moe), output=tmp_path, bpw=("3",), calibration=calibration, select=True)
+    calibrated = text_inputs(model, text, tokens=8192, window=256).windows
+    spans, tokenizer = set(), load_tokenizer(model)
+    for most in (1024, 4096):
+        divided, behind = stage._divided(replace(asked, questions=ReleaseQuestions(max_tokens=most)), model, SILENT)
+        search = divided.of_plans.search
+        found, same = search_module._text_windows(model, search, calibration, search_module._Extent(8192, 256, 0))
+        assert torch.equal(same, calibrated) and divided.calibration == calibration and found.windows.shape == (16, 256)
+        texts = (" ".join(tokenizer.batch_decode(windows)) for windows in (same, found.windows))
+        numbers = [set(re.findall(r"Document (\d+) tells", part)) for part in (*texts, behind.text)]
+        assert all(numbers) and not numbers[2] & (numbers[0] | numbers[1])
+        assert search.selection_span > 2 * search.selection_tokens, "pieces are not side by side"
+        spans.add(divided.selection_span)
+    assert len(spans) == 1, "a later run that measures more chooses alike"
 
 
 @pytest.mark.nightly
