@@ -34,8 +34,8 @@ from dynquant.evaluation.options import (
     LOOKED_UP,
     TEXT_TASKS,
     EvalOptions,
-    QuestionOptions,
     Scoring,
+    TaskOptions,
 )
 from dynquant.evaluation.pictures.candidate import (
     checked_candidate,
@@ -76,7 +76,7 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
         CheckpointError: a model cannot be loaded.
     """
     if idle := options.idle:
-        session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.questions.tasks)} reads it")
+        session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.asked.tasks)} reads it")
     if options.data is not None:
         return _evaluate_on_pictures(options, options.data, session)
     loss = "Nothing is kept without --reference-cache: what the models said so far is lost."
@@ -84,7 +84,7 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
         return _evaluate_on_text(options, session, progress)
 
 
-def check_readable(asked: QuestionOptions) -> None:
+def check_readable(asked: TaskOptions) -> None:
     """Raise EvaluationError, before anything long runs, for texts or questions that `evaluate` could not read or ask
     then."""
     for text in asked.text:
@@ -94,7 +94,7 @@ def check_readable(asked: QuestionOptions) -> None:
 
 
 def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:
-    asked = options.questions
+    asked = options.asked
     refuse_plan(options)
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     _check_program(options, candidate)
@@ -169,7 +169,7 @@ def _context_length(options: EvalOptions, infos: Sequence[runners.ModelInfo]) ->
     return context_length
 
 
-def _harness(asked: QuestionOptions, reference: Path, progress: Progress) -> "Harness":
+def _harness(asked: TaskOptions, reference: Path, progress: Progress) -> "Harness":
     """Return the tasks of lm-evaluation-harness that were asked for, with their data."""
     progress(LOOKED_UP, 0, len(asked.harness_tasks), unit="tasks")  # which takes seconds
     try:
@@ -190,7 +190,7 @@ class _Inputs(NamedTuple):
 
 
 def _inputs(options: EvalOptions, encode: TextEncoder, context_length: int, notes: list[str]) -> _Inputs:
-    inputs, asked = _Inputs([], [], {}), options.questions
+    inputs, asked = _Inputs([], [], {}), options.asked
     if {"kl", "ppl"} & set(asked.tasks):
         contexts = [length for length in sorted({*map(int, options.contexts)}) if length <= context_length]
         if len(contexts) < len({*options.contexts}):
@@ -351,7 +351,7 @@ class _Run:
         self, runner: Opener, side: str, prompts: Prompts, reference: Continuations | None = None
     ) -> Continuations:
         """Return what a model writes after the prompts, up to tokens that end the reference's texts."""
-        num_tokens = self.options.questions.new_tokens
+        num_tokens = self.options.asked.new_tokens
         with self.timed(f"{side}, writing, {prompts.name}", "prompts") as report:
 
             def run() -> dict[str, Tensor]:
@@ -434,7 +434,7 @@ def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:
 
 
 def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> reports.PictureReport:
-    tasks = options.questions.tasks
+    tasks = options.asked.tasks
     model = open_model(options.reference)
     plan_file = plan_at(Path(options.candidate))
     if not model.has_vision or model.hf_directory is None:
@@ -444,7 +444,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     file = read_samples(data)
     processor = load_processor(model.hf_directory)
     encoder = SampleEncoder(processor, image_token_of(model.hf_directory), strict=options.strict)
-    batches, questions = encoded_samples(encoder, file.samples[: options.questions.limit or None], asks="vqa" in tasks)
+    batches, questions = encoded_samples(encoder, file.samples[: options.asked.limit or None], asks="vqa" in tasks)
     inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
     if is_gguf(candidate := Path(options.candidate)) or (candidate / "config.json").is_file():
         check_same_kind(

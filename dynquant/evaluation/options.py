@@ -25,7 +25,7 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_n
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionOptions(Options):
+class TaskOptions(Options):
     """Tasks that two models are compared on, and what they read: texts, prompts and questions."""
 
     text: Annotated[
@@ -96,7 +96,7 @@ class EvalOptions(Options):
 
     candidate: ModelPath
     reference: Annotated[str, Flag("The model to compare with: HF directory, hub id or .gguf.")]
-    questions: QuestionOptions = field(default_factory=QuestionOptions)
+    asked: TaskOptions = field(default_factory=TaskOptions)
     data: Annotated[
         Path | None,
         Flag(
@@ -159,13 +159,13 @@ class EvalOptions(Options):
             )
         if self.contexts:
             self.refuse_unused("--contexts says how long windows are.", "window")
-        tasks = self.questions.tasks
+        tasks = self.asked.tasks
         if self.data is None:
             if self.mmproj is not None:
                 raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
             if "vqa" in tasks:
                 raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
-            self.questions.check_text()
+            self.asked.check_text()
             return
         why = "with --data, all tasks run on its samples, and the models with pictures."
         text_only = (
@@ -181,7 +181,7 @@ class EvalOptions(Options):
             "chat",
             "allow_code_execution",
         )
-        self.questions.refuse_unused(why, *text_only)
+        self.asked.refuse_unused(why, *text_only)
         self.refuse_unused(
             why, "window", "reference_cache", "runner", "rounded", "adapter", "kv_type", "allow_difference", "contexts"
         )
@@ -194,7 +194,7 @@ class EvalOptions(Options):
         """Flags that none of the tasks has a use for."""
         if self.data is not None:
             return []
-        asked, tasks, idle = self.questions, {*self.questions.tasks}, self.changed("strict", "encoder")
+        asked, tasks, idle = self.asked, {*self.asked.tasks}, self.changed("strict", "encoder")
         if not READ_TASKS & tasks:
             idle += asked.changed("text", "max_tokens")
         if not {"kl", "ppl"} & tasks:

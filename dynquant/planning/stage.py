@@ -36,15 +36,15 @@ from dynquant.planning.pruning import (
     sized_without_experts,
     without_experts,
 )
-from dynquant.planning.search import (
+from dynquant.planning.selecting.search import (
     Search,
     SearchResult,
-    check_selection_text,
     encoded_store,
     scheme_store,
     search_plans,
 )
-from dynquant.planning.selection import Selection
+from dynquant.planning.selecting.selection import Selection
+from dynquant.planning.selecting.text import check_selection_text
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes

@@ -10,7 +10,7 @@ from dynquant.analysis.errors.options import Types
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.effort import Effort, fill
 from dynquant.errors import OptionError
-from dynquant.evaluation.options import QuestionOptions, Scorings
+from dynquant.evaluation.options import Scorings, TaskOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Writes, typed_fields
 from dynquant.planning.options import PlanOptions, SearchOptions
@@ -31,13 +31,11 @@ def _in_release(output: Path, typed: Mapping[str, Any]) -> list[Path]:
 _CALIBRATION = Only(
     ("text", "data", "strict", "tokens", "sampled_tokens", "window", "hessians", "hessian_memory", "max_memory")
 )
-_QUESTIONS = Only(
-    ("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring", "prompts", "new_tokens")
-)
+_ASKED = Only(("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring", "prompts", "new_tokens"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleaseQuestions(QuestionOptions):
+class ReleaseTasks(TaskOptions):
     """Inputs that every file is measured on, as `eval` does it."""
 
     text: Annotated[
@@ -100,7 +98,7 @@ class ReleaseOptions(Options):
         ),
     ] = ()
     packed: Annotated[bool, Flag("Also write every size as packed safetensors for transformers.")] = False
-    questions: Annotated[ReleaseQuestions, _QUESTIONS] = field(default_factory=ReleaseQuestions)
+    asked: Annotated[ReleaseTasks, _ASKED] = field(default_factory=ReleaseTasks)
     name: Annotated[str | None, Flag("First word of the files' names. Default: the model's.", show_default=False)] = (
         None
     )
@@ -132,10 +130,10 @@ class ReleaseOptions(Options):
             raise OptionError(f"--push {self.push} is no repository of the Hub; give it as OWNER/REPO.")
         if self.push is None:
             self.refuse_unused("it goes with --push OWNER/REPO.", "yes")
-        if not self.questions.prompts:
-            self.questions.refuse_unused("it goes with --prompts N.", "new_tokens")
-        if self.questions.mmlu_data is None:
-            self.questions.refuse_unused(
+        if not self.asked.prompts:
+            self.asked.refuse_unused("it goes with --prompts N.", "new_tokens")
+        if self.asked.mmlu_data is None:
+            self.asked.refuse_unused(
                 "it is for questions, given with --mmlu-data.", "shots", "num_shots", "limit", "scoring"
             )
         recipes = [target.recipe for target in self.targets]

@@ -15,9 +15,9 @@ from dynquant.calibration import stage
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.cli.app import app
-from dynquant.cli.compare import CompareEncodersOptions, CompareOptions, EncoderQuestions, RecipeQuestions, _Results
+from dynquant.cli.compare import CompareEncodersOptions, CompareOptions, EncoderTasks, RecipeTasks, _Results
 from dynquant.errors import OptionError
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import EvalOptions, TaskOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.families.open import open_model
 from dynquant.options import Flag, Writes, command_words
@@ -306,30 +306,30 @@ def test_statistics_of_a_text_shorter_than_a_window_are_used_again(small_moe, tm
 def test_what_does_nothing_for_this_preset_or_these_tasks_is_said(small_moe, tmp_path):
     said = succeed("export", small_moe, "--preset", "uniform-q8_0", "--tokens", 9, "-o", tmp_path / "out.gguf")
     assert "--tokens did nothing: no type of uniform-q8_0 uses statistics" in said
-    asked = QuestionOptions(tasks=("mmlu",), text=(Path("t"),), max_tokens=9, limit=3)
-    idle = EvalOptions(candidate="c", reference="r", questions=asked, window=9).idle
+    asked = TaskOptions(tasks=("mmlu",), text=(Path("t"),), max_tokens=9, limit=3)
+    idle = EvalOptions(candidate="c", reference="r", asked=asked, window=9).idle
     assert idle == ["--text", "--tokens", "--window"]
     asked = replace(asked, tasks=("kl",), num_shots=0)
-    assert EvalOptions(candidate="c", reference="r", questions=asked).idle == ["--num-shots", "--limit"]
+    assert EvalOptions(candidate="c", reference="r", asked=asked).idle == ["--num-shots", "--limit"]
 
 
 def test_a_comparison_goes_on_with_the_same_options_alone(tmp_path):
     (tmp_path / "text").write_text("One text.")
-    questions = RecipeQuestions(text=(tmp_path / "text",))
-    options = CompareOptions(model="m", recipes=("f16",), output=tmp_path, questions=questions)
+    asked = RecipeTasks(text=(tmp_path / "text",))
+    options = CompareOptions(model="m", recipes=("f16",), output=tmp_path, asked=asked)
     _Results(tmp_path / "compare.json", options, Session()).record("f16", {"bytes": 1})
-    more = replace(questions, tasks=("kl", "ppl", "mmlu"), mmlu_data="questions.jsonl")
-    assert _Results(tmp_path / "compare.json", replace(options, questions=more), Session()).rows.keys() == {"f16"}
+    more = replace(asked, tasks=("kl", "ppl", "mmlu"), mmlu_data="questions.jsonl")
+    assert _Results(tmp_path / "compare.json", replace(options, asked=more), Session()).rows.keys() == {"f16"}
     (tmp_path / "text").write_text("Another text.")
-    changed = replace(options, questions=replace(questions, max_tokens=9), select=True)
+    changed = replace(options, asked=replace(asked, max_tokens=9), select=True)
     with pytest.raises(OptionError, match=r"`f16` in .* other --max-tokens and --select and --text\."):
         _Results(tmp_path / "compare.json", changed, Session())
     assert json.loads((tmp_path / "compare.json").read_text())["f16"]["bytes"] == 1
 
 
 def test_encoders_without_a_closing_pass_go_on_whatever_its_tokens(tmp_path):
-    questions = EncoderQuestions(text=(tmp_path / "text",))
-    options = CompareEncodersOptions(model="m", recipes=("f16",), output=tmp_path, questions=questions, tune=9)
+    asked = EncoderTasks(text=(tmp_path / "text",))
+    options = CompareEncodersOptions(model="m", recipes=("f16",), output=tmp_path, asked=asked, tune=9)
     _Results(tmp_path / "encoders.json", options, Session()).record("f16 ggml", {"bytes": 1})
     _Results(tmp_path / "encoders.json", replace(options, tune=8, variants=("ggml",)), Session())
     with pytest.raises(OptionError, match="other --tune"):

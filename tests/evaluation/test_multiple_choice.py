@@ -9,7 +9,7 @@ import pytest
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.evaluate import check_readable
-from dynquant.evaluation.options import QuestionOptions
+from dynquant.evaluation.options import TaskOptions
 from dynquant.evaluation.runners import open_encoder, open_runner
 from dynquant.evaluation.tasks.multiple_choice import (
     AnswerScores,
@@ -247,7 +247,7 @@ def test_shots_of_a_data_set_are_those_of_its_split_for_them(tmp_path, monkeypat
     (shots / "dev.jsonl").write_text(json.dumps(question | {"question": "Where?"}) + "\n")
     configs = json.dumps([{"config_name": "all", "data_files": [split]}])
     (shots / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
-    options = QuestionOptions(tasks=("mmlu",), mmlu_data=str(tmp_path / "test.jsonl"), shots=str(shots))
+    options = TaskOptions(tasks=("mmlu",), mmlu_data=str(tmp_path / "test.jsonl"), shots=str(shots))
     check_readable(options)
     asked, examples = load_asked(options)
     assert [[each.question for each in questions] for questions in (asked, examples)] == [["Which?"], ["Where?"]]

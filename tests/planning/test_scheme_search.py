@@ -20,7 +20,7 @@ from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.planning.chooser import SchemeChooser
 from dynquant.planning.options import METHODS, PlanOptions, SearchOptions
-from dynquant.planning.search import Search, search_plans
+from dynquant.planning.selecting.search import Search, search_plans
 from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm
@@ -47,7 +47,9 @@ def search_of(directory, folder):
     chooser = SchemeChooser(checkpoint, tuple(LOSSES), budget=BUDGET)
     by_name = {name: {scheme.name: scheme for scheme in of} for name, of in chooser.candidates.items()}
     store = SchemeStore(model, checkpoint, by_name, Guidance(), folder / "store", torch.device("cpu"))
-    stats = SimpleNamespace(stats=SimpleNamespace(provenance=SimpleNamespace(max_tokens=512, window=64, seed=0)))
+    stats = SimpleNamespace(
+        stats=SimpleNamespace(provenance=SimpleNamespace(max_tokens=512, window=64, seed=0, sampled_tokens=0))
+    )
     target = Target(size=str(BUDGET), serves="vllm")
     return Search(store, SearchOptions(**SELECTING), chooser, target, stats, CALIBRATION, SILENT)
 
@@ -135,7 +137,7 @@ def test_a_selected_plan_says_what_its_checkpoint_loses(deepseek, tmp_path):
             texts.append(inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynquant.planning.search.ScoredInputs", Noted)
+        patch.setattr("dynquant.planning.selecting.search.ScoredInputs", Noted)
         assert make_plan(asked(deepseek, folder, 13.8)).selected_kl == plan.selected_kl
     original, written = load_hf(open_model(deepseek), dtype=torch.float32), load_model(out)
     with torch.inference_mode():

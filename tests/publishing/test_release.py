@@ -19,17 +19,17 @@ from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
 from dynquant.errors import HubError, LibraryError
 from dynquant.evaluation.evaluate import evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import EvalOptions, TaskOptions
 from dynquant.exporters.gguf import write_patched
 from dynquant.families.open import open_model
-from dynquant.planning import search as search_module
 from dynquant.planning.options import PlanOptions, SearchOptions
+from dynquant.planning.selecting.text import Extent, selection_windows
 from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing import stage
 from dynquant.publishing.card import _how_made, _of_quantized
 from dynquant.publishing.hub import push
-from dynquant.publishing.options import ReleaseOptions, ReleaseQuestions
+from dynquant.publishing.options import ReleaseOptions, ReleaseTasks
 from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
@@ -110,8 +110,8 @@ def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
 def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
     card = shown(released)
     for name in files_in(released):
-        questions = QuestionOptions(text=(text,), max_tokens=512)
-        options = EvalOptions(candidate=str(released / name), reference=str(tiny_moe), questions=questions)
+        asked = TaskOptions(text=(text,), max_tokens=512)
+        options = EvalOptions(candidate=str(released / name), reference=str(tiny_moe), asked=asked)
         measured = evaluate(options).texts[0]
         row = next(line for line in card.splitlines() if line.startswith(f"| [{name}]"))
         kl, top1, ratio = measured.kl.mean, measured.kl.top1_agreement, measured.perplexity_ratio
@@ -226,9 +226,9 @@ def test_plans_are_chosen_all_over_what_calibration_left_and_files_measured_behi
     calibrated = text_inputs(model, text, tokens=8192, window=256).windows
     spans, tokenizer = set(), load_tokenizer(model)
     for most in (1024, 4096):
-        divided, behind = stage._divided(replace(asked, questions=ReleaseQuestions(max_tokens=most)), model, SILENT)
+        divided, behind = stage._divided(replace(asked, asked=ReleaseTasks(max_tokens=most)), model, SILENT)
         search = divided.of_plans.search
-        found, same = search_module._text_windows(model, search, calibration, search_module._Extent(8192, 256, 0))
+        found, same = selection_windows(model, search, calibration, Extent(8192, 256, 0))
         assert torch.equal(same, calibrated) and divided.calibration == calibration and found.windows.shape == (16, 256)
         texts = (" ".join(tokenizer.batch_decode(windows)) for windows in (same, found.windows))
         numbers = [set(re.findall(r"Document (\d+) tells", part)) for part in (*texts, behind.text)]

@@ -18,7 +18,7 @@ import torch
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import log_probs_at
-from dynquant.evaluation.options import QuestionOptions, Scoring
+from dynquant.evaluation.options import Scoring, TaskOptions
 from dynquant.evaluation.runners import LogitRunner
 from dynquant.inputs.branches import Branches, num_shared
 from dynquant.inputs.questions import Question, load_questions, split_shots, take_evenly
@@ -90,7 +90,7 @@ def _render(question: Question, scoring: Scoring) -> str:
 
 
 def read_questions(
-    options: QuestionOptions, encode: TextEncoder, context_length: int
+    options: TaskOptions, encode: TextEncoder, context_length: int
 ) -> dict[Scoring, list[EncodedQuestion]]:
     """Return the questions that were asked for, with their shots, in every way of scoring."""
     questions, shots = load_asked(options)
@@ -99,7 +99,7 @@ def read_questions(
     return {name: encode_questions(questions, shots, name, encode, **limits) for name in scorings}
 
 
-def load_asked(options: QuestionOptions) -> tuple[list[Question], list[Question]]:
+def load_asked(options: TaskOptions) -> tuple[list[Question], list[Question]]:
     """Return the questions that were asked for, and those that are shots. Raises EvaluationError: they cannot be read,
     or a file has too few for shots of its own."""
     data = options.mmlu_data or "cais/mmlu"
