@@ -428,6 +428,9 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
     """
     from dynquant.families.open import open_config
 
+    if target.serves is not None:
+        raise PlanError("--config-only DIR sizes plans of GGUF types; leave out --for vllm, whose plans need weights.")
+
     def sized(model: Model) -> Plan:
         types = _fixed_types(target, model)
         if types is None:

@@ -16,9 +16,9 @@ from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Writes
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import KV_TYPES, Target
 from dynquant.resources import shown_value
-from dynquant.storage.file_names import files_of_plan
+from dynquant.storage.file_names import RELEASE_NAME, files_of_plan
 
-CARD_NAME, RECORD_NAME, PLOT_NAME = "README.md", "release.json", "kl_against_size"
+CARD_NAME, RECORD_NAME, PLOT_NAME = "README.md", RELEASE_NAME, "kl_against_size"
 WORK_NAME, REPORTS_NAME = "work", "evaluation"
 """Folders in a release: what is measured and encoded on the way, and the reports of `eval`."""
 DEFAULT_POINTS = 6

@@ -193,18 +193,18 @@ class Plan(FrozenRecord):
         return plan
 
 
-def plan_file(path: Path) -> Path:
+def plan_file(path: Path, way_out: str = "Check the path, or make one with `dynquant plan`.") -> Path:
     """Return the plan that a path names: that of a folder is the plan.json in it. Raises PlanError: it has none."""
     if not path.is_dir():
         return path
     if not (path / PLAN_NAME).is_file():
-        raise PlanError(f"{path} is a directory without {PLAN_NAME}; check the path, or make one with `dynquant plan`.")
+        raise PlanError(f"{path} is a directory without {PLAN_NAME}. {way_out}")
     return path / PLAN_NAME
 
 
 _OTHER_TARGET = {
-    "vllm": "is a plan for vLLM (`plan --for vllm`); export it with -f compressed-tensors, or make one of GGUF types "
-    "with `dynquant plan`.",
+    "vllm": "is a plan for vLLM (`plan --for vllm`), whose schemes are no GGUF types; `export` takes it with -f "
+    "compressed-tensors. For GGUF types, make one with `dynquant plan`.",
     "gguf": "is a plan of GGUF types, which vLLM does not serve from compressed-tensors. Make one of its schemes with "
     "`dynquant plan MODEL --for vllm`, or export this one with -f gguf.",
 }

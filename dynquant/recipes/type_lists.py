@@ -45,7 +45,7 @@ def read_types(path: Path) -> TypeList:
             about = f"{path} is not a whole model: what lacks is in no recipe and no difference. {fault}"
             warnings.warn(about, stacklevel=2)
         return TypeList(path.name, summary.arch, summary.total_bytes, summary.tensors)
-    path = plan_file(path)
+    path = plan_file(path, "Give a plan, its folder or a .gguf file.")
     if kind_of(path) == SAFETENSORS:
         raise PlanError(
             f"{path} is {content_of(path)}, which has no GGUF types. Give a plan, its folder or a GGUF file."

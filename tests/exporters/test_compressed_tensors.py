@@ -355,13 +355,13 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
     status, said = typed(*export, "-o", tmp_path / "x")
     assert status == 1 and "made from calibration statistics, but there is no" in said
     status, said = typed("export", qwen, "-f", "gguf", "--plan", plan / "plan.json", "-o", tmp_path / "x.gguf")
-    assert status == 1 and "export it with -f compressed-tensors" in said
+    assert status == 1 and "`export` takes it with -f compressed-tensors" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("export", "MODEL", "-f", "tensors", "--preset", "uniform-w4a16"), "no export format `tensors`"),
+        (("export", "MODEL", "-f", "tensors", "--preset", "uniform-w4a16"), "--format tensors is not known"),
         (("export", "MODEL", "-f", "compressed-tensors"), "either --plan FILE"),
         (("export", "MODEL", "-f", "compressed-tensors", "--preset", "r1-iq1_s"), "is no preset for vLLM"),
         (("export", "MODEL", "-f", "compressed-tensors", "--preset", "uniform-iq1_s"), "`iq1_s` is not a scheme"),

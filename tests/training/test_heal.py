@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.errors import CheckpointError, DataError, EvaluationError, TrainingError
+from dynquant.errors import CheckpointError, DataError, EvaluationError, OptionError, TrainingError
 from tests.helpers.evaluating import evaluated
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -94,7 +94,7 @@ def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, 
     report = run(crushed, cache, tmp_path / "adapter", UNTRAINED)
     kl = report.changes[0]
     assert kl.after.value < 0.95 * kl.before.value and report.gap_closed["held-out.txt"].low > 0
-    with pytest.raises(TrainingError, match="no start 'svd' of an adapter; give residual or zero"):
+    with pytest.raises(OptionError, match="--start svd is not known; give one of residual, zero"):
         run(crushed, cache, tmp_path / "other", start="svd")
 
 
