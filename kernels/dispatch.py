@@ -20,10 +20,13 @@ from dynquant.kernels import reference
 
 # `bench.products` times them. Four rows are for `gemv` only where there are no tiles, which then take as long or less.
 _KERNELS = {
-    "linear": (("gemv", 3), ("tiles", 16), ("ring", 1024), ("tiles", 128), ("gemv", 4)),
-    "input_grad": (("tiles", 256),),
+    "linear": (("gemv", 3), ("tiles", 16), ("ring", 2048), ("tiles", 128), ("gemv", 4)),
+    "input_grad": (("ring_grad", 128),),
 }
 """Product -> modules with it, and most rows; they have `supports(type_name, x, product)`."""
+
+_GLUON = ("ring", "ring_grad")
+"""Those of these modules that run on Hopper GPUs alone."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -103,6 +106,8 @@ def prepare(type_name: str, device: torch.device) -> None:
     _module("gemv").words_of(type_name, device)
     for is_stream in (False, True):
         _module("activations").order_of(type_name, device, is_stream)
+    if _module("activations").runs_gluon(device, torch.bfloat16):
+        _module("ring_grad").columns_of(type_name, device)
 
 
 def _say_what_is_missing(activations: Tensor) -> None:
@@ -116,7 +121,7 @@ def _say_what_is_missing(activations: Tensor) -> None:
 
 def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
     for name, most in _KERNELS[product]:
-        is_there = name != "ring" or _module("activations").runs_gluon(x.device, x.dtype)
+        is_there = name not in _GLUON or _module("activations").runs_gluon(x.device, x.dtype)
         if len(x) <= most and is_there and _module(name).supports(type_name, x, product):
             return _module(name)
     return _module("two_pass")  # takes every type and number of rows
@@ -125,7 +130,7 @@ def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
 @functools.cache
 def _module(name: str) -> ModuleType:
     """Import a kernel module when it is first used: Triton need not be there to import this one."""
-    return importlib.import_module(f"{__package__}.{'gluon' if name == 'ring' else 'triton'}.{name}")
+    return importlib.import_module(f"{__package__}.{'gluon' if name in _GLUON else 'triton'}.{name}")
 
 
 def _refusal(weight: Tensor, layout: str, dtype: torch.dtype) -> str | None:

@@ -57,7 +57,6 @@ def bench_linear(name: str) -> Iterator[dict[str, object]]:
         line["bf16 grad"] = microseconds(torch.matmul, dy, dense)
         if m <= 1024:
             line["tiles"] = microseconds(tiles.linear, x, weight, name)
-            line["tiles grad"] = microseconds(tiles.input_grad, dy, weight, name)
         for mega in (24, 48, 96):
             with mock.patch.object(two_pass, "_SLICE_BYTES", mega << 20):
                 line[f"two_pass {mega}"] = microseconds(two_pass.linear, x, weight, name)

@@ -1,6 +1,6 @@
 """Gluon: products of many rows on an H100 or H200, decoding beside multiplying.
 
-A program has two or three groups of four warps and one warp more. That one brings activations by the tensor memory
+A program has two to four groups of four warps and one warp more. That one brings activations by the tensor memory
 accelerator (TMA) into a ring of slices in shared memory, as fast as slices become free. Each group decodes 64 rows of
 weights into the registers that tensor cores read, and starts products that run on their own: while those of one group
 run, the others decode. In `tiles`, whose warps all load, decode and multiply together, tensor cores wait meanwhile.
@@ -40,14 +40,21 @@ _CONFIGS = {32: (128, 3), 64: (128, 3), 128: (128, 2), 256: (64, 2)}
 """Rows of activations of a program -> columns of a slice, at most half a step; groups. As measured on an H200, as are
 the following."""
 
-_OTHER_SLICES = {64: (64, ("Q4_K", "IQ2_S", "IQ3_S")), 256: (128, ("Q2_K", "Q3_K", "Q4_K", "IQ3_S", "IQ4_XS"))}
+_OTHER_SLICES = {64: (64, ("Q4_K", "IQ1_M", "IQ3_S")), 256: (128, ("Q2_K", "Q3_K", "Q4_K", "IQ3_S", "IQ4_XS"))}
 """Rows of activations of a program -> columns of a slice for these types, which need more or fewer registers."""
 
 _LONG = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 """Types of long steps: two groups decode as much in a second as three."""
 
-_TILES_TO_32 = ("IQ1_S", "IQ1_M", "IQ2_S", "IQ3_S", "IQ4_XS", "Q5_0", "Q5_1", "Q8_0")
-"""Types of which up to 32 rows take less time in `tiles`."""
+_LEAN = ("MXFP4", "NVFP4", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+"""Types whose decoding takes few registers and gathers: four groups to 64 rows hide more of what they wait for."""
+
+_TILES_TO_32 = ("IQ1_S", "IQ1_M", "IQ2_S", "IQ3_S", "IQ4_XS", "Q5_1", "Q8_0")
+"""Types of which up to 32 rows take less time in `tiles`, and experts with less than 24."""
+
+_LEAST_FOR_256 = 192  # rows of activations of experts, on average, that are worth tiles of 256
+_TO_128 = ("Q2_K", "Q4_K", "Q5_K", "Q6_K")
+"""Types that are decoded fast enough for tiles of 128, of which the last of an expert has less to waste."""
 
 _COLUMNS = {32: 1024, 64: 768, 128: 768, 256: 384}  # of activations that the ring holds
 _ROWS = gl.constexpr(64)  # of weights, of a group: the tensor cores' tile
@@ -66,11 +73,9 @@ def config(num_rows: int, weight: Tensor, type_name: str) -> dict[str, int]:
     name, block_m = quant_type(type_name).name, next((most for most in _CONFIGS if num_rows <= most), 256)
     is_round = shapes.ceil_div(len(weight), 2 * _ROWS.value) <= multiprocessors(weight.device)
     if block_m == 64 and is_round and name in _LONG:
-        return _constants(name, 64, 128, 2)  # tiles that need not be cut
-    chunk, groups = _CONFIGS[block_m]
-    other, types = _OTHER_SLICES.get(block_m, (chunk, ()))
+        return _constants(name, 64, 2, chunk=128)  # tiles that need not be cut
     is_short = block_m == 128 and step_of.fn(name) == 128
-    return _constants(name, block_m, other if name in types else chunk, 3 if is_short else groups)
+    return _constants(name, block_m, 3 if is_short else None)
 
 
 def experts_config(num_rows: float, type_name: str) -> dict[str, int] | None:
@@ -78,13 +83,18 @@ def experts_config(num_rows: float, type_name: str) -> dict[str, int] | None:
 
     Experts get more rows or fewer than the average.
     """
-    if num_rows < 32:
+    if num_rows < (24 if type_name in _TILES_TO_32 else 12):
         return None
-    chunk = 64 if type_name in _OTHER_SLICES[64][1] else 128
-    return _constants(type_name, 64, chunk, 3) if num_rows < 48 else _constants(type_name, 128, 128, 2)
+    if num_rows >= _LEAST_FOR_256 and type_name not in _TO_128:
+        return _constants(type_name, 256)
+    return _constants(type_name, 32 if num_rows < 24 else 64 if num_rows < 48 else 128)
 
 
-def _constants(type_name: str, block_m: int, chunk: int, groups: int) -> dict[str, int]:
+def _constants(type_name: str, block_m: int, groups: int | None = None, chunk: int | None = None) -> dict[str, int]:
+    usual_chunk, usual_groups = _CONFIGS[block_m]
+    other_chunk, types = _OTHER_SLICES.get(block_m, (usual_chunk, ()))
+    chunk = chunk or (other_chunk if type_name in types else usual_chunk)
+    groups = groups or (4 if block_m <= 64 and type_name in _LEAN else usual_groups)
     # Decoding a step's second half while the first is multiplied needs two slices at least.
     chunk = min(chunk, step_of.fn(type_name) // 2)
     return {"BM": block_m, "CHUNK": chunk, "DEPTH": _COLUMNS[block_m] // chunk, "GROUPS": groups}
@@ -414,7 +424,7 @@ def ring_kernel(
             [4, 1],
             [240, 24],
         )
-    else:
+    elif GROUPS == 3:
         gl.warp_specialize(
             [
                 (_multiply, (common, 0, GROUPS, TYPE, BM, DEPTH, CHUNK)),
@@ -424,4 +434,16 @@ def ring_kernel(
             ],
             [4, 4, 1],
             [160, 160, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (common, 0, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_multiply, (common, 1, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_multiply, (common, 2, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_multiply, (common, 3, GROUPS, TYPE, BM, DEPTH, CHUNK)),
+                (_bring, (held, BM, DEPTH, CHUNK, CHUNKS)),
+            ],
+            [4, 4, 4, 1],
+            [120, 120, 120, 24],
         )

@@ -2,8 +2,8 @@
 
 A program decodes each piece of the matrix once for its BM rows, rounds it to the dtype of the activations and adds
 products in float32. `grouped` launches these kernels with a table of tiles that each belong to an expert (-1: nobody's,
-the result is zero; -2: nothing to do); `linear` and `input_grad` are for a single matrix, where `two_pass` would decode
-more than it multiplies.
+the result is zero; -2: nothing to do); `linear` is for a single matrix, where `two_pass` would decode more than it
+multiplies.
 
 Arguments in common: `num_blocks` of the whole tensor, N rows of a matrix, `K_groups` groups of 32 weights in a row,
 `slots` results that share a row of activations, `num_pairs` results. The third axis of the forward grid shares out the
@@ -148,11 +148,9 @@ def tile_input_grad_kernel(
     TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
-    expert = 0
-    if order_ptr is not None:
-        expert = tl.load(tiles_ptr + tile)
-        if expert == -2:
-            return
+    expert = tl.load(tiles_ptr + tile)
+    if expert == -2:
+        return
     pair, is_pair = _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM)
     k = tl.program_id(0) * G * 32 + tl.arange(0, G * 32)
     acc = tl.zeros([BM, G * 32], tl.float32)
@@ -179,13 +177,6 @@ def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
     """x [M, K] times planar rows uint8 [N, row_bytes] transposed: [M, N]. Both are contiguous."""
     product, config = x.new_empty(len(x), len(weight)), linear_config(len(x), x.dtype)
     return multiply(product, x, weight, quant_type(type_name), config)
-
-
-def input_grad(dy: Tensor, weight: Tensor, type_name: str) -> Tensor:
-    """dy [M, N] times planar rows uint8 [N, row_bytes]: [M, K]. Both are contiguous."""
-    stored = quant_type(type_name)
-    product = dy.new_empty(len(dy), shapes.row_length(weight, stored))
-    return multiply_back(product, dy, weight, stored, input_grad_config(len(dy), dy.dtype))
 
 
 def multiply(
@@ -217,12 +208,11 @@ def multiply(
 
 
 def multiply_back(
-    product: Tensor, dy: Tensor, weight: Tensor, stored: QuantType, config: dict[str, int], pairs=(None, None)
+    product: Tensor, dy: Tensor, weight: Tensor, stored: QuantType, config: dict[str, int], pairs: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Write dy W into `product` [pairs, K] and return it, like `multiply`; `config` of `input_grad_config`."""
+    """Write dy W into `product` [pairs, K] and return it; `config` of `input_grad_config`, `pairs` as in `multiply`."""
     order, tiles = pairs
-    num_pairs = product.numel() // product.shape[-1]
-    num_tiles = shapes.ceil_div(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
+    num_pairs, num_tiles = product.numel() // product.shape[-1], tiles.shape[1]
     if not is_hopper(dy.device):
         config = {**config, "maxnreg": None}  # others' products take more registers: MXFP4 would spill some
     tile_input_grad_kernel[(shapes.ceil_div(product.shape[-1], 32 * config["G"]), num_tiles)](

@@ -84,12 +84,24 @@ def products(name: str) -> dict[str, float]:
             grouped.input_grad(dy[:2], planar, few, name), experts_truth(dy[:2], weight, few, name, transposed=True)
         ),
         "matrix": relative_error(tiles.linear(x, matrix, name), x.double() @ dense.T),
-        "matrix transposed": relative_error(
-            tiles.input_grad(dy[:, 0].contiguous(), matrix, name), dy[:, 0].double() @ dense
-        ),
         "two passes": relative_error(two_pass.linear(x, matrix, name), x.double() @ dense.T),
         "two passes transposed": relative_error(two_pass.input_grad(dy[:, 0], matrix, name), dy[:, 0].double() @ dense),
     }
+
+
+def is_sorted(num_experts: int, num_pairs: int, block_m: int) -> bool:
+    """Tell whether pairs come in the order of their experts, and tiles cover them all."""
+    ids = torch.randint(-2, num_experts + 2, (num_pairs,), generator=torch.Generator().manual_seed(num_pairs))
+    order, tiles = grouped.sorted_tiles(ids.view(-1, 1), num_experts, block_m)
+    kept, expected = ids.clamp(-1, num_experts).sort(stable=True)
+    rows = []
+    for expert in range(-1, num_experts + 1):
+        first, stop = (kept < expert).sum().item(), (kept <= expert).sum().item()
+        number = expert if expert < num_experts else -1
+        rows += [[number, at, min(at + block_m, stop)] for at in range(first, stop, block_m)]
+    found = tiles.T.tolist()
+    is_covered = found[: len(rows)] == rows and all(row[:2] == [-2, len(rows)] for row in found[len(rows) :])
+    return torch.equal(order, expected) and is_covered and len(rows) < len(found)
 
 
 def main() -> None:
@@ -101,6 +113,7 @@ def main() -> None:
         "parts": {name: parts(name) for name in names if name in PARTS_TYPES},
         "single_pairs": {name: single_pairs(name) for name in names},
         "products": {name: products(name) for name in names if name in PRODUCT_TYPES},
+        "sorted": [is_sorted(*sizes) for sizes in ((1, 5, 16), (8, 40, 16), (6, 777, 32), (126, 2500, 128))],
     }
     json.dump(found, sys.stdout)
 

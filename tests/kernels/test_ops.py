@@ -173,7 +173,7 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
     ("rows", "chosen", "on_hopper"),
     [
         (1, "gemv", "gemv"), (3, "gemv", "gemv"), (4, "tiles", "tiles"), (16, "tiles", "tiles"), (17, "tiles", "ring"),
-        (128, "tiles", "ring"), (129, "two_pass", "ring"), (1024, "two_pass", "ring"), (1025, "two_pass", "two_pass"),
+        (128, "tiles", "ring"), (129, "two_pass", "ring"), (2048, "two_pass", "ring"), (2049, "two_pass", "two_pass"),
     ],
 )  # fmt: skip
 def test_kernels_are_asked_in_order(rows, chosen, on_hopper, monkeypatch):
@@ -192,8 +192,27 @@ def test_kernels_are_asked_in_order(rows, chosen, on_hopper, monkeypatch):
         assert dispatch._first_kernel("linear", NAME, torch.zeros(rows, 256)).name == expected
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "chosen"),
+    [
+        (1, 2048, "ring_grad"),
+        (128, 2056, "ring_grad"),
+        (129, 2048, "two_pass"),
+        (64, 2050, "two_pass"),
+        (64, 1024, "two_pass"),
+    ],
+)
+def test_gradients_go_to_rings_where_they_run(rows, width, chosen, monkeypatch):
+    pytest.importorskip("dynquant.kernels.gluon.ring_grad", reason="this Triton has no Gluon for Hopper GPUs")
+    activations = dispatch._module("activations")
+    for has_gluon in (False, True):
+        monkeypatch.setattr(activations, "runs_gluon", lambda *_, found=has_gluon: found)
+        kernel = dispatch._first_kernel("input_grad", NAME, torch.zeros(rows, width))
+        assert kernel.__name__.endswith(chosen if has_gluon else "two_pass")
+
+
 def test_kernels_are_found_in_their_folders():
     names = {name for table in dispatch._KERNELS.values() for name, _ in table} | {"two_pass", "grouped", "dequantize"}
-    folders = {name: "gluon" if name == "ring" else "triton" for name in names}
+    folders = {name: "gluon" if name in dispatch._GLUON else "triton" for name in names}
     missing = [name for name in names if find_spec(f"dynquant.kernels.{folders[name]}.{name}") is None]
     assert not missing

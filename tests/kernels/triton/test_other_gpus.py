@@ -20,10 +20,10 @@ SHARED_KB = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability -> most shared memory of a program; 8.6 (RTX 30) has what 8.9 has and runs the code of 8.0."""
 
 PRODUCTS = {
-    "linear": (1, 3, 4, 16, 64, 128, 512, 2048),
+    "linear": (1, 3, 4, 16, 64, 128, 512, 4096),
     "input_grad": (64, 128, 512),
-    "experts_linear": (2, 256, 2048),
-    "experts_input_grad": (2, 512),
+    "experts_linear": (2, 100, 256, 512, 2048, 4096),
+    "experts_input_grad": (2, 64, 512, 2048),
     "dequantize": (0,),
     "embedding": (100,),
 }
@@ -31,19 +31,19 @@ PRODUCTS = {
 
 KERNELS = {
     "linear": {"gemv_kernel", "tile_linear_kernel", "arranged_kernel"},
-    "input_grad": {"tile_input_grad_kernel", "dequantize_kernel"},
+    "input_grad": {"dequantize_kernel"},
     "experts_linear": {"gemv_kernel", "tile_linear_kernel"},
-    "experts_input_grad": {"_pair_kernel", "tile_input_grad_kernel"},
+    "experts_input_grad": {"_pair_kernel", "_order_kernel", "tile_input_grad_kernel"},
     "dequantize": {"dequantize_kernel"},
     "embedding": {"dequantize_kernel"},
 }
 OLD_KERNELS = KERNELS | {
     "linear": {"gemv_kernel", "dequantize_kernel"},
-    "input_grad": {"dequantize_kernel"},
     "experts_linear": {"gemv_kernel"},
 }
 """Product -> kernels that are among those launched; before 8.0 fewer."""
-HOPPER_KERNELS = KERNELS | {product: KERNELS[product] | {"ring_kernel"} for product in ("linear", "experts_linear")}
+RINGS = {product: {"ring_grad_kernel" if product.endswith("grad") else "ring_kernel"} for product in list(PRODUCTS)[:4]}
+HOPPER_KERNELS = {product: kernels | RINGS.get(product, set()) for product, kernels in KERNELS.items()}
 
 IS_MEASURED_COMPILER = pytest.mark.skipif(
     not version("triton").startswith("3.6."), reason="what the compiler makes is asserted for Triton 3.6"
@@ -52,11 +52,16 @@ IS_MEASURED_COMPILER = pytest.mark.skipif(
 
 SPILLED = {
     (80, "experts_linear", "IQ2_XXS"): 8,
-    (90, "experts_linear", "IQ1_S"): 8,
     (90, "linear", "Q4_K"): 72,  # these four in rings of 256 rows, between one tile and the next
     (90, "linear", "IQ1_S"): 8,
     (90, "linear", "IQ2_XXS"): 24,
     (90, "linear", "IQ3_S"): 40,
+    (90, "experts_linear", "Q4_K"): 8,  # these five in rings of 64 or 256 tokens, there too
+    (90, "experts_linear", "IQ1_S"): 16,
+    (90, "experts_linear", "IQ2_XXS"): 40,
+    (90, "experts_linear", "IQ3_S"): 48,
+    (90, "experts_linear", "Q5_1"): 16,
+    (100, "experts_input_grad", "MXFP4"): 8,
     (120, "experts_linear", "IQ1_S"): 8,
 }
 """Capability, product, type -> bytes that a thread spills; all others spill none."""
