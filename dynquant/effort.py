@@ -6,7 +6,6 @@ They fill what was not asked for, so that every one of them can still be set by 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from dynquant.errors import OptionError
 from dynquant.options import Flag, Options
 
 EffortName = Literal["normal", "high"]
@@ -30,16 +29,14 @@ Effort = Annotated[
     Flag(
         "normal, or high for less damage in a multiple of the time, which is estimated first: --hessians two-sided, "
         "524288 tokens or all that the text has, --select with finer prices, a closing pass of up to an hour on that "
-        "text. What you set yourself stays."
+        "text. What you set yourself stays.",
+        choices=get_args(EffortName),
     ),
 ]
 
 
 def fill(options: Options, effort: str, *, without: tuple[str, ...] = ()) -> None:
-    """Give options what an effort stands for, apart from nested ones in `without`. Raises OptionError: there is no such
-    effort."""
-    if effort not in get_args(EffortName):
-        raise OptionError(f"--effort {effort} is not known; give one of {', '.join(get_args(EffortName))}.")
+    """Give options what an effort stands for, apart from nested ones in `without`."""
     nested: dict[str, dict[str, Any]] = {}
     for place, value in EFFORTS[effort].items():
         part, _, name = place.partition(".")

@@ -17,6 +17,10 @@ class CheckpointError(DynquantError):
     """A model directory or GGUF file is missing, truncated, corrupt or of an unsupported kind."""
 
 
+class UnfitWeightsError(CheckpointError):
+    """A checkpoint lacks weights that its configuration calls for, or has them in other shapes."""
+
+
 class StatsError(DynquantError):
     """Calibration text or statistics cannot be used for this model."""
 

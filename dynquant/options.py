@@ -5,8 +5,8 @@
 `cli/terminal/parameters.py` turns such fields into parameters of a command, so that a flag, its default and its help
 stand once.
 A field without a `Flag` is for callers in Python; a field that is itself such a dataclass shows its fields, or those
-that `Only` names. `Options`, their base, checks numbers and names of outputs for the command line and for callers in
-Python alike.
+that `Only` names. `Options`, their base, checks numbers, choices and names of outputs for the command line and for
+callers in Python alike.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -49,7 +49,7 @@ class Flag:
     is_tokens: bool = False
     """A number of tokens, which may be typed as `16k`."""
     choices: tuple[str, ...] = ()
-    """All values that there are; empty for a field of any."""
+    """All values that there are, for a field of several each of them; empty for a field of any."""
     parse: Callable[[str], Any] | None = None
     """Makes the value of what was typed; a field of type tuple[str, ...] is split at commas without it."""
 
@@ -75,8 +75,7 @@ class Flag:
     def check(self, value: Any, field: str, *, is_whole: bool) -> None:
         """Raise OptionError for a number or size outside the range, or none of the choices."""
         if self.choices:
-            if value not in self.choices:
-                raise OptionError(f"{self.option(field)} {value} is not known; give one of {', '.join(self.choices)}.")
+            self._check_choice(value, field)
             return
         try:
             number = parse_size(value) if self.is_size else value
@@ -90,6 +89,17 @@ class Flag:
         allowed = f"a {'whole ' * is_whole}number from {self.min:,} to {self.max:,}"
         allowed = f"a size of at least {self.min} B, as 140GB" if self.is_size else allowed
         raise OptionError(f"{self.option(field)} {shown_value(value)} is out of range; give {allowed}.")
+
+    def _check_choice(self, value: Any, field: str) -> None:
+        is_one, listed = isinstance(value, str), ", ".join(self.choices)
+        way_out = f"give {'one' if is_one else 'some'} of {listed}."
+        if len(self.choices) == 1:
+            way_out = f"give {listed}, or leave it out."
+        for each in [value] if is_one else value:
+            if each not in self.choices:
+                raise OptionError(f"{self.option(field)} {each} is not known; {way_out}")
+        if not value:
+            raise OptionError(f"{self.option(field)} names none; {way_out}")
 
 
 @dataclass(frozen=True)
@@ -155,17 +165,18 @@ def typed_fields(names: Iterable[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Options:
-    """Base of options dataclasses: whoever makes one, numbers lie in the ranges of their flags, and outputs have names
-    of what they are."""
+    """Base of options dataclasses: whoever makes one, numbers lie in the ranges of their flags, values are among their
+    choices, and outputs have names of what they are."""
 
     _typed = frozenset[str]()  # no field: names of fields that stood on the command line, be it with their defaults
     _filled = frozenset[str]()  # no field: names of fields whose values are those of an effort
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_typed", _TYPED.get())
+        defaults = {field.name: field.default for field in fields(self)}
         for name, (kind, flag) in flags(type(self)).items():
             value = getattr(self, name)
-            if (flag.min is not None or flag.choices) and value is not None:
+            if (flag.min is not None or flag.choices) and value not in (None, defaults[name]):
                 flag.check(value, name, is_whole=int in (kind, *get_args(kind)))
         for name, (flag, writes) in _outputs(type(self)).items():
             if (output := getattr(self, name)) is not None:
@@ -279,7 +290,6 @@ AllowDifference = Annotated[
         ("--allow-difference",),
     ),
 ]
-Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[
     str | None,
     Flag(

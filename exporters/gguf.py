@@ -33,7 +33,6 @@ from dynquant.session import Session
 from dynquant.storage.atomic import writing
 from dynquant.storage.resumable_output import Region
 
-MMPROJ_TYPES = ("f32", "bf16", "f16", "q8_0")
 _CAVEATS = {
     "mlp": "llama.cpp's graph of LLaVA puts the class embedding behind the patches; the model was trained with it in "
     "front. Patches get their neighbours' positions, and answers differ from those of transformers (reports/vision.md)."
@@ -154,10 +153,8 @@ def check_parts(model: Model, session: Session) -> None:
 
 
 def with_mmproj_type(model: Model, plan: Plan, wanted: str, stats: CalibrationStats | None) -> Plan:
-    """Return the plan with one type for the vision part, which changes its size. Raises ExportError: a type that is
-    none of MMPROJ_TYPES, or a model without a vision part that can be written."""
-    if wanted.lower() not in MMPROJ_TYPES:
-        raise ExportError(f"--mmproj-type {wanted} is not known; use one of {', '.join(MMPROJ_TYPES)}.")
+    """Return the plan with one type for the vision part, which changes its size. Raises ExportError: a model without a
+    vision part that can be written."""
     if not any(part.is_projector for part in model.parts):
         raise ExportError(f"{model.name} has no vision part that is written as mmproj; leave --mmproj-type out.")
     return with_projector_type(model, plan, wanted.upper(), stats)

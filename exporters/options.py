@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.effort import Effort, fill
-from dynquant.errors import ExportError
 from dynquant.options import (
     AllowDifference,
     BaseGguf,
@@ -29,6 +28,9 @@ from dynquant.options import (
 )
 from dynquant.storage.file_names import STATS_NAME, files_beside
 
+FORMATS = ("gguf", "safetensors", "compressed-tensors")
+MMPROJ_TYPES = ("f32", "bf16", "f16", "q8_0")
+"""Types that vision tower and projector may have beside those of a plan."""
 TUNABLE_PARTS = ("scales", "norms", "biases", "routers")
 TUNED_PARTS = TUNABLE_PARTS[:3]
 """Parts that are trained by default. Routers are not: with them textbook-moe-89m ends at KL 0.117 instead of 0.111 at
@@ -83,18 +85,15 @@ class ClosingPassOptions(Options):
     ] = None
     tune_parts: Annotated[
         tuple[str, ...],
-        Flag("What the closing pass trains, of scales, norms, biases and routers (which hurt where measured)."),
+        Flag(
+            "What the closing pass trains, of scales, norms, biases and routers (which hurt where measured).",
+            choices=TUNABLE_PARTS,
+        ),
     ] = TUNED_PARTS
     most_tokens: int = 131_072
     """Tokens that are trained on at most where no number is asked for."""
     patience: int = 3
     """Looks at the held-out KL without a gain before training ends."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if unknown := sorted(set(self.tune_parts) - {*TUNABLE_PARTS}):
-            parts = f"{', '.join(TUNABLE_PARTS[:-1])} and {TUNABLE_PARTS[-1]}"
-            raise ExportError(f"--tune-parts: there is no part {' or '.join(unknown)}; name some of {parts}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +106,16 @@ class ExportOptions(Options):
         Flag("The .gguf file, or the directory of the others.", ("-o", "--output")),
         Writes("either", beside=_beside),
     ]
-    plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
+    plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`, or its folder.")] = None
     preset: Preset = None
     fallback: Fallback = ()
     format: Annotated[
-        str, Flag("gguf, safetensors (for transformers) or compressed-tensors (for vLLM).", ("-f", "--format"))
+        str,
+        Flag(
+            "gguf, safetensors (for transformers) or compressed-tensors (for vLLM).",
+            ("-f", "--format"),
+            choices=FORMATS,
+        ),
     ] = "gguf"
     stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "sampled_tokens", "hessians"))] = field(
@@ -150,6 +154,8 @@ class ExportOptions(Options):
             "One type for vision tower and projector, which go to mmproj-NAME.gguf: f32, bf16, f16 or q8_0. Default: "
             "the types of the plan.",
             show_default=False,
+            choices=MMPROJ_TYPES,
+            parse=str.lower,
         ),
     ] = None
     modelfile: Annotated[bool, Flag("Also write NAME.Modelfile, with which Ollama makes a model of the file.")] = False
@@ -175,6 +181,8 @@ class ExportOptions(Options):
         if self.format == "compressed-tensors" and self.effort == "high":  # no scheme is searched across rows
             object.__setattr__(self, "calibration", self.calibration.filled({"hessians": "gradients"}))
         fill(self, self.effort)
+        if self.format == "compressed-tensors":
+            self.calibration.refuse_two_sided()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ from dynquant.options import check_ending, check_folder_name
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, plan_of_rest, uniform_schemes
 from dynquant.recipes.folder import load_super_weights, stats_of_plan
-from dynquant.recipes.plan import Plan
+from dynquant.recipes.plan import Plan, plan_file
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
@@ -64,7 +64,6 @@ from dynquant.storage.work_files import check_work, remove_work
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
-FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
 
 def export(options: ExportOptions, session: Session = SILENT) -> Exported:
@@ -73,6 +72,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     A vision-language model gets a second GGUF file, mmproj-OUTPUT, whose matrices have the types of the plan or all
     `mmproj_type`.
     """
+    if options.plan is not None:
+        options = options.changed_to({"plan": plan_file(options.plan)})
     _check(options)
     with locked(options.output):
         exported = _exported(options, session)
@@ -211,8 +212,6 @@ def _check(options: ExportOptions) -> None:
     _limits(options.max_memory)
     if options.ship_weights and not options.ray:
         raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
-    if options.format not in FORMATS:
-        raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
     if options.format == "gguf":
         check_ending(options.output, ".gguf", "--output")
         for file in (options.output, mmproj_path(options.output)):

@@ -41,10 +41,9 @@ from dynquant.cli.terminal.parameters import parsed
 from dynquant.encoding.store import ENCODED_NAME
 from dynquant.errors import DynquantError, OptionError
 from dynquant.evaluation.evaluate import evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import LLAMA_CPP, TRANSFORMERS, EvalOptions, TaskOptions
 from dynquant.evaluation.reference_cache import model_fingerprint
 from dynquant.evaluation.report import EvalReport, markdown
-from dynquant.evaluation.runners import LLAMA_CPP, TRANSFORMERS
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, compare_paired, shown_kl
 from dynquant.exporters.options import ClosingPassOptions, ExportOptions
 from dynquant.exporters.stage import export
@@ -86,7 +85,7 @@ class Judged:
     """Stock recipes and their bytes."""
     calibration: tuple[str, ...]
     """Words for `plan`."""
-    questions: QuestionOptions
+    asked: TaskOptions
     runner: str
     device: str | None
     settings: Mapping[str, Any]
@@ -144,11 +143,11 @@ def judged_models(asked: Namespace) -> Iterator[Judged]:
     """Measure what is missing of one model after the other."""
     methods = read_methods(Path(asked.methods), [name for name in asked.only.split(",") if name])
     tasks = ("kl", *["mmlu"] * bool(asked.questions), *["generate"] * bool(asked.prompts))
-    questions = QuestionOptions(
+    measured = TaskOptions(
         text=tuple(map(Path, asked.text)), tasks=tasks, max_tokens=asked.score, mmlu_data=asked.questions,
         shots=asked.shots, limit=asked.limit, scoring=(*asked.scoring.split(","),), prompts=asked.prompts or 64,
     )  # fmt: skip
-    questions.check_text()
+    measured.check_text()
     on_gpu = chosen_device(asked.device) != "cpu"
     runner = asked.runner or (TRANSFORMERS if on_gpu else LLAMA_CPP)
     calibration = ("--tokens", str(asked.tokens), *(("--calibration", asked.calibration) if asked.calibration else ()))
@@ -161,7 +160,7 @@ def judged_models(asked: Namespace) -> Iterator[Judged]:
         at_once = asked.side_by_side or (_rows_at_once(path) if on_gpu else 1)
         judged = Judged(
             model=model, folder=asked.output / path.name.removesuffix(".gguf"), calibration=calibration,
-            recipes=_stock_bytes(path, asked.recipes.split(",")), questions=questions, runner=runner,
+            recipes=_stock_bytes(path, asked.recipes.split(",")), asked=measured, runner=runner,
             device=asked.device, settings=settings | {"model": model_fingerprint(path)},
         )  # fmt: skip
         judge(judged, methods, at_once, until)
@@ -204,7 +203,7 @@ def judge(judged: Judged, methods: Sequence[Method], at_once: int, until: float 
     """Measure the rows of a model that are missing, plan by plan, or enter why not; begin nothing after `until`."""
     path = judged.folder / "rows.json"
     content = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
-    rows, tokens, cores = content["rows"], judged.questions.max_tokens, len(os.sched_getaffinity(0))
+    rows, tokens, cores = content["rows"], judged.asked.max_tokens, len(os.sched_getaffinity(0))
     content |= {"recipes": judged.recipes, "score": tokens, "at_once": at_once, "command": shlex.join(sys.argv[1:])}
     content["device"] = device_name(chosen_device(judged.device))
 
@@ -346,7 +345,7 @@ def _exported(options: ExportOptions, session: Session) -> float:
 def _evaluated(judged: Judged, file: Path, session: Session) -> EvalReport:
     """Score a file. The first one has the original say what the others, which wait for it, are compared with."""
     options = EvalOptions(
-        candidate=str(file), reference=judged.model, questions=judged.questions, runner=judged.runner,
+        candidate=str(file), reference=judged.model, asked=judged.asked, runner=judged.runner,
         reference_cache=judged.folder / "reference",
     )  # fmt: skip
     said = judged.folder / f"original-{_digest(judged.settings)}"

@@ -104,7 +104,7 @@ def _content(judged: Judged, rows: Sequence[Row], report: Path, asked: Namespace
         *(part for number in range(len(rows[0].report.multiple_choice)) for part in _answers(rows, number)),
         *(["## What they write\n", *_written(rows)] if rows[0].report.generated else ()),
         "## Super weights and errors\n",
-        _super_weights(judged, str(judged.questions.text[0]), asked.super_tokens),
+        _super_weights(judged, str(judged.asked.text[0]), asked.super_tokens),
         *shown[1:],
     ]
     return "\n".join(parts)

@@ -4,13 +4,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from dynquant.options import BaseGguf, Exact, Flag, MeasuringEncoder, ModelPath, Options, Ray, Types, Writes
+from dynquant.options import BaseGguf, Exact, Flag, MeasuringEncoder, ModelPath, Options, Ray, Writes
 from dynquant.storage.file_names import ERRORS_NAME, table_beside
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
 """Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
+Types = Annotated[
+    tuple[str, ...],
+    Flag(
+        f"Candidate quant types, as iq1_s,iq2_xxs,q4_k. Default: {', '.join(DEFAULT_TYPES).lower()}.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dynquant.analysis.plots import style
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.evaluation.statistics import Estimate
 from dynquant.planning.frontier import FrontierPoint
-from dynquant.planning.selection import Candidate, Selection
+from dynquant.planning.selecting.selection import Candidate, Selection
 from dynquant.recipes.plan import Plan
 
 THIS_PLAN = "this plan"

@@ -14,7 +14,7 @@ from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.planning.frontier import FrontierPoint
-from dynquant.planning.selection import Selection
+from dynquant.planning.selecting.selection import Selection
 from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan, PlanEntry
 

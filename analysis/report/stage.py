@@ -10,7 +10,7 @@ from dynquant.checkpoints.gguf_layout import padded
 from dynquant.families.open import open_model, open_pruned
 from dynquant.planning.chooser import rules_of
 from dynquant.planning.frontier import fixed_recipes, frontier
-from dynquant.planning.selection import Selection
+from dynquant.planning.selecting.selection import Selection
 from dynquant.recipes.folder import load_super_weights
 from dynquant.recipes.plan import Plan
 from dynquant.session import Session

@@ -12,7 +12,7 @@ from dynquant.analysis.outliers.stand_outs import StandOut
 from dynquant.analysis.plots.sizes import role_sizes
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.evaluation.statistics import Estimate, shown_kl
-from dynquant.planning.selection import Candidate, Selection
+from dynquant.planning.selecting.selection import Candidate, Selection
 from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.resources import human_bytes

@@ -45,7 +45,7 @@ class StreamedBackward:
             progress(stage, total, total, unit="layers")
 
     def _head(self, loss: Callable[[Tensor], Tensor]) -> None:
-        is_tied = self.live.parameters("token_embd.weight")[0] is self.hf_model.get_output_embeddings().weight
+        is_tied = self.hf_model.get_input_embeddings().weight is self.hf_model.get_output_embeddings().weight
         with self._measured(["token_embd.weight" if is_tied else "output.weight"]) as collect:
             for index in range(len(self.replay.batches)):
                 with torch.no_grad():

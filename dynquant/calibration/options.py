@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from dynquant.errors import StatsError
+from dynquant.errors import OptionError, StatsError
 from dynquant.options import (
     AllowDifference,
     BaseGguf,
@@ -59,6 +59,7 @@ class CalibrationOptions(Options):
             "times as long), two-sided (of gradients as well, so that errors are made up for across rows, too) or "
             "none. Default: activations; two-sided with --select of GGUF types, whose models run backward anyway.",
             show_default=False,
+            choices=get_args(Hessians),
         ),
     ] = "activations"
     hessian_memory: Annotated[
@@ -93,8 +94,6 @@ class CalibrationOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hessians not in get_args(Hessians):
-            raise StatsError(f"--hessians {self.hessians} is not known; give one of {', '.join(get_args(Hessians))}.")
         if self.text is not None and self.data is not None:
             raise StatsError(
                 f"Give either text (--calibration {self.text}) or samples with images (--data {self.data})."
@@ -108,6 +107,14 @@ class CalibrationOptions(Options):
             raise StatsError("--tokens 0 leaves nothing to calibrate on; give more, or --sampled-tokens N.")
         if self.hessians == "none":
             self.refuse_unused("--hessians none takes no second moments.", "hessian_memory")
+
+    def refuse_two_sided(self) -> None:
+        """Raise OptionError for second moments that the encoder of vLLM's schemes would make nothing of."""
+        if self.hessians == "two-sided":
+            raise OptionError(
+                "--hessians two-sided takes second moments of outputs too, for which the encoder of vLLM's schemes has "
+                "no use. Give gradients, activations or none."
+            )
 
     def for_selected_plans(self) -> Self:
         """Return what plans that are chosen by their KL calibrate with: two-sided second moments of text, and of

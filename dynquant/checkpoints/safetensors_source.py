@@ -21,6 +21,7 @@ from dynquant.checkpoints.safetensors_format import TORCH_DTYPES, FileSpan, span
 from dynquant.checkpoints.tensor_source import GGML_NAMES, TensorInfo
 from dynquant.errors import CheckpointError, unreadable
 from dynquant.formats.plain_quants import DTYPE_BYTES
+from dynquant.storage.file_kinds import folder_content
 from dynquant.storage.strict_json import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -388,6 +389,11 @@ def no_weights(directory: Path) -> CheckpointError:
             f"{directory} holds its weights as {pickled[0]}, a pickle. Opening one can run any code that its author "
             "put in, so dynquant opens none. Fetch the safetensors files, which most hubs have; or, if you trust the "
             "author, load it in transformers, call `save_pretrained`, and give the directory that it writes."
+        )
+    if content := folder_content(directory):
+        return CheckpointError(
+            f"{directory} is {content}, not a model. Give the directory of a Hugging Face checkpoint in safetensors "
+            "format, or a .gguf file."
         )
     others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())[:3])
     return CheckpointError(

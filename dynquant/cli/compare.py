@@ -15,7 +15,7 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
 from dynquant.errors import EvaluationError, OptionError
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import EvalOptions, Scorings, TaskOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import ENCODERS, Flag, Former, ModelPath, Only, Options, Writes
 from dynquant.planning.options import PlanOptions, SearchOptions
@@ -60,25 +60,27 @@ _COMPARISON = Writes("folder", beside=_in_comparison)
 _ENCODERS = Writes("folder", beside=_in_comparison_of_encoders)
 
 
-QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
+_TASKS = ("kl", "ppl", "mmlu")
+"""Tasks of `eval` whose results have columns here."""
+_ASKED = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeQuestions(QuestionOptions):
+class RecipeTasks(TaskOptions):
     """Inputs that recipes are compared on: text and questions, no pictures."""
 
-    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl", "ppl")
+    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.", choices=_TASKS)] = ("kl", "ppl")
     max_tokens: Annotated[
         int, Flag("Tokens of each --text; --tokens are those of calibration.", min=2, is_tokens=True)
     ] = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderQuestions(RecipeQuestions):
+class EncoderTasks(RecipeTasks):
     """Inputs that encoders are compared on."""
 
-    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl",)
-    scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter",)
+    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.", choices=_TASKS)] = ("kl",)
+    scoring: Scorings = ("letter",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class CompareOptions(Options):
     model: ModelPath
     recipes: Annotated[tuple[str, ...], Flag("As llama-iq1_s,r1-iq1_s.", ("--presets",)), Former("--recipes")]
     output: Annotated[Path, Flag("Directory for results and the shared plan.", ("-o", "--output")), _COMPARISON]
-    questions: Annotated[RecipeQuestions, QUESTIONS] = field(default_factory=RecipeQuestions)
+    asked: Annotated[RecipeTasks, _ASKED] = field(default_factory=RecipeTasks)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens"))] = field(default_factory=CalibrationOptions)
     encoder: Annotated[str, Flag("ggml, or dynquant (slower; without its closing pass).", choices=ENCODERS)] = "ggml"
     select: Annotated[bool, Flag("Price plans by the Fisher probe and select each by KL, as plan --select.")] = False
@@ -97,7 +99,7 @@ class CompareOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_some(self.recipes)
-        self.questions.check_text()
+        self.asked.check_text()
 
 
 _VARIANTS = tuple(f"{encoder}{tuned}" for encoder in ENCODERS for tuned in ("", TUNED))
@@ -112,21 +114,22 @@ class CompareEncodersOptions(Options):
         tuple[str, ...], Flag("As r1-iq1_s,experts-q2_k,uniform-iq2_xxs.", ("--presets",)), Former("--recipes")
     ]
     output: Annotated[Path, Flag("Directory for results and statistics.", ("-o", "--output")), _ENCODERS]
-    questions: Annotated[EncoderQuestions, QUESTIONS] = field(default_factory=EncoderQuestions)
+    asked: Annotated[EncoderTasks, _ASKED] = field(default_factory=EncoderTasks)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
     tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0, is_tokens=True)] = 131072
-    variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
+    variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.", choices=_VARIANTS)] = (
+        BASE,
+        "dynquant",
+        "dynquant+tune",
+    )
     keep: Keep = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_some(self.recipes)
-        self.questions.check_text()
-        for variant in self.variants:
-            if variant not in _VARIANTS:
-                raise OptionError(f"--variants {variant} is not known; give some of {', '.join(_VARIANTS)}.")
+        self.asked.check_text()
 
 
 def compare(options: CompareOptions, session: Annotated[Session, Only(("threads",))]) -> None:
@@ -175,12 +178,12 @@ def _check_some(recipes: tuple[str, ...]) -> None:
 
 def _check_readable(options: CompareOptions | CompareEncodersOptions, model: "Model") -> None:
     """Refuse presets that are none, and texts or questions that cannot be read, before anything long runs."""
-    from dynquant.inputs.questions import check_readable
+    from dynquant.evaluation.evaluate import check_readable
     from dynquant.recipes.presets import preset_types
 
     for recipe in options.recipes:
         preset_types(recipe, model)
-    check_readable(options.questions.text, options.questions.question_files)
+    check_readable(options.asked)
 
 
 class _Results:
@@ -213,8 +216,8 @@ class _Results:
     @property
     def asked(self) -> set[str]:
         """Names of what is measured: tasks, and for questions the ways of scoring them."""
-        tasks = {*self._options.questions.tasks}
-        return tasks - {"mmlu"} | ({*self._options.questions.scoring} if "mmlu" in tasks else set())
+        tasks = {*self._options.asked.tasks}
+        return tasks - {"mmlu"} | ({*self._options.asked.scoring} if "mmlu" in tasks else set())
 
     def export(self, file: Path, encoder: str, **types: Any) -> None:
         """Write a file without the closing pass; `types` are the options that decide them."""
@@ -227,10 +230,8 @@ class _Results:
         """Compare a file with its original, whose own answers are kept beside the results."""
         from dynquant.evaluation.evaluate import evaluate
 
-        questions, cache = self._options.questions, self._path.parent / "reference"
-        options = EvalOptions(
-            candidate=str(file), reference=self._options.model, questions=questions, reference_cache=cache
-        )
+        asked, cache = self._options.asked, self._path.parent / "reference"
+        options = EvalOptions(candidate=str(file), reference=self._options.model, asked=asked, reference_cache=cache)
         return evaluate(options, replace(self.session, device=None))
 
     def record(self, name: str, row: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def demo(options: DemoOptions) -> None:
     from dynquant.cli.export import print_exported
     from dynquant.cli.plan import print_plan
     from dynquant.evaluation.evaluate import evaluate
-    from dynquant.evaluation.options import EvalOptions, QuestionOptions
+    from dynquant.evaluation.options import EvalOptions, TaskOptions
     from dynquant.exporters.options import ExportOptions
     from dynquant.exporters.stage import export
     from dynquant.planning.options import PlanOptions
@@ -50,10 +50,10 @@ def demo(options: DemoOptions) -> None:
         file = output / f"textbook-moe-16m-{plan.bits_per_weight:.2f}bpw.gguf"
         print_exported(export(ExportOptions(model=model, output=file, plan=folder / "plan.json"), session))
         mmlu = {"mmlu_data": str(data / "demo_questions.jsonl"), "shots": str(data / "demo_shots.jsonl"), "limit": 108}
-        questions = QuestionOptions(
+        asked = TaskOptions(
             tasks=("kl", "ppl", "mmlu"), text=(data / "demo_text.txt",), max_tokens=4096, scoring=("cloze",), **mmlu
         )
-        report = evaluate(EvalOptions(candidate=str(file), reference=model, questions=questions), session)
+        report = evaluate(EvalOptions(candidate=str(file), reference=model, asked=asked), session)
         print_report(report)
         write_atomically(output / "eval.json", report.to_json())
         console.note(f"wrote {output / 'eval.json'}")

@@ -28,7 +28,15 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation import distributions, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
-from dynquant.evaluation.options import CONTEXT_SCORED, LOOKED_UP, TEXT_TASKS, EvalOptions, QuestionOptions
+from dynquant.evaluation.options import (
+    CONTEXT_SCORED,
+    LLAMA_CPP,
+    LOOKED_UP,
+    TEXT_TASKS,
+    EvalOptions,
+    Scoring,
+    TaskOptions,
+)
 from dynquant.evaluation.pictures.candidate import (
     checked_candidate,
     needs_pictures,
@@ -41,14 +49,14 @@ from dynquant.evaluation.pictures.questions import SPARE_TOKENS, PictureQuestion
 from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.tasks import multiple_choice
 from dynquant.evaluation.tasks.generation import Continuations, Prompts, check_fits, read_prompts, summarize_generation
-from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring
+from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion
 from dynquant.families.common.settings import settings_note
 from dynquant.families.model_kind import check_same_kind, difference_of_kind
 from dynquant.families.open import locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
-from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows
+from dynquant.inputs.text import TextEncoder, context_windows, evaluation_windows, read_measured
 from dynquant.lora.saved import read_adapter_config
 from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.resources import chosen_device
@@ -67,10 +75,8 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
         DataError: the samples cannot be used, or with `strict` an image cannot be decoded.
         CheckpointError: a model cannot be loaded.
     """
-    if options.runner not in runners.RUNNERS:
-        raise EvaluationError(f"There is no runner `{options.runner}`; use one of {', '.join(runners.RUNNERS)}.")
     if idle := options.idle:
-        session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.questions.tasks)} reads it")
+        session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.asked.tasks)} reads it")
     if options.data is not None:
         return _evaluate_on_pictures(options, options.data, session)
     loss = "Nothing is kept without --reference-cache: what the models said so far is lost."
@@ -78,8 +84,17 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
         return _evaluate_on_text(options, session, progress)
 
 
+def check_readable(asked: TaskOptions) -> None:
+    """Raise EvaluationError, before anything long runs, for texts or questions that `evaluate` could not read or ask
+    then."""
+    for text in asked.text:
+        read_measured(text, max_tokens=1)
+    if "mmlu" in asked.tasks:
+        multiple_choice.load_asked(asked)
+
+
 def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:
-    asked = options.questions
+    asked = options.asked
     refuse_plan(options)
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     _check_program(options, candidate)
@@ -133,7 +148,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
 
 def _check_program(options: EvalOptions, candidate: Path) -> None:
     """Refuse what the program that runs the candidate does not do."""
-    runs_in_llama_cpp = is_gguf(candidate) and options.runner == runners.LLAMA_CPP
+    runs_in_llama_cpp = is_gguf(candidate) and options.runner == LLAMA_CPP
     if options.adapter is not None and runs_in_llama_cpp:
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
@@ -154,7 +169,7 @@ def _context_length(options: EvalOptions, infos: Sequence[runners.ModelInfo]) ->
     return context_length
 
 
-def _harness(asked: QuestionOptions, reference: Path, progress: Progress) -> "Harness":
+def _harness(asked: TaskOptions, reference: Path, progress: Progress) -> "Harness":
     """Return the tasks of lm-evaluation-harness that were asked for, with their data."""
     progress(LOOKED_UP, 0, len(asked.harness_tasks), unit="tasks")  # which takes seconds
     try:
@@ -175,7 +190,7 @@ class _Inputs(NamedTuple):
 
 
 def _inputs(options: EvalOptions, encode: TextEncoder, context_length: int, notes: list[str]) -> _Inputs:
-    inputs, asked = _Inputs([], [], {}), options.questions
+    inputs, asked = _Inputs([], [], {}), options.asked
     if {"kl", "ppl"} & set(asked.tasks):
         contexts = [length for length in sorted({*map(int, options.contexts)}) if length <= context_length]
         if len(contexts) < len({*options.contexts}):
@@ -336,7 +351,7 @@ class _Run:
         self, runner: Opener, side: str, prompts: Prompts, reference: Continuations | None = None
     ) -> Continuations:
         """Return what a model writes after the prompts, up to tokens that end the reference's texts."""
-        num_tokens = self.options.questions.new_tokens
+        num_tokens = self.options.asked.new_tokens
         with self.timed(f"{side}, writing, {prompts.name}", "prompts") as report:
 
             def run() -> dict[str, Tensor]:
@@ -398,7 +413,7 @@ class _Run:
         assert self.reference is not None
         # Only what is not the default is part of a name.
         more: dict[str, object] = {"rounded": True} if self.options.rounded else {}
-        if is_gguf(self.reference) and self.options.runner != runners.LLAMA_CPP:
+        if is_gguf(self.reference) and self.options.runner != LLAMA_CPP:
             more["runner"] = self.options.runner
         return cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
 
@@ -419,7 +434,7 @@ def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:
 
 
 def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> reports.PictureReport:
-    tasks = options.questions.tasks
+    tasks = options.asked.tasks
     model = open_model(options.reference)
     plan_file = plan_at(Path(options.candidate))
     if not model.has_vision or model.hf_directory is None:
@@ -429,7 +444,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     file = read_samples(data)
     processor = load_processor(model.hf_directory)
     encoder = SampleEncoder(processor, image_token_of(model.hf_directory), strict=options.strict)
-    batches, questions = encoded_samples(encoder, file.samples[: options.questions.limit or None], asks="vqa" in tasks)
+    batches, questions = encoded_samples(encoder, file.samples[: options.asked.limit or None], asks="vqa" in tasks)
     inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
     if is_gguf(candidate := Path(options.candidate)) or (candidate / "config.json").is_file():
         check_same_kind(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from dynquant.errors import EvaluationError
 from dynquant.options import ENCODERS, LARGEST, Flag, Former, ModelPath, Options, Strict, Window
@@ -10,16 +10,22 @@ from dynquant.options import ENCODERS, LARGEST, Flag, Former, ModelPath, Options
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu", "generate"}), frozenset({"kl", "vqa"})
 READ_TASKS = frozenset({"kl", "ppl", "generate"})
 """Tasks that need a text."""
+Scoring = Literal["letter", "cloze"]
+"""Way in which answers to questions are scored; see `tasks.multiple_choice`."""
+SCORINGS = get_args(Scoring)
+Scorings = Annotated[tuple[str, ...], Flag("letter, cloze or both.", choices=SCORINGS)]
 LOOKED_UP = "lm-evaluation-harness, looking up"
 """Stage in which its tasks are found and their data read."""
 CONTEXT_SCORED = 256
 """Tokens that are scored at the end of every length of context."""
+LLAMA_CPP, TRANSFORMERS = RUNNERS = ("llama.cpp", "transformers")
+"""Programs that can run a GGUF file."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Types of llama.cpp's key/value cache (`kv_cache_types` of its common/arg.cpp)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionOptions(Options):
+class TaskOptions(Options):
     """Tasks that two models are compared on, and what they read: texts, prompts and questions."""
 
     text: Annotated[
@@ -56,7 +62,7 @@ class QuestionOptions(Options):
     ] = None
     num_shots: Annotated[int, Flag("Shots before each question; of harness tasks in place of their own.", min=0)] = 5
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly; 0 for all.", min=0)] = None
-    scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
+    scoring: Scorings = SCORINGS
     task_data: Annotated[
         Path | None,
         Flag(
@@ -74,22 +80,14 @@ class QuestionOptions(Options):
         """Tasks that are none of our own."""
         return [name for name in dict.fromkeys(self.tasks) if name not in TEXT_TASKS]
 
-    @property
-    def question_files(self) -> tuple[str, ...]:
-        """Files or data sets of multiple-choice questions that were named and are read."""
-        return tuple(filter(None, (self.mmlu_data, self.shots))) if "mmlu" in self.tasks else ()
-
-    def check_text(self, *, takes_harness: bool = False) -> None:
-        """Raise EvaluationError for tasks that these inputs do not serve."""
-        unknown = [] if takes_harness else sorted(self.harness_tasks)
-        if unknown or not self.tasks:
-            raise EvaluationError(f"Unknown tasks {unknown}; choose from {', '.join(sorted(TEXT_TASKS))}.")
+    def check_text(self) -> None:
+        """Raise EvaluationError for no tasks, and for tasks that need a text without one."""
+        if not self.tasks:
+            raise EvaluationError(f"--tasks names none; give some of {', '.join(sorted(TEXT_TASKS))}.")
         if READ_TASKS & set(self.tasks) and not self.text:
             raise EvaluationError(
                 "The tasks kl, ppl and generate need a text that the models have not been tuned on; give --text."
             )
-        if "mmlu" in self.tasks and (not self.scoring or set(self.scoring) - {"letter", "cloze"}):
-            raise EvaluationError(f"Unknown scoring {list(self.scoring)}; choose letter, cloze or both.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ class EvalOptions(Options):
 
     candidate: ModelPath
     reference: Annotated[str, Flag("The model to compare with: HF directory, hub id or .gguf.")]
-    questions: QuestionOptions = field(default_factory=QuestionOptions)
+    asked: TaskOptions = field(default_factory=TaskOptions)
     data: Annotated[
         Path | None,
         Flag(
@@ -128,9 +126,10 @@ class EvalOptions(Options):
         str,
         Flag(
             "What runs GGUF files: llama.cpp, or transformers with packed weights; the latter takes those of "
-            "architectures without a family where --reference is the directory that they were made from."
+            "architectures without a family where --reference is the directory that they were made from.",
+            choices=RUNNERS,
         ),
-    ] = "llama.cpp"
+    ] = LLAMA_CPP
     rounded: Annotated[bool, Flag("Round activations to 8 bits in packed transformers models, as llama.cpp does.")] = (
         False
     )
@@ -140,6 +139,7 @@ class EvalOptions(Options):
             "Type of the candidate's key/value cache in llama.cpp, or of keys and of values, as q8_0,q4_0, with flash "
             f"attention. One of {', '.join(KV_TYPES)}.",
             show_default=False,
+            choices=KV_TYPES,
         ),
     ] = ()
     adapter: Annotated[Path | None, Flag("Run the candidate, packed in transformers, with this LoRA adapter.")] = None
@@ -150,11 +150,8 @@ class EvalOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not set(self.kv_type) <= {*KV_TYPES} or len(self.kv_type) > 2:
-            raise EvaluationError(
-                f"--kv-type {','.join(self.kv_type)}: give one type, or those of keys and of values, of "
-                f"{', '.join(KV_TYPES)}."
-            )
+        if len(self.kv_type) > 2:
+            raise EvaluationError(f"--kv-type {','.join(self.kv_type)}: give one type, or those of keys and of values.")
         if any(not length.isdecimal() or not 2 * CONTEXT_SCORED <= int(length) <= LARGEST for length in self.contexts):
             raise EvaluationError(
                 f"--contexts {','.join(self.contexts)}: give whole numbers of tokens from {2 * CONTEXT_SCORED} on, as "
@@ -162,13 +159,13 @@ class EvalOptions(Options):
             )
         if self.contexts:
             self.refuse_unused("--contexts says how long windows are.", "window")
-        tasks = self.questions.tasks
+        tasks = self.asked.tasks
         if self.data is None:
             if self.mmproj is not None:
                 raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
             if "vqa" in tasks:
                 raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
-            self.questions.check_text(takes_harness=True)
+            self.asked.check_text()
             return
         why = "with --data, all tasks run on its samples, and the models with pictures."
         text_only = (
@@ -184,7 +181,7 @@ class EvalOptions(Options):
             "chat",
             "allow_code_execution",
         )
-        self.questions.refuse_unused(why, *text_only)
+        self.asked.refuse_unused(why, *text_only)
         self.refuse_unused(
             why, "window", "reference_cache", "runner", "rounded", "adapter", "kv_type", "allow_difference", "contexts"
         )
@@ -197,7 +194,7 @@ class EvalOptions(Options):
         """Flags that none of the tasks has a use for."""
         if self.data is not None:
             return []
-        asked, tasks, idle = self.questions, {*self.questions.tasks}, self.changed("strict", "encoder")
+        asked, tasks, idle = self.asked, {*self.asked.tasks}, self.changed("strict", "encoder")
         if not READ_TASKS & tasks:
             idle += asked.changed("text", "max_tokens")
         if not {"kl", "ppl"} & tasks:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from dynquant import __version__
+from dynquant.evaluation.options import Scoring
 from dynquant.evaluation.statistics import (
     Estimate,
     block_sums,
@@ -19,7 +20,7 @@ from dynquant.evaluation.statistics import (
 )
 from dynquant.evaluation.tasks.generation import GenerationResult
 from dynquant.evaluation.tasks.harness_results import TaskMetric, TaskResult
-from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
+from dynquant.evaluation.tasks.multiple_choice import AnswerScores, EncodedQuestion, is_right
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import Sample
 from dynquant.storage.documents import FrozenRecord

@@ -33,6 +33,7 @@ from dynquant.evaluation.llama_cpp import (
     without_padding,
 )
 from dynquant.evaluation.llama_cpp_alone import check_runs
+from dynquant.evaluation.options import LLAMA_CPP, TRANSFORMERS
 from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
 from dynquant.families.from_gguf import NotUnderstoodError
 from dynquant.families.open import open_model
@@ -49,8 +50,6 @@ from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
 from dynquant.running.load import REFUSALS, load_config, load_directory, load_tokenizer
 
-LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
-RUNNERS = (LLAMA_CPP, TRANSFORMERS)  # programs that can run a GGUF file
 ROW_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of questions in one forward pass, with their padding, by the type of the device."""
 _PREFIX_BYTES = 16 << 30  # copies of a held prefix on a GPU

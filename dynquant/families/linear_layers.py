@@ -232,9 +232,15 @@ def _experts(model: Model, source: ConvertedSource, name: str) -> LinearLayer:
             "checkpoint has experts. Let vLLM serve the published one, or export GGUF or packed safetensors."
         )
     shape, parts, role = source.info(name).shape, source.checkpoint_names(name), role_of(name)
-    if len(parts) == shape[0]:
+    are_apart = len(parts) == shape[0] and all(len(source.checkpoint.info(part).shape) == 2 for part in parts)
+    if are_apart:  # and no stack of one expert, nor one whose experts are rows of a matrix
         modules = tuple(part.removesuffix(".weight") for part in parts)
+    elif stack := re.fullmatch(r"(.*)\.(gate_up_proj|down_proj)(\.weight)?", parts[0]):
+        modules = tuple(f"{stack[1]}.{expert}.{_EXPERT_PARTS[role]}" for expert in range(shape[0]))
     else:
-        experts = re.sub(r"\.(gate_up_proj|down_proj)(\.weight)?$", "", parts[0])
-        modules = tuple(f"{experts}.{expert}.{_EXPERT_PARTS[role]}" for expert in range(shape[0]))
+        raise ExportError(
+            f"The experts of {model.name} are stored as the stack `{parts[0]}`, and it is not known under which names "
+            "a loader of this architecture takes them one by one, as a compressed-tensors checkpoint has experts. Let "
+            "vLLM serve the checkpoint as it is, or export GGUF or packed safetensors."
+        )
     return LinearLayer(name, role, shape, modules, parts, lambda expert: source.load(name, expert))

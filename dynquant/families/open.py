@@ -38,7 +38,7 @@ from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIE
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.checkpoint import has_tower, is_vision_checkpoint, open_vision
 from dynquant.session import Session
-from dynquant.storage.file_kinds import SAFETENSORS, but_is, content_of
+from dynquant.storage.file_kinds import SAFETENSORS, but_is, content_of, folder_content
 from dynquant.storage.stand_ins import refuse_stand_in
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -215,9 +215,8 @@ def _check_small_files(directory: Path) -> None:
             "both; `dynquant eval` takes an adapter as --adapter beside a packed model."
         )
     if not config.is_file():
-        raise CheckpointError(
-            f"{directory} holds no config.json, so it is not a Hugging Face model; give its directory."
-        )
+        what = f"is {content}, not a model" if (content := folder_content(directory)) else "holds no config.json"
+        raise CheckpointError(f"{directory} {what}; give the directory of a Hugging Face model.")
     weights = read_json(config).get("transformers_weights")
     if weights not in (None, SINGLE_NAME, INDEX_NAME):
         raise CheckpointError(

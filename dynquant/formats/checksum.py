@@ -10,9 +10,11 @@ def checksum(matrices: torch.Tensor, first_row: int = 0) -> int:
     """Return the sum of the float32 bits of weights [..., C], each times odd numbers of its row and column, mod 2^64.
 
     Parts of a tensor add up to the checksum of the whole, whatever the parts are; `first_row` is where this one begins,
-    counted over all rows of the tensor. Odd factors are invertible, so no change of a single weight cancels.
+    counted over all rows of the tensor. Odd factors are invertible, so no change of a single weight cancels. A scalar
+    is one weight.
     """
-    rows = matrices.detach().to("cpu", torch.float32).reshape(-1, matrices.shape[-1]).contiguous().view(torch.int32)
+    matrices = torch.atleast_1d(matrices.detach().to("cpu", torch.float32))
+    rows = matrices.reshape(-1, matrices.shape[-1]).contiguous().view(torch.int32)
     of_columns, total = _odd_numbers(0, rows.shape[1]), 0
     step = max(1, _WEIGHTS_AT_ONCE // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):

@@ -159,7 +159,7 @@ def vllm_scheme(name: str) -> Scheme:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise PlanError(
             f"`{name}` is not a scheme that vLLM serves from a compressed-tensors checkpoint.{hint} Give any of "
-            f"{', '.join(SCHEMES)}; for llama.cpp's types export with -f gguf."
+            f"{', '.join(SCHEMES)}; for llama.cpp's types plan without --for vllm, or export with -f gguf."
         )
     if unread := unread_scheme(scheme):
         raise PlanError(f"{unread}. Install that version (pip install -U), or ask for other schemes.")

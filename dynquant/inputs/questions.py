@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dynquant.errors import EvaluationError
 from dynquant.inputs.records import check_is_file, read_records
-from dynquant.inputs.text import read_measured
 from dynquant.storage.documents import first_fault
 
 Item = TypeVar("Item")
@@ -37,15 +36,6 @@ class Question(BaseModel):
         if not all(choice.strip() for choice in self.choices):
             raise ValueError("a choice is empty")
         return self
-
-
-def check_readable(texts: Iterable[str | Path], questions: Iterable[str | Path] = ()) -> None:
-    """Raise EvaluationError, before anything long runs, for a text or questions that are to be measured on and cannot
-    be read."""
-    for text in texts:
-        read_measured(text, max_tokens=1)
-    for source in questions:
-        load_questions(source)
 
 
 def load_questions(source: str | Path, *, split: str = "test") -> list[Question]:

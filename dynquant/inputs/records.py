@@ -82,7 +82,7 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     refuse_stand_in(path, is_text=True)
     try:
         check_start(path, refusal)
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        with (gzip.open if _is_compressed(path) else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
     except FileNotFoundError as error:
         raise refusal(f"There is no file {path}; check the path.") from error
@@ -92,9 +92,13 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
         raise refusal(unreadable(path, error) or f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def check_start(path: Path, refusal: type[DynquantError]) -> None:
     """Raise `refusal` for a file that is no text in UTF-8, by its first bytes."""
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+    with (gzip.open if _is_compressed(path) else open)(path, "rb") as file:
         meaning = form_of_start(file.read(START_BYTES))
     if meaning is not None:
         raise refusal(f"{path} is {meaning[0]}. {meaning[1].format(path=path)}.")
@@ -105,7 +109,8 @@ def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Ite
         try:
             return parse_json(text, unique_names=True)
         except ValueError as error:
-            content = content_of(path) if text.strip() == "{" else JSON
+            is_document = text.strip() == "{" and not _is_compressed(path)
+            content = content_of(path) if is_document else JSON
             fault = f"{place} is not JSON: {error}" if content == JSON else f"{path} is {content}"
             form = "Records are objects, one a line, or one array of them."
             raise refusal(f"{fault}. {form} {way_out}".rstrip()) from error

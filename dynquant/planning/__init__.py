@@ -4,8 +4,10 @@
     planner                 floors by role and exceptions from measurement, and the reason of every type
     allocate                the types of the lowest cost within the bytes, under these floors
     chooser                 both at the target's budget, for any prices of tensors
-    search                  `--select`, `--frontier`, `--check-plans`: plans are made, rendered and scored by their KL
-    selection               selection.json, the record of that
+    selecting               `--select`, `--frontier`, `--check-plans`: plans are made, rendered and scored by their KL
+      search                the plans, their scores, and the choice
+      text                  the text that they are scored on
+      selection             selection.json, the record of that
     frontier                the curve of predicted errors in the report
     vision_modules          vision tower and projector as wholes
     pruning, memory         experts of no bits; `--fits`

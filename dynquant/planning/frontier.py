@@ -1,7 +1,7 @@
 """The size/error curve: what the planner would reach at many budgets, beside uniform types and fixed recipes.
 
 Every point is priced with the same error table: the sum over tensors of `ErrorTable.cost`. It is a prediction, drawn in
-every report; what `plan --frontier` measures is made in `search`, and `dynquant eval` and `compare` measure files.
+every report; what `plan --frontier` measures is made in `selecting`, and `dynquant eval` and `compare` measure files.
 """
 
 from collections.abc import Mapping

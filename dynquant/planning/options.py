@@ -8,7 +8,7 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.effort import Effort, fill
 from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Mtp, Options, Writes
-from dynquant.planning.target import Target
+from dynquant.planning.target import KV_TYPES, Target
 from dynquant.resources import shown_value
 from dynquant.storage.file_names import files_of_plan
 
@@ -40,6 +40,7 @@ class SearchOptions(Options):
             "bytes of --encoder; much better at low bits), unit-kl (also a backward pass of the plan's own KL; better "
             "still below 2.5 bits). Several: as fisher-probe,unit-kl. Default: closed-form, and all with --select.",
             ("--sensitivity",),
+            choices=METHODS,
         ),
     ] = ()
     """Empty for the default; see `with_methods`."""
@@ -78,9 +79,6 @@ class SearchOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for method in self.methods:
-            if method not in METHODS:
-                raise PlanError(f"There is no sensitivity `{method}`; give any of {', '.join(METHODS)}.")
         if self.frontier is not None and not 0 < self.frontier[0] < self.frontier[1] <= 32:
             low, high = self.frontier
             raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
@@ -148,6 +146,7 @@ class PlanOptions(Options):
             self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")
         if self.target.serves is not None:
             self.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder", "exact")
+            self.calibration.refuse_two_sided()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,4 +174,4 @@ class FitOptions(Options):
             is_tokens=True,
         ),
     ] = None
-    kv_type: Annotated[str, Flag("Type of the KV cache: f16, q8_0 or q4_0.")] = "f16"
+    kv_type: Annotated[str, Flag("Type of the KV cache: f16, q8_0 or q4_0.", choices=KV_TYPES)] = "f16"

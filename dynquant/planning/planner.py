@@ -28,6 +28,7 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.formats.storage_format import Choice
 from dynquant.planning.allocate import allocate, largest_total, smallest_total, total_cost
+from dynquant.planning.target import GATE_UP, QKV
 from dynquant.recipes.plan import PlanTarget
 
 FLOOR_LEVELS = (
@@ -40,11 +41,11 @@ _SENSITIVE = (Role.SSM_OUT,)
 """Roles with the floor of outliers: of all matrices of Qwen3.5 these are where few bits cost most (Unsloth)."""
 FLOOR_PRICE = 1.1  # floors of roles and outliers may raise the predicted KL by this factor, but no more
 _OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
-COUPLINGS: dict[str, tuple[tuple[Role, ...], ...]] = {
-    "gate-up": (
+_COUPLED: dict[str, tuple[tuple[Role, ...], ...]] = {
+    GATE_UP: (
         (Role.EXPERT_GATE, Role.EXPERT_UP), (Role.SHARED_GATE, Role.SHARED_UP), (Role.FFN_GATE, Role.FFN_UP),
     ),
-    "qkv": ((Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),),
+    QKV: ((Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),),
 }  # fmt: skip
 """Kinds of coupling: the roles that runtimes fuse into one matrix in each layer. llama.cpp fuses none."""
 HEADROOM = 1.05  # size of the default plan over the smallest file that keeps every floor
@@ -136,16 +137,9 @@ def _bits(size: int, rules: Rules, *, up: bool) -> str:
     return f"{(-(-hundredths // rules.num_weights) if up else hundredths // rules.num_weights) / 100:.2f}"
 
 
-def check_couplings(kinds: Iterable[str]) -> None:
-    """Raises PlanError for a kind that is not in COUPLINGS."""
-    unknown = next((kind for kind in kinds if kind not in COUPLINGS), None)
-    if unknown is not None:
-        raise PlanError(f"`--couple {unknown}` is not known; give any of {', '.join(COUPLINGS)}.")
-
-
 def coupled_tensors(names: Iterable[str], kinds: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """For `Rules.coupled`: the tensors of each layer that the given kinds of COUPLINGS hold to one type."""
-    all_roles = [roles for kind in kinds for roles in COUPLINGS[kind]]
+    all_roles = [roles for kind in kinds for roles in _COUPLED[kind]]
     groups: dict[tuple[str, tuple[Role, ...]], list[str]] = {}
     for name in names:
         layer = name.removesuffix(".weight").rpartition(".")[0]
@@ -307,7 +301,8 @@ class _Planner:
             error += f"; coupled, one type with {', '.join(other for other in group if other != name)}"
         why = exception or row.role.value
         if floor:
-            lowered = f", lowered from {FLOOR_LEVELS[0][0]} at this budget" if draft.level and not exception else ""
+            highest = self._floored(0).floors[name]
+            lowered = f", lowered from {highest.name} at this budget" if highest and highest != floor else ""
             return f"kept: {why}, floor {floor.name}{lowered}; {error}"
         if exception:
             return f"{why}, but bytes are worth more elsewhere at this budget; {error}"

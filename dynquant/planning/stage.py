@@ -26,7 +26,7 @@ from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import DEFAULT_SCHEMES, SCHEMES, unread_scheme, vllm_scheme
-from dynquant.inputs.questions import check_readable
+from dynquant.inputs.text import read_measured
 from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import CLOSED_FORM, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
@@ -36,15 +36,15 @@ from dynquant.planning.pruning import (
     sized_without_experts,
     without_experts,
 )
-from dynquant.planning.search import (
+from dynquant.planning.selecting.search import (
     Search,
     SearchResult,
-    check_selection_text,
     encoded_store,
     scheme_store,
     search_plans,
 )
-from dynquant.planning.selection import Selection
+from dynquant.planning.selecting.selection import Selection
+from dynquant.planning.selecting.text import check_selection_text
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
@@ -199,10 +199,12 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     chooser, uniform = _chooser(model, checkpoint, target, schemes)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     request = {"recipe": target.recipe, "stats_hash": stats.hash}
+    if uniform is not None:
+        with stats.finishing():
+            plan = plan_for_vllm(model, checkpoint, uniform, **request)
+        _forget_selection(options.output)
+        return _with_kind_of_moments(plan, options.output)
     with stats.finishing():
-        if uniform is not None:
-            _forget_selection(options.output)
-            return plan_for_vllm(model, checkpoint, uniform, **request)
         table = scheme_table(model, checkpoint, schemes, stats, path, session)
     _, table = _probe(model, table, options, session)
     if not target.mixed_experts:
@@ -263,9 +265,13 @@ def _of_table(
     the table's, and now of the others by name."""
     others = {name: f"{checksum(source.load(name)):016x}" for name in names if name not in table.tensors()}
     update = {"errors_hash": file_hash(path), "checksums": {**table.checksums, **others}, **fields}
-    kind = kind_beside(path.with_name(file_names.STATS_NAME))
-    update |= {"hessians": kind} if kind != "none" else {}
-    return plan.model_copy(update=update)
+    return _with_kind_of_moments(plan.model_copy(update=update), path.parent)
+
+
+def _with_kind_of_moments(plan: Plan, folder: Path) -> Plan:
+    """Return the plan with the kind of the second moments in its folder, which must be whole; without any as it is."""
+    kind = kind_beside(folder / file_names.STATS_NAME)
+    return plan if kind == "none" else plan.model_copy(update={"hessians": kind})
 
 
 def _weighted_errors(table: ErrorTable) -> dict[tuple[str, str], float]:
@@ -311,7 +317,7 @@ def _check_runs(model: Model, options: PlanOptions, search: SearchOptions, sessi
     if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
         raise PlanError(_why_not_streamed(model, options))
     if search.text is not None and options.calibration.data is None:
-        check_readable([search.text])
+        read_measured(search.text, max_tokens=1)
     if search.select and options.calibration.data is None and (options.stats is None or options.prune_experts):
         check_selection_text(model, search, options.calibration, session)
 
@@ -421,6 +427,9 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
         PlanError: a target that depends on measurement.
     """
     from dynquant.families.open import open_config
+
+    if target.serves is not None:
+        raise PlanError("--config-only DIR sizes plans of GGUF types; leave out --for vllm, whose plans need weights.")
 
     def sized(model: Model) -> Plan:
         types = _fixed_types(target, model)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from dynquant.analysis.errors.options import Types
 from dynquant.errors import PlanError
-from dynquant.options import Fallback, Flag, GroupSize, Options, Preset, TensorParallel, Types
+from dynquant.options import Fallback, Flag, GroupSize, Options, Preset, TensorParallel
 from dynquant.resources import parse_size
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from dynquant.formats.quant_types import QuantType
     from dynquant.planning.memory.budget import MemoryBudget
 
+KV_TYPES = ("f16", "q8_0", "q4_0")
+"""Types of the KV cache that memories are told for."""
+GATE_UP, QKV = COUPLINGS = ("gate-up", "qkv")
+"""Kinds of tensors that a runtime fuses in each layer; `planner` has their roles."""
 MODULE_LEVELS = ("keep", "8bit", "lower")
 """Treatments of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
 
@@ -39,17 +44,19 @@ class Target(Options):
         ),
     ] = None
     context: Annotated[int, Flag("Tokens of KV cache, with --fits.", min=1, is_tokens=True)] = 8192
-    kv_type: Annotated[str, Flag("Type of the KV cache, with --fits: f16, q8_0 or q4_0.")] = "f16"
+    kv_type: Annotated[str, Flag("Type of the KV cache, with --fits: f16, q8_0 or q4_0.", choices=KV_TYPES)] = "f16"
     couple: Annotated[
         tuple[str, ...],
         Flag(
             "Give the tensors that a runtime fuses in each layer one type: gate-up, qkv or both, as gate-up,qkv. "
-            "llama.cpp does not need it."
+            "llama.cpp does not need it.",
+            choices=COUPLINGS,
         ),
     ] = ()
     preset: Preset = None
     like: Annotated[
-        Path | None, Flag("The types of this .gguf file or plan.json, tensor by tensor.", show_default=False)
+        Path | None,
+        Flag("The types of this .gguf file, or of this plan.json or its folder.", show_default=False),
     ] = None
     patterns: Annotated[
         str | None,
@@ -79,16 +86,20 @@ class Target(Options):
         str,
         Flag(
             "Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or auto, "
-            "which decides by their output errors, and with --select by the KL of plans of each."
+            "which decides by their output errors, and with --select by the KL of plans of each.",
+            choices=("auto", *MODULE_LEVELS),
         ),
     ] = "auto"
     serves: Annotated[
         str | None,
         Flag(
             "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w2a16 to w8a16, "
-            "w2a16_asym to w7a16_asym, fp8, nvfp4a16, mxfp4a16, bf16), for export -f compressed-tensors.",
+            "w2a16_asym to w7a16_asym, fp8, nvfp4a16, mxfp4a16, bf16; default: all but _asym), for export -f "
+            "compressed-tensors.",
             ("--for",),
             show_default=False,
+            choices=("vllm",),
+            parse=str.lower,
         ),
     ] = None
     tensor_parallel: TensorParallel = 1
@@ -106,8 +117,6 @@ class Target(Options):
         types = {"--preset": self.preset, "--like": self.like, "--recipe": self.patterns}
         goals = types | {"--bpw": self.bpw, "--size": self.size, "--fits": self.fits}
         given = [flag for flag, value in goals.items() if value is not None]
-        if self.serves is not None and self.serves.lower() != "vllm":
-            raise PlanError(f"--for {self.serves} is not known; give vllm, or leave it out for GGUF types.")
         if self.mixed_experts and self.serves is None:
             raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
         if self.serves is None:
@@ -117,10 +126,6 @@ class Target(Options):
                 f"Give one of --preset, --bpw, --size, --fits, --like and --recipe, not {' and '.join(given)}: each "
                 "says alone which types the plan has."
             )
-        if self.couple:
-            from dynquant.planning.planner import check_couplings
-
-            check_couplings(self.couple)
         if self.changed("mtp_type", "fallback"):
             from dynquant.formats.quant_types import quant_type
 
@@ -133,16 +138,10 @@ class Target(Options):
             )
         if self.like is not None or self.patterns is not None or self.serves is not None:
             self.refuse_unused("--like and --recipe have types of their own, and for vLLM they stay BF16.", "mtp_type")
-        if self.vision not in ("auto", *MODULE_LEVELS):
-            raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(MODULE_LEVELS)}.")
         for flag, is_set in (("--couple", bool(self.couple)), (f"--vision {self.vision}", self.vision != "auto")):
             if is_set and given and given[0] in types:
                 raise PlanError(f"{flag} goes with a budget; {given[0]} has types of its own.")
-        if self.fits is not None:
-            from dynquant.planning.memory.budget import check_cache
-
-            check_cache(self.kv_type)
-        else:
+        if self.fits is None:
             self.refuse_unused("it goes with --fits.", "context", "kv_type")
         if self.has_types or self.serves is not None:
             self.refuse_unused("floors are for types of GGUF that the planner chooses.", "floors")

@@ -4,7 +4,7 @@ The measure is the output error of a module's matrices on held-back pictures, in
 language model's matrices. A module that loses KEEP_RATIO times as much in the median stays whole, one that loses
 EIGHT_BIT_RATIO times as much gets 8 bits; the rest of the budget is shared by what is left. Where the budget does not
 hold that, or the predicted KL of the whole plan would rise by more than floors may raise it, the module is lowered by a
-step, and the plan says so. The two ratios are rules of thumb; `plan --select` measures instead (`search`).
+step, and the plan says so. The two ratios are rules of thumb; `plan --select` measures instead (`selecting`).
 """
 
 from collections.abc import Iterator, Mapping

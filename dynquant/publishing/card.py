@@ -54,7 +54,7 @@ def release_card(
         "The largest file that fits in your memory loses least." * (count > 1),
         _files(record, reports, next(iter(besides.values()))),
         f"![{plot.headline}]({plot.png.name})" if plot else "",
-        " ".join(_explained(reports, record, is_own_text=not options.questions.text)),
+        " ".join(_explained(reports, record, is_own_text=not options.asked.text)),
         "## Memory",
         *_memory(record, besides, options),
         "## How to run",

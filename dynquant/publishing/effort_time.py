@@ -27,6 +27,7 @@ from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.options import PlanOptions
 from dynquant.publishing.options import ReleaseOptions
 from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.plan import plan_file
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf, load_tokenizer
@@ -103,7 +104,7 @@ def _tokens(model: Model, options: PlanOptions | ExportOptions, session: Session
     """Return the tokens of the calibration text, and forward passes of a token that statistics of it are worth: none
     where they are there."""
     plan, calibration = getattr(options, "plan", None), options.calibration
-    stats = options.stats or (plan and plan.with_name(STATS_NAME))
+    stats = options.stats or (plan and plan_file(plan).with_name(STATS_NAME))
     if stats is not None:
         return (StatsFile(stats).stats.provenance.num_tokens if stats.is_file() else 0), 0
     tokens, written = calibration.tokens, calibration.sampled_tokens

@@ -1,22 +1,24 @@
 """Options of a release: the sizes of a family of files, how they are made and measured, and where they go."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from dynquant.analysis.errors.options import Types
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.effort import Effort, fill
 from dynquant.errors import OptionError
-from dynquant.evaluation.options import QuestionOptions
+from dynquant.evaluation.options import Scorings, TaskOptions
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Types, Writes, typed_fields
+from dynquant.options import EncoderName, Flag, ModelPath, Only, Options, Writes, typed_fields
 from dynquant.planning.options import PlanOptions, SearchOptions
-from dynquant.planning.target import Target
+from dynquant.planning.target import KV_TYPES, Target
 from dynquant.resources import shown_value
-from dynquant.storage.file_names import files_of_plan
+from dynquant.storage.file_names import RELEASE_NAME, files_of_plan
 
-CARD_NAME, RECORD_NAME, PLOT_NAME = "README.md", "release.json", "kl_against_size"
+CARD_NAME, RECORD_NAME, PLOT_NAME = "README.md", RELEASE_NAME, "kl_against_size"
 WORK_NAME, REPORTS_NAME = "work", "evaluation"
 """Folders in a release: what is measured and encoded on the way, and the reports of `eval`."""
 DEFAULT_POINTS = 6
@@ -29,13 +31,11 @@ def _in_release(output: Path, typed: Mapping[str, Any]) -> list[Path]:
 _CALIBRATION = Only(
     ("text", "data", "strict", "tokens", "sampled_tokens", "window", "hessians", "hessian_memory", "max_memory")
 )
-_QUESTIONS = Only(
-    ("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring", "prompts", "new_tokens")
-)
+_ASKED = Only(("text", "max_tokens", "mmlu_data", "shots", "num_shots", "limit", "scoring", "prompts", "new_tokens"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleaseQuestions(QuestionOptions):
+class ReleaseTasks(TaskOptions):
     """Inputs that every file is measured on, as `eval` does it."""
 
     text: Annotated[
@@ -48,7 +48,7 @@ class ReleaseQuestions(QuestionOptions):
     mmlu_data: Annotated[
         str | None, Flag("Multiple-choice questions for accuracies, .jsonl, .json, .parquet or a datasets id.")
     ] = None
-    scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter",)
+    scoring: Scorings = ("letter",)
     prompts: Annotated[
         int, Flag("Also let every file go on from so many starts of each text: divergence@N and loops.", min=0)
     ] = 0
@@ -74,7 +74,9 @@ class ReleaseOptions(Options):
         int,
         Flag("Tokens of context that memories are told for, and that --fits leaves room for.", min=1, is_tokens=True),
     ] = 8192
-    kv_type: Annotated[str, Flag("Type of the KV cache in these memories: f16, q8_0 or q4_0.")] = "f16"
+    kv_type: Annotated[str, Flag("Type of the KV cache in these memories: f16, q8_0 or q4_0.", choices=KV_TYPES)] = (
+        "f16"
+    )
     types: Types = ()
     calibration: Annotated[CalibrationOptions, _CALIBRATION] = field(default_factory=CalibrationOptions)
     select: Annotated[bool, Flag("Choose every size among several plans by its KL, as plan --select.")] = False
@@ -96,7 +98,7 @@ class ReleaseOptions(Options):
         ),
     ] = ()
     packed: Annotated[bool, Flag("Also write every size as packed safetensors for transformers.")] = False
-    questions: Annotated[ReleaseQuestions, _QUESTIONS] = field(default_factory=ReleaseQuestions)
+    asked: Annotated[ReleaseTasks, _ASKED] = field(default_factory=ReleaseTasks)
     name: Annotated[str | None, Flag("First word of the files' names. Default: the model's.", show_default=False)] = (
         None
     )
@@ -108,6 +110,9 @@ class ReleaseOptions(Options):
         str | None, Flag("Show what would go to this repository of the Hub, OWNER/REPO; with --yes it goes there.")
     ] = None
     yes: Annotated[bool, Flag("With --push: create the repository and upload, one commit a file.")] = False
+    selection_span: int = SearchOptions.selection_span
+    """Tokens behind the calibrated ones, of which plans are chosen on pieces; without a text, `release` leaves some
+    behind them to measure on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,22 +124,18 @@ class ReleaseOptions(Options):
                 f"Give the sizes once, as --sizes LOW:HIGH, --bpw or --fits, not {' and '.join(given) or 'none'}: each "
                 "says alone which files there are."
             )
-        if self.name is not None and (Path(self.name).name != self.name or not self.name.isprintable()):
+        if self.name is not None and not _names_a_file(self.name):
             raise OptionError(f"--name {self.name!r}: files are called by it, so it is one word of a name without /.")
-        if self.push is not None and self.push.count("/") != 1:
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push, re.ASCII):
             raise OptionError(f"--push {self.push} is no repository of the Hub; give it as OWNER/REPO.")
         if self.push is None:
             self.refuse_unused("it goes with --push OWNER/REPO.", "yes")
-        if not self.questions.prompts:
-            self.questions.refuse_unused("it goes with --prompts N.", "new_tokens")
-        if self.questions.mmlu_data is None:
-            self.questions.refuse_unused(
+        if not self.asked.prompts:
+            self.asked.refuse_unused("it goes with --prompts N.", "new_tokens")
+        if self.asked.mmlu_data is None:
+            self.asked.refuse_unused(
                 "it is for questions, given with --mmlu-data.", "shots", "num_shots", "limit", "scoring"
             )
-        if self.changed("kv_type"):
-            from dynquant.planning.memory.budget import check_cache  # here, since `--help` imports this module
-
-            check_cache(self.kv_type)
         recipes = [target.recipe for target in self.targets]
         if twice := [recipe for recipe in recipes if recipes.count(recipe) > 1]:
             raise OptionError(f"The size `{twice[0]}` is asked for twice; leave one out.")
@@ -166,8 +167,7 @@ class ReleaseOptions(Options):
             output=self.output / WORK_NAME,
             calibration=self.calibration,
             encoder=self.encoder,
-            # Files are measured on what is behind the text of the choice, unless another text is given.
-            search=SearchOptions(select=self.select, **({} if self.questions.text else {"selection_span": 0})),
+            search=SearchOptions(select=self.select, selection_span=self.selection_span),
             effort=self.effort,
         )
 
@@ -183,6 +183,11 @@ class ReleaseOptions(Options):
             tune=None if is_default else self.tune,
             effort=self.effort,
         )
+
+
+def _names_a_file(name: str) -> bool:
+    """Return whether a text is the name of a file, or its beginning; empty, `.` and `..` are none."""
+    return Path(name).name == name and name.isprintable() and name.strip(". ") != ""
 
 
 def _evenly(sizes: str) -> list[float]:

@@ -103,7 +103,7 @@ class Release(FrozenRecord):
         if others:
             raise OptionError(
                 f"The files in {folder} were made with other {' and '.join(others)}. Repeat the options of then to go "
-                "on, or give another -o: files of one release have one calibration and one encoder."
+                "on, or give another -o: files of one release differ in nothing but their sizes."
             )
 
     def report(self, folder: Path, name: str) -> EvalReport | None:

@@ -26,23 +26,23 @@ from dynquant import __version__
 from dynquant.analysis.plots import style
 from dynquant.analysis.plots.frontier import draw_measured_frontier
 from dynquant.calibration.imatrix import export_imatrix
+from dynquant.calibration.run import given_tokens
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import DynquantError, OptionError
-from dynquant.evaluation.evaluate import evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.evaluate import check_readable, evaluate
+from dynquant.evaluation.options import EvalOptions, TaskOptions
 from dynquant.evaluation.report import EvalReport
 from dynquant.exporters.closing_pass import check_can_tune
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
-from dynquant.inputs.questions import check_readable
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.llama_library import llama_cpp
 from dynquant.options import command_words, shown_values
-from dynquant.planning.selection import Candidate, Selection
+from dynquant.planning.selecting.selection import Candidate, Selection
 from dynquant.planning.stage import make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing.card import release_card
@@ -54,7 +54,7 @@ from dynquant.publishing.options import (
     REPORTS_NAME,
     WORK_NAME,
     ReleaseOptions,
-    ReleaseQuestions,
+    ReleaseTasks,
 )
 from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
 from dynquant.recipes.build_plan import plan_from_types
@@ -68,7 +68,7 @@ from dynquant.storage.documents import recorded_settings
 from dynquant.storage.file_names import STATS_NAME, request_in_name
 
 _SIZES = {"--sizes", "--bpw", "--fits", "--context", "--kv-type"}
-_MEASURING = {option for _, option, *_ in shown_values(ReleaseQuestions())}
+_MEASURING = {option for _, option, *_ in shown_values(ReleaseTasks())}
 _ON_THE_CARD = {"--like", "--packed", "--base-model", "--quantized-by", "--push", "--yes"}
 _FREE = {"--model", "--output", "--max-memory"} | _SIZES | _MEASURING | _ON_THE_CARD
 """Options that may change from run to run of one release."""
@@ -169,38 +169,45 @@ def _begun(options: ReleaseOptions, model: Model, session: Session) -> Release:
 def _divided(options: ReleaseOptions, model: Model, session: Session) -> tuple[ReleaseOptions, _Behind | None]:
     """Return the options and, unless other texts are measured on, what calibration and selection leave of their own
     text. Of a text that is shorter than --tokens asks for, calibration takes what leaves enough to measure on."""
-    if options.questions.text or model.has_vision:
+    if options.asked.text or model.has_vision:
         return options, None
-    calibration = options.calibration
-    asked, measured, window = calibration.tokens, options.questions.max_tokens, calibration.window
-    spare, usual = options.of_plans.search.selection_tokens + 2 * window, ReleaseQuestions.max_tokens
-    read = asked or calibration.sampled_tokens  # without given text, what is written begins with some of it
-    num_tokens = read + spare + max(measured, usual)
-    documents = read_text(calibration.text, seed=session.seed, max_tokens=num_tokens)
-    tokenizer = load_tokenizer(model)
-    windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
-    # Whatever --max-tokens says: a later run may say otherwise, and calibration is one for all.
-    most = windows.numel() - spare - max(_LEAST_MEASURED, min(usual, windows.numel() // 8))
-    if read > most < _LEAST_MEASURED:
-        raise OptionError(
-            f"{documents.name} has {windows.numel():,} tokens, too few to calibrate, choose plans and measure files on "
-            "different parts. Give a longer --calibration, or a text to measure on as --text FILE."
-        )
-    if asked > most:
+    calibration, search, tokenizer = options.calibration, options.of_plans.search, load_tokenizer(model)
+    window, measured, usual = calibration.window, options.asked.max_tokens, ReleaseTasks.max_tokens
+    read = given_tokens(calibration)  # without given text, what is written begins with some of it
+    while True:  # a data set is read as far as calibration reads it: in which order it comes depends on that
+        documents = read_text(calibration.text, seed=session.seed, max_tokens=read)
+        enough = read + 2 * window + search.selection_span + max(measured, search.selection_span)
+        windows = pack_windows(documents, tokenizer, window=window, max_tokens=enough)
+        # Whatever --max-tokens says: a later run may say otherwise, and calibration and selection are one for all.
+        kept = max(_LEAST_MEASURED, min(usual, windows.numel() // 8))
+        most = windows.numel() - 2 * window - search.selection_tokens - kept
+        if read > most < _LEAST_MEASURED:
+            raise OptionError(
+                f"{documents.name} gives {windows.numel():,} tokens, too few to calibrate, choose plans and measure "
+                "files on different parts. Give a longer --calibration, of a data set more --tokens, or a text to "
+                "measure on as --text FILE."
+            )
+        if read <= most or not calibration.tokens:
+            break
+        read = most
+    if read < calibration.tokens:
         session.note(
-            f"{documents.name} has {windows.numel():,} tokens: calibration takes {most:,} of them instead of "
-            f"{asked:,}, for plans are chosen and files measured on the rest. A longer --calibration gives more"
+            f"{documents.name} has {windows.numel():,} tokens: calibration takes {read:,} of them instead of "
+            f"{calibration.tokens:,}, for plans are chosen and files measured on the rest. A longer --calibration "
+            "gives more"
         )
-        options = options.changed_to({"calibration": calibration.changed_to({"tokens": most})})
-    first = min(read, most) + spare
-    left = windows[first // window : (first + measured) // window]
-    return options, _Behind(documents.name, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
+        options = options.changed_to({"calibration": calibration.changed_to({"tokens": read})})
+    first = min(read, most) + 2 * window
+    span = min(search.selection_span, max(search.selection_tokens, (windows.numel() - first) // 2))
+    left = windows[(first + span) // window : (first + span + measured) // window]
+    behind = _Behind(documents.name, tokenizer.decode(left.flatten().tolist(), skip_special_tokens=True))
+    return options.changed_to({"selection_span": span}), behind
 
 
 def _texts(options: ReleaseOptions, behind: _Behind | None) -> tuple[Path, ...]:
     """Return the texts to measure on, of which what calibration left is written among the work."""
     if behind is None:
-        return options.questions.text
+        return options.asked.text
     path = options.output / WORK_NAME / f"behind-{Path(behind.name).stem}.txt".replace(" ", "-")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, behind.text)
@@ -225,9 +232,9 @@ class _Making:
         return self.options.output / WORK_NAME
 
     @cached_property
-    def questions(self) -> QuestionOptions:
+    def asked(self) -> TaskOptions:
         """All that files are measured on."""
-        asked = self.options.questions
+        asked = self.options.asked
         tasks = ("kl", "ppl") * bool(self.texts) + ("mmlu",) * (asked.mmlu_data is not None)
         tasks += ("generate",) * (bool(self.texts) and asked.prompts > 0)
         return replace(asked, text=self.texts, tasks=tasks)
@@ -235,7 +242,7 @@ class _Making:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Settings that decide the measurements of a file."""
-        return json.loads(json.dumps(recorded_settings(self.questions, ())))
+        return json.loads(json.dumps(recorded_settings(self.asked, ())))
 
     def planned(self, record: Release) -> Release:
         """Plan every size that has not all of its files; return the record with the run of those that had none.
@@ -273,7 +280,7 @@ class _Making:
     @cached_property
     def likes(self) -> dict[str, dict[str, Choice]]:
         """Types of every published recipe to compare with; their hash tells files of one name apart."""
-        if self.options.like and not self.questions.tasks:
+        if self.options.like and not self.asked.tasks:
             self.session.note("--like: nothing is measured without --text or --mmlu-data, so there is no comparison")
             return {}
         likes = {}
@@ -291,9 +298,9 @@ class _Making:
             encoder = load_encoder(self.options.encoder, chosen_device(self.session.device))
             check_can_tune(self.model, tokens, self.options.calibration, self.session.seed, encoder)
         rows = map(record.row, [*(target.recipe for target in self.options.targets), *self.likes])
-        if self.questions.tasks and any(row is None or row.measured_with != self.settings for row in rows):
+        if self.asked.tasks and any(row is None or row.measured_with != self.settings for row in rows):
             llama_cpp()
-            check_readable(self.questions.text, self.questions.question_files)
+            check_readable(self.asked)
 
     def followed(self, record: Release) -> dict[str, Path]:
         """Return a plan with the types of every published recipe that was not measured."""
@@ -358,12 +365,12 @@ class _Making:
     def measured(self, row: ReleasedFile) -> ReleasedFile:
         """Return the row with what its report was measured with; measured is what was not, or not with that."""
         candidate = (self.folder if row.is_released else self.work) / row.name
-        if not self.questions.tasks or self.settings == row.measured_with or not candidate.is_file():
+        if not self.asked.tasks or self.settings == row.measured_with or not candidate.is_file():
             return row
         asked = EvalOptions(
             candidate=str(candidate),
             reference=self.options.model,
-            questions=self.questions,
+            asked=self.asked,
             reference_cache=self.work / "reference",
         )
         report = evaluate(asked, self.session)

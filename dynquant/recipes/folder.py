@@ -12,7 +12,7 @@ from dynquant.recipes.plan import Plan
 from dynquant.session import Session
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.documents import FrozenRecord, read_document
-from dynquant.storage.file_names import PLAN_NAME, request_in_name
+from dynquant.storage.file_names import PLAN_NAME, STATS_NAME, request_in_name
 
 _LONGEST_REQUEST = 100
 """Characters of a request in a file name; coupled tensors and names of files are in some."""
@@ -116,6 +116,8 @@ def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:
     they are not at `path`, or are others; both hashes are named."""
     if stats_hash is None:
         return None
+    if path.is_dir():
+        raise StatsError(f"{path} is a directory; give the {STATS_NAME} in it.")
     if not path.is_file():
         raise StatsError(
             f"The plan was made from calibration statistics, but there is no {path}. Give them with --stats FILE."

@@ -183,10 +183,9 @@ class Plan(FrozenRecord):
 
     @classmethod
     def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
-        """Read plan.json, of this version or an older one. Raises PlanError: missing, not JSON, of another target,
-        unknown fields or types, or a tensor named twice."""
-        if path.is_dir():
-            raise PlanError(f"{path} is a directory; give the {PLAN_NAME} in it.")
+        """Read plan.json, also by its folder, of this version or an older one. Raises PlanError: missing, not JSON, of
+        another target, unknown fields or types, or a tensor named twice."""
+        path = plan_file(path)
         plan = read_document(path, cls, "a plan", "Make one with `dynquant plan`.")
         if plan.target != target:
             raise PlanError(f"{path} {_OTHER_TARGET[plan.target]}")
@@ -194,9 +193,18 @@ class Plan(FrozenRecord):
         return plan
 
 
+def plan_file(path: Path, way_out: str = "Check the path, or make one with `dynquant plan`.") -> Path:
+    """Return the plan that a path names: that of a folder is the plan.json in it. Raises PlanError: it has none."""
+    if not path.is_dir():
+        return path
+    if not (path / PLAN_NAME).is_file():
+        raise PlanError(f"{path} is a directory without {PLAN_NAME}. {way_out}")
+    return path / PLAN_NAME
+
+
 _OTHER_TARGET = {
-    "vllm": "is a plan for vLLM (`plan --for vllm`); export it with -f compressed-tensors, or make one of GGUF types "
-    "with `dynquant plan`.",
+    "vllm": "is a plan for vLLM (`plan --for vllm`), whose schemes are no GGUF types; `export` takes it with -f "
+    "compressed-tensors. For GGUF types, make one with `dynquant plan`.",
     "gguf": "is a plan of GGUF types, which vLLM does not serve from compressed-tensors. Make one of its schemes with "
     "`dynquant plan MODEL --for vllm`, or export this one with -f gguf.",
 }

@@ -94,7 +94,8 @@ def _wanted_types(preset: str, model: Model, mtp_type: str) -> dict[str, Choice]
     if name.startswith("uniform-"):
         if (scheme := name.removeprefix("uniform-").upper()) in SCHEMES and scheme not in QUANT_TYPES:
             raise PlanError(
-                f"{scheme} is a scheme of compressed-tensors, no GGUF type: export with -f compressed-tensors."
+                f"{scheme} is a scheme of compressed-tensors, no GGUF type: plan with --for vllm, or export with -f "
+                "compressed-tensors."
             )
         return _uniform(quant_type(name.removeprefix("uniform-")).name, roles) | held
     if name.startswith("experts-"):

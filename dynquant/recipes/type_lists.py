@@ -16,9 +16,8 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.llama_mixtures import OUTPUT_NAME
-from dynquant.recipes.plan import Plan
+from dynquant.recipes.plan import Plan, plan_file
 from dynquant.storage.file_kinds import SAFETENSORS, content_of, kind_of
-from dynquant.storage.file_names import PLAN_NAME
 
 _EMBEDDING_NAME = "token_embd.weight"
 
@@ -46,12 +45,7 @@ def read_types(path: Path) -> TypeList:
             about = f"{path} is not a whole model: what lacks is in no recipe and no difference. {fault}"
             warnings.warn(about, stacklevel=2)
         return TypeList(path.name, summary.arch, summary.total_bytes, summary.tensors)
-    if path.is_dir():
-        path = path / PLAN_NAME
-        if not path.is_file():
-            raise PlanError(
-                f"{path.parent} is a directory without {PLAN_NAME}. Give a plan, its folder or a .gguf file."
-            )
+    path = plan_file(path, "Give a plan, its folder or a .gguf file.")
     if kind_of(path) == SAFETENSORS:
         raise PlanError(
             f"{path} is {content_of(path)}, which has no GGUF types. Give a plan, its folder or a GGUF file."

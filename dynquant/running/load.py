@@ -21,7 +21,7 @@ from dynquant.checkpoints.published.packed_parts import has_known_schemes
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
 from dynquant.checkpoints.tensor_roles import stored_ahead
 from dynquant.checkpoints.tensor_source import is_finite
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, UnfitWeightsError
 from dynquant.families.common.config import names_value, quantization_of, refused_value
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.from_gguf import NotUnderstoodError, config_from_gguf
@@ -327,12 +327,12 @@ def _check_complete(path: Path, report: dict[str, Any], config: dict[str, Any], 
     """
     if mismatched := report["mismatched_keys"]:
         name, stored, expected = min(mismatched)
-        raise CheckpointError(
+        raise UnfitWeightsError(
             f"{path}: {len(mismatched)} tensors have other shapes than the configuration calls for: `{name}` is stored "
             f"as {list(stored)}, and should be {list(expected)}. Restore config.json, or fetch it with the weights."
         )
     if new := report["missing_keys"]:
-        raise CheckpointError(
+        raise UnfitWeightsError(
             f"{path} lacks {len(new)} weights of the model ({some_of(new)}); transformers would fill them with random "
             f"numbers. {way_out}"
         )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from dynquant.errors import WriteError, reason
+from dynquant.errors import DynquantError, WriteError, reason
 from dynquant.resources import usable_cores
 from dynquant.storage.strict_json import parse_json
 
@@ -93,13 +93,22 @@ def writing_folder(path: Path, way_out: str = _WAY_OUT, *, replace: bool = False
 
 
 def check_space(folder: Path, num_bytes: int, refusal: type[WriteError] = WriteError) -> None:
-    """Raise `refusal` where fewer bytes are free than are still to be written to a folder, which need not be there."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    if num_bytes > (free := shutil.disk_usage(there).free):
+    """Raise `refusal` where fewer bytes are free than are still to be written to a folder, or as `free_bytes` does."""
+    if num_bytes > (free := free_bytes(folder, refusal)):
         raise refusal(
             f"{num_bytes:,} bytes are still to be written to {folder}, but only {free:,} are free there. Free some "
             "space, or choose an output on another disk."
         )
+
+
+def free_bytes(folder: Path, refusal: type[DynquantError] = WriteError) -> int:
+    """Return the bytes that are free for a folder, which need not be there. Raises `refusal`: the system does not let
+    us look."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+        return shutil.disk_usage(there).free
+    except OSError as error:
+        raise refusal(f"{folder} cannot be written to: {reason(error)}. Choose another place.") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

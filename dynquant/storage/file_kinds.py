@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 
 from dynquant.errors import CheckpointError, DynquantError
 from dynquant.storage.atomic import read_tensors_header
+from dynquant.storage.file_names import PLAN_NAME, RELEASE_NAME
 from dynquant.storage.strict_json import parse_json
 
 GGUF, SAFETENSORS, JSON, EMPTY = "a GGUF file", "a safetensors file", "a JSON file", "an empty file"
@@ -67,6 +68,12 @@ def content_of(path: Path) -> str:
     except (OSError, SafetensorError, KeyError, ValueError):
         pass  # damaged, or nobody's whom we know
     return kind
+
+
+def folder_content(folder: Path) -> str:
+    """Return what a folder of ours is that holds no model, with its article; empty where nothing is known of it."""
+    contents = {RELEASE_NAME: "the folder of a release", PLAN_NAME: "the folder of a plan"}
+    return next((f"{what} of dynquant" for name, what in contents.items() if (folder / name).is_file()), "")
 
 
 def but_is(path: Path) -> str:

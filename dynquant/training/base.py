@@ -8,7 +8,8 @@ import torch
 
 from dynquant.checkpoints.gguf_source import is_gguf
 from dynquant.errors import CheckpointError, TrainingError
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model
+from dynquant.evaluation.options import TRANSFORMERS
+from dynquant.evaluation.runners import describe_model, load_model
 from dynquant.families.common.config import quantization_of
 from dynquant.packed.layers import PackedModule, choose_layout
 from dynquant.registration import QUANT_METHOD

@@ -22,11 +22,11 @@ import torch
 
 from dynquant.errors import DataError
 from dynquant.evaluation.distributions import NUM_TAIL
-from dynquant.evaluation.evaluate import common_columns, evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.evaluate import check_readable, common_columns, evaluate
+from dynquant.evaluation.options import TRANSFORMERS, EvalOptions, TaskOptions
 from dynquant.evaluation.reference_cache import TeacherWindows, build_teacher_windows, cache_key, model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model, open_encoder, open_runner
+from dynquant.evaluation.runners import describe_model, load_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
 from dynquant.families.model_kind import check_same_kind
 from dynquant.families.open import check_original, locate_model, open_model
@@ -122,6 +122,7 @@ class _Healing:
         self.num_columns, self.notes = common_columns(*described)  # leading logits that both models have
         self.options = replace(options, training=replace(options.training, seed=session.seed))
         self.device, self.progress = chosen_device(session.device), progress
+        check_readable(self._asked(tuple(options.data.text)))
 
     def identity(self, text: CalibrationText, split: _Split) -> dict[str, object]:
         """Return all that decides the result."""
@@ -235,15 +236,10 @@ class _Healing:
     def evaluate(self, texts: tuple[Path, ...], *, adapter: Path | None) -> EvalReport:
         """Return what `evaluate` measures on held-out text and questions, without or with an adapter."""
         name = "with the adapter" if adapter else "before"
-        data = self.options.data
-        questions = QuestionOptions(
-            tasks=("kl", "ppl", *(["mmlu"] if data.mmlu_data else [])), text=texts, max_tokens=data.max_tokens,
-            mmlu_data=data.mmlu_data, shots=data.shots, num_shots=data.num_shots, limit=data.limit,
-            **({"scoring": ("letter",)} if data.mmlu_data else {}),
-        )  # fmt: skip
         options = EvalOptions(
-            candidate=str(self.base), reference=str(self.original), questions=questions, window=data.window,
-            reference_cache=self.options.reference_cache, runner=TRANSFORMERS, adapter=adapter,
+            candidate=str(self.base), reference=str(self.original), asked=self._asked(texts),
+            window=self.options.data.window, reference_cache=self.options.reference_cache, runner=TRANSFORMERS,
+            adapter=adapter,
         )  # fmt: skip
 
         @contextmanager
@@ -251,6 +247,14 @@ class _Healing:
             yield lambda step, done, total, **where: self.progress(f"{name}: {step}", done, total, **where)
 
         return evaluate(options, Session(device=self.device, seed=self.options.training.seed, stage=stage))
+
+    def _asked(self, texts: tuple[Path, ...]) -> TaskOptions:
+        data = self.options.data
+        return TaskOptions(
+            tasks=("kl", "ppl", *(["mmlu"] if data.mmlu_data else [])), text=texts, max_tokens=data.max_tokens,
+            mmlu_data=data.mmlu_data, shots=data.shots, num_shots=data.num_shots, limit=data.limit,
+            **({"scoring": ("letter",)} if data.mmlu_data else {}),
+        )  # fmt: skip
 
 
 def _check_lengths(text: CalibrationText, train: torch.Tensor, held: torch.Tensor, window: int) -> None:

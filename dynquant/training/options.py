@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dynquant.errors import TrainingError
 from dynquant.options import Flag, Former, Options, Window, Writes
 
 if TYPE_CHECKING:
@@ -34,9 +33,6 @@ class TrainOptions(Options):
     `batch_size` counts the examples of an optimizer step, which are run `micro_batch` at a time. The held-out loss is
     measured `evaluations` times; after `patience` measurements without a new minimum the run stops, and the adapter of
     the minimum is kept. `gradient_checkpointing` None recomputes activations on a GPU from 10^9 weights.
-
-    Raises:
-        TrainingError: `store` is not one of STORED.
     """
 
     rank: Annotated[int, Flag("Rank of the adapter.", min=1, max=4096)] = 16
@@ -65,13 +61,13 @@ class TrainOptions(Options):
         Flag("Recompute activations to save memory. Default: on a GPU, from a billion weights.", show_default=False),
     ] = None
     seed: int = 0
-    store: Annotated[str, Flag("Type of the adapter's file: float32, or bfloat16 in half the bytes.")] = "float32"
+    store: Annotated[
+        str, Flag("Type of the adapter's file: float32, or bfloat16 in half the bytes.", choices=STORED)
+    ] = "float32"
     """One of STORED; the adapter is trained in float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.store not in STORED:
-            raise TrainingError(f"An adapter cannot be stored as {self.store!r}; give {' or '.join(STORED)}.")
         if self.max_steps is not None:
             self.refuse_unused("--max-steps says how long to train.", "epochs")
 
@@ -155,11 +151,7 @@ class FinetuneOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class HealOptions(Options):
-    """A packed model, its original, the text between them, and the adapter.
-
-    Raises:
-        TrainingError: no such start or blend.
-    """
+    """A packed model, its original, the text between them, and the adapter."""
 
     packed: Packed
     reference: Annotated[
@@ -172,7 +164,11 @@ class HealOptions(Options):
     output: Output
     data: HealData = field(default_factory=HealData)
     start: Annotated[
-        str, Flag("residual: the adapter starts from what quantization took of the weights. zero: as no change.")
+        str,
+        Flag(
+            "residual: the adapter starts from what quantization took of the weights. zero: as no change.",
+            choices=tuple(_BLEND),
+        ),
     ] = RESIDUAL
     blend: Annotated[
         float | None,
@@ -185,11 +181,6 @@ class HealOptions(Options):
     ] = None
     training: HealTrainOptions = field(default_factory=HealTrainOptions)
     resume: Resume = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.start not in _BLEND:
-            raise TrainingError(f"There is no start {self.start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
 
     @property
     def share(self) -> float:

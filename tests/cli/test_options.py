@@ -10,13 +10,14 @@ import pytest
 import typer
 
 from dynquant.analysis.bench.judge import parsed
+from dynquant.analysis.errors.options import DEFAULT_TYPES
 from dynquant.calibration import stage
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.cli.app import app
-from dynquant.cli.compare import CompareEncodersOptions, CompareOptions, EncoderQuestions, RecipeQuestions, _Results
+from dynquant.cli.compare import CompareEncodersOptions, CompareOptions, EncoderTasks, RecipeTasks, _Results
 from dynquant.errors import OptionError
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import EvalOptions, TaskOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.families.open import open_model
 from dynquant.options import Flag, Writes, command_words
@@ -54,6 +55,45 @@ RANGES = [
 ]
 
 
+CHOICES = [
+    pytest.param(command, name, id=f"{command} {name}")
+    for command in COMMANDS
+    for name, (_, flag) in shown(command).items()
+    if flag is not None and flag.choices
+]
+
+
+def error_of(command: str, name: str, value: str, folder: Path) -> Exception:
+    """What a command raises at a value of a parameter; all others that it needs have some."""
+    _, flag = shown(command)[name]
+    line = [flag.option(name), value, *(["--text", str(folder / "text")] if command in NEED_TEXT else [])]
+    line += ["--bpw", "3"] if command == "release" else []
+    for other, (required, of_other) in shown(command).items():
+        if other != name and (required.default is Parameter.empty or other == "output"):
+            notes = get_args(required.annotation)
+            ending = next((note.ending for note in notes if isinstance(note, Writes)), "") or ".file"
+            place = "8GB" if of_other and of_other.is_size else str(folder / f"{other}{ending}")
+            line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
+    with pytest.raises(Exception) as refusal:
+        COMMANDS[command].main(line, standalone_mode=False)
+    return refusal.value
+
+
+@pytest.mark.parametrize("command, name", CHOICES)
+def test_values_that_are_no_choices_are_refused(command, name, tmp_path):
+    option = shown(command)[name][1].option(name)
+    error = error_of(command, name, "magic", tmp_path)
+    assert type(error) is OptionError and str(error).startswith(f"{option} magic is not known; give ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_choice_is_checked_in_another_way():
+    assert {name for _, name in (param.values for param in CHOICES)} >= {
+        "couple", "effort", "encoder", "for_", "format", "hessians", "kv_type", "mmproj_type", "runner", "scoring",
+        "sensitivity", "start", "store", "tasks", "tune_parts", "variants", "vision",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("command, name", RANGES)
 def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
     parameter, flag = shown(command)[name]
@@ -67,20 +107,11 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
         assert parameter.default in (None, Parameter.empty) or flag.min <= parameter.default <= flag.max
     option = flag.option(name)
     for value in bad:
-        line = [option, value, *(["--text", str(tmp_path / "text")] if command in NEED_TEXT else [])]
-        line += ["--bpw", "3"] if command == "release" else []
-        for other, (required, of_other) in shown(command).items():
-            if other != name and (required.default is Parameter.empty or other == "output"):
-                notes = get_args(required.annotation)
-                ending = next((note.ending for note in notes if isinstance(note, Writes)), "") or ".file"
-                place = "8GB" if of_other and of_other.is_size else str(tmp_path / f"{other}{ending}")
-                line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
-        with pytest.raises(Exception) as refusal:
-            COMMANDS[command].main(line, standalone_mode=False)
-        if refusal.type is OptionError:
-            assert str(refusal.value).startswith(option) and len(str(refusal.value)) < 250
+        error = error_of(command, name, value, tmp_path)
+        if type(error) is OptionError:
+            assert str(error).startswith(option) and len(str(error)) < 250
         else:
-            assert refusal.value.exit_code == 2 and option in refusal.value.format_message(), (value, refusal.value)
+            assert error.exit_code == 2 and option in error.format_message(), (value, error)
         assert not list(tmp_path.iterdir())
 
 
@@ -110,6 +141,12 @@ def test_callers_in_python_are_checked_alike():
 def test_help_shows_a_range_that_is_not_obvious():
     helps = {p.name: p.help for p in COMMANDS["finetune"].params}
     assert helps["held_out"].endswith("From 0 to 0.9.") and helps["rank"].endswith("From 1 to 4,096.")
+
+
+def test_help_shows_the_candidate_types_that_are_taken_where_none_are_named():
+    for command in ("analyze", "plan", "release"):
+        (said,) = (p.help for p in COMMANDS[command].params if p.name == "types")
+        assert said.endswith(f"Default: {', '.join(DEFAULT_TYPES).lower()}.")
 
 
 @pytest.mark.parametrize("text, size", [("0", 0), ("1.5kB", 1500), (" 2 KiB ", 2048), ("8GiB", 8 << 30), ("3", 3)])
@@ -269,30 +306,30 @@ def test_statistics_of_a_text_shorter_than_a_window_are_used_again(small_moe, tm
 def test_what_does_nothing_for_this_preset_or_these_tasks_is_said(small_moe, tmp_path):
     said = succeed("export", small_moe, "--preset", "uniform-q8_0", "--tokens", 9, "-o", tmp_path / "out.gguf")
     assert "--tokens did nothing: no type of uniform-q8_0 uses statistics" in said
-    asked = QuestionOptions(tasks=("mmlu",), text=(Path("t"),), max_tokens=9, limit=3)
-    idle = EvalOptions(candidate="c", reference="r", questions=asked, window=9).idle
+    asked = TaskOptions(tasks=("mmlu",), text=(Path("t"),), max_tokens=9, limit=3)
+    idle = EvalOptions(candidate="c", reference="r", asked=asked, window=9).idle
     assert idle == ["--text", "--tokens", "--window"]
     asked = replace(asked, tasks=("kl",), num_shots=0)
-    assert EvalOptions(candidate="c", reference="r", questions=asked).idle == ["--num-shots", "--limit"]
+    assert EvalOptions(candidate="c", reference="r", asked=asked).idle == ["--num-shots", "--limit"]
 
 
 def test_a_comparison_goes_on_with_the_same_options_alone(tmp_path):
     (tmp_path / "text").write_text("One text.")
-    questions = RecipeQuestions(text=(tmp_path / "text",))
-    options = CompareOptions(model="m", recipes=("f16",), output=tmp_path, questions=questions)
+    asked = RecipeTasks(text=(tmp_path / "text",))
+    options = CompareOptions(model="m", recipes=("f16",), output=tmp_path, asked=asked)
     _Results(tmp_path / "compare.json", options, Session()).record("f16", {"bytes": 1})
-    more = replace(questions, tasks=("kl", "ppl", "mmlu"), mmlu_data="questions.jsonl")
-    assert _Results(tmp_path / "compare.json", replace(options, questions=more), Session()).rows.keys() == {"f16"}
+    more = replace(asked, tasks=("kl", "ppl", "mmlu"), mmlu_data="questions.jsonl")
+    assert _Results(tmp_path / "compare.json", replace(options, asked=more), Session()).rows.keys() == {"f16"}
     (tmp_path / "text").write_text("Another text.")
-    changed = replace(options, questions=replace(questions, max_tokens=9), select=True)
+    changed = replace(options, asked=replace(asked, max_tokens=9), select=True)
     with pytest.raises(OptionError, match=r"`f16` in .* other --max-tokens and --select and --text\."):
         _Results(tmp_path / "compare.json", changed, Session())
     assert json.loads((tmp_path / "compare.json").read_text())["f16"]["bytes"] == 1
 
 
 def test_encoders_without_a_closing_pass_go_on_whatever_its_tokens(tmp_path):
-    questions = EncoderQuestions(text=(tmp_path / "text",))
-    options = CompareEncodersOptions(model="m", recipes=("f16",), output=tmp_path, questions=questions, tune=9)
+    asked = EncoderTasks(text=(tmp_path / "text",))
+    options = CompareEncodersOptions(model="m", recipes=("f16",), output=tmp_path, asked=asked, tune=9)
     _Results(tmp_path / "encoders.json", options, Session()).record("f16 ggml", {"bytes": 1})
     _Results(tmp_path / "encoders.json", replace(options, tune=8, variants=("ggml",)), Session())
     with pytest.raises(OptionError, match="other --tune"):

@@ -179,7 +179,12 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("finetune {m} --data {t}/file -o {t}/file2/adapter --json-progress {t}/folder", "is a directory"),
         ("measure-machine -o {t}/folder", "is a directory"),
         ("demo -o {t}/file", "is a file"),
-        ("export {m} --plan {t}/folder -o {t}/a.gguf", "folder is a directory; give the plan.json in it"),
+        ("export {m} --plan {t}/folder -o {t}/a.gguf", "folder is a directory without plan.json"),
+        ("plan {m} --like {t}/folder -o {t}/p", "folder is a directory without plan.json"),
+        ("export {m} --plan {p} --stats {p} -o {t}/a.gguf", "is a directory; give the stats.safetensors in it"),
+        ("inspect {p}", "is the folder of a plan of dynquant, not a model. Give the directory of"),
+        ("calibrate {p} -o {t}/s.safetensors", "is the folder of a plan of dynquant, not a model; give the directory"),
+        ("diff {p} {t}/folder", "Give a plan, its folder or a .gguf file."),
         ("recipe {t}/folder", "folder is a directory without plan.json"),
         ("diff {g} {t}/folder", "folder is a directory without plan.json"),
         ("plan {m} --recipe {t}/folder -o {t}/p", "folder is a directory; give a file in it"),
@@ -193,11 +198,13 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("eval {m} --reference {m} --text {t}/file -o {t}", "(--output) is a directory"),
     ],
 )
-def test_paths_of_the_wrong_kind_are_named_before_any_work(arguments, words, small_moe, exported, tmp_path):
+def test_paths_of_the_wrong_kind_are_named_before_any_work(
+    arguments, words, small_moe, exported, planned_16m, tmp_path
+):
     (tmp_path / "file").write_text("text")
     for name in ("folder", "folder.gguf"):
         (tmp_path / name).mkdir()
-    names = {"m": small_moe, "g": exported, "t": tmp_path, "long": "x" * 300, "name": "x" * 240}
+    names = {"m": small_moe, "g": exported, "t": tmp_path, "p": planned_16m, "long": "x" * 300, "name": "x" * 240}
     message = refused(*(word.format(**names) for word in arguments.split()))
     assert words.format(**names) in message and "corrupt" not in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "folder.gguf"]

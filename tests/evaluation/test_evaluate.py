@@ -14,8 +14,10 @@ from dynquant.evaluation.evaluate import common_columns
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import ModelInfo
 from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.inputs.text import evaluation_windows
+from dynquant.recipes.build_plan import plan_for_vllm, uniform_schemes
 from tests.helpers.commands import refused
 from tests.helpers.edited_checkpoints import edited_config
 from tests.helpers.evaluating import evaluated
@@ -126,11 +128,10 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tasks": set()}, r"choose from generate, kl"),
+        ({"tasks": set()}, r"--tasks names none; give some of generate, kl"),
         ({"tasks": {"kl"}, "text": []}, "need a text"),
         ({"tasks": {"kl"}, "window": 4096}, "does not fit the context of 1024"),
         ({"tasks": {"mmlu"}, "shots": None, "num_shots": 1000}, "No subject has more than the 1000 questions"),
-        ({"tasks": {"mmlu"}, "scoring": ["digits"]}, "Unknown scoring"),
         ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "There is no text"),
     ],
 )
@@ -140,15 +141,17 @@ def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data
         evaluated(small_moe, small_moe, **{**data, **SMALL, **options})
 
 
-def test_a_plan_of_a_language_model_is_to_be_exported_first(small_moe, moe_model, data, tmp_path) -> None:
-    plan = tmp_path / "plan.json"
-    plan_of(moe_model, "Q8_0").save(plan)
+@pytest.mark.parametrize("output", ["model.gguf", "out/ -f compressed-tensors"])
+def test_a_plan_of_a_language_model_is_to_be_exported_first(small_moe, moe_model, data, tmp_path, output) -> None:
+    plan, checkpoint = tmp_path / "plan.json", linear_checkpoint(moe_model)
+    for_vllm = plan_for_vllm(moe_model, checkpoint, uniform_schemes("uniform-w4a16", checkpoint), recipe="test")
+    (plan_of(moe_model, "Q8_0") if output == "model.gguf" else for_vllm).save(plan)
     pictures = tmp_path / "pictures.jsonl"
     for candidate in (plan, tmp_path):
         for how in (("--text", data["text"][0]), ("--data", pictures, "--tasks", "kl")):
             said = refused("eval", candidate, "--reference", small_moe, *how)
             assert f"{candidate} is a plan, and plans are evaluated as they are only of vision-language models" in said
-            assert f"Export it (`dynquant export {small_moe} --plan {plan} -o model.gguf`)" in said
+            assert f"Export it (`dynquant export {small_moe} --plan {plan} -o {output}`)" in said
 
 
 def info(vocab_size: int, num_named: int, name: str) -> ModelInfo:

@@ -6,7 +6,7 @@ import pytest
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import EvaluationError
+from dynquant.errors import OptionError
 from dynquant.evaluation.runners import describe_model, open_runner
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
@@ -68,5 +68,5 @@ def test_both_runtimes_describe_a_gguf_file_alike(packed_moe):
 
 
 def test_an_unknown_runner_is_refused(measure, packed_moe):
-    with pytest.raises(EvaluationError, match="no runner `onnx`"):
+    with pytest.raises(OptionError, match=r"--runner onnx is not known; give one of llama\.cpp, transformers"):
         measure(packed_moe.gguf, "onnx")

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from dynquant.errors import EvaluationError
+from dynquant.evaluation.evaluate import check_readable
+from dynquant.evaluation.options import TaskOptions
 from dynquant.evaluation.runners import open_encoder, open_runner
 from dynquant.evaluation.tasks.multiple_choice import (
     AnswerScores,
     EncodedQuestion,
     answer_texts,
     encode_questions,
+    load_asked,
     render_prompt,
     score_questions,
 )
@@ -232,3 +235,19 @@ def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, shots, scori
         np.testing.assert_allclose(scores.log_probs, log_probs, atol=1e-3)
         right = scores.prediction(scoring) == scores.question.answer
         assert float(right) == sample["acc" if scoring == "letter" else "acc_bytes"]
+
+
+def test_shots_of_a_data_set_are_those_of_its_split_for_them(tmp_path, monkeypatch):
+    """Also when they are looked at before anything runs."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    question = {"subject": "s", "question": "Which?", "choices": ["a", "b"], "answer": 0}
+    (tmp_path / "test.jsonl").write_text(json.dumps(question) + "\n")
+    shots, split = tmp_path / "shots", {"split": "dev", "path": "dev.jsonl"}
+    shots.mkdir()
+    (shots / "dev.jsonl").write_text(json.dumps(question | {"question": "Where?"}) + "\n")
+    configs = json.dumps([{"config_name": "all", "data_files": [split]}])
+    (shots / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    options = TaskOptions(tasks=("mmlu",), mmlu_data=str(tmp_path / "test.jsonl"), shots=str(shots))
+    check_readable(options)
+    asked, examples = load_asked(options)
+    assert [[each.question for each in questions] for questions in (asked, examples)] == [["Which?"], ["Where?"]]

@@ -14,7 +14,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.cli.terminal.record import RunRecord
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import CheckpointError, ExportError, StatsError, WriteError
+from dynquant.errors import CheckpointError, ExportError, OptionError, StatsError, WriteError
 from dynquant.exporters.closing_pass import closing_pass_of, too_large_to_tune, tune_file, tune_options
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.options import TUNABLE_PARTS, ClosingPassOptions, ExportOptions
@@ -174,7 +174,7 @@ def test_a_part_that_the_file_lacks_is_not_trained(moe_model, crushed, windows):
     result = tune(moe_model, load_hf(moe_model), opened(moe_model, crushed), windows, options, progress=hear)
     assert not result.replacements and result.tokens == 0 and "none of the parts" in result.ended
     assert totals == {128, 256}, "text that would be trained on was run all the same"
-    with pytest.raises(ExportError, match=r"--tune-parts: there is no part codes; name some of scales, norms"):
+    with pytest.raises(OptionError, match="--tune-parts codes is not known; give some of scales, norms, biases, ro"):
         ClosingPassOptions(tune_parts=("codes",))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.checkpoints.inspect import inspect
@@ -354,13 +355,13 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
     status, said = typed(*export, "-o", tmp_path / "x")
     assert status == 1 and "made from calibration statistics, but there is no" in said
     status, said = typed("export", qwen, "-f", "gguf", "--plan", plan / "plan.json", "-o", tmp_path / "x.gguf")
-    assert status == 1 and "export it with -f compressed-tensors" in said
+    assert status == 1 and "`export` takes it with -f compressed-tensors" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("export", "MODEL", "-f", "tensors", "--preset", "uniform-w4a16"), "no export format `tensors`"),
+        (("export", "MODEL", "-f", "tensors", "--preset", "uniform-w4a16"), "--format tensors is not known"),
         (("export", "MODEL", "-f", "compressed-tensors"), "either --plan FILE"),
         (("export", "MODEL", "-f", "compressed-tensors", "--preset", "r1-iq1_s"), "is no preset for vLLM"),
         (("export", "MODEL", "-f", "compressed-tensors", "--preset", "uniform-iq1_s"), "`iq1_s` is not a scheme"),
@@ -447,3 +448,19 @@ def test_experts_with_biases_are_refused(tmp_path: Path) -> None:
     model = converted_model(tmp_path, [bias, *gpt_oss_conversions()])
     with pytest.raises(ExportError, match=r"`blk\.0\.ffn_down_exps\.bias`.*not one by one"):
         linear_checkpoint(model)
+
+
+def test_stacks_of_experts_are_known_by_their_names(tmp_path: Path) -> None:
+    def stack_of(number: int, stored: str, rows: tuple[int, ...] | None = None) -> Model:
+        (tmp_path / stored).mkdir()
+        (tmp_path / stored / "config.json").write_text("{}")
+        save_file({stored: torch.ones(*(rows or (number, 64)), 96)}, tmp_path / stored / "model.safetensors")
+        conversion = Conversion("blk.0.ffn_down_exps.weight", (stored,), (number, 64, 96), "F32")
+        return converted_model(tmp_path / stored, [conversion])
+
+    for number in (1, 3):  # one expert is no matrix
+        (layer,) = linear_checkpoint(stack_of(number, f"model.layers.{number}.mlp.experts.down_proj")).linears
+        assert layer.modules == tuple(f"model.layers.{number}.mlp.experts.{e}.down_proj" for e in range(number))
+    for stored, rows in (("moe.output_linear.weight", (3, 64)), ("experts.mlp.w1", (3 * 64,))):  # of Granite and DBRX
+        with pytest.raises(ExportError, match=rf"the stack `{re.escape(stored)}`, and it is not known"):
+            linear_checkpoint(stack_of(3, stored, rows))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.safetensors_format import read_header
-from dynquant.errors import ExportError, PlanError
+from dynquant.errors import ExportError, OptionError, PlanError
 from dynquant.exporters import safetensors as exporter
 from dynquant.exporters.model_card import packed_card
 from dynquant.exporters.safetensors import hf_config_of
@@ -194,4 +194,4 @@ def test_the_command_line_exports_and_inspects(tiny, tmp_path):
     done = run(app, ["inspect", str(tmp_path / "out"), "--json"])
     assert json.loads(done.output)["types"][0]["label"] == "Q8_0"
     done = run(app, [*arguments, "-f", "onnx", "-o", str(tmp_path / "other")])
-    assert isinstance(done.exception, ExportError) and "gguf, safetensors" in str(done.exception)
+    assert isinstance(done.exception, OptionError) and "gguf, safetensors" in str(done.exception)

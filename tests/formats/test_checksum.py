@@ -13,6 +13,7 @@ def test_parts_add_up_to_the_whole():
     of_experts = sum(checksum(WEIGHTS[expert], 30 * expert) for expert in range(4))
     of_rows = sum(checksum(WEIGHTS.reshape(120, 37)[start : start + 7], start) for start in range(0, 120, 7))
     assert whole == of_experts % (1 << 64) == of_rows % (1 << 64)
+    assert checksum(torch.tensor(1.5)) == checksum(torch.tensor([1.5])) != checksum(torch.tensor(2.5))
     assert checksum(WEIGHTS.bfloat16()) == checksum(WEIGHTS.bfloat16().float())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynquant.evaluation.evaluate import evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import EvalOptions, TaskOptions
 from dynquant.evaluation.report import EvalReport, PictureReport
 from dynquant.session import Progress, Session, ignore_progress
 
@@ -21,15 +21,13 @@ def evaluated(
     progress: Progress = ignore_progress,
     **options: Any,
 ) -> EvalReport | PictureReport:
-    """Return what `evaluate` finds; `options` are fields of `EvalOptions` and of its `QuestionOptions`."""
+    """Return what `evaluate` finds; `options` are fields of `EvalOptions` and of its `TaskOptions`."""
 
     @contextmanager
     def stage(_kept: str) -> Iterator[Progress]:
         yield progress
 
     session = Session(device=device, threads=threads, seed=seed, stage=stage)
-    asked = {name: options.pop(name) for name in list(options) if name in QuestionOptions.__dataclass_fields__}
-    questions = QuestionOptions(**asked)
-    return evaluate(
-        EvalOptions(candidate=str(candidate), reference=str(reference), questions=questions, **options), session
-    )
+    of_tasks = {name: options.pop(name) for name in list(options) if name in TaskOptions.__dataclass_fields__}
+    asked = TaskOptions(**of_tasks)
+    return evaluate(EvalOptions(candidate=str(candidate), reference=str(reference), asked=asked, **options), session)

@@ -22,7 +22,8 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import AdapterError, CheckpointError
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model
+from dynquant.evaluation.options import TRANSFORMERS
+from dynquant.evaluation.runners import describe_model, load_model
 from dynquant.exporters import adapter_gguf
 from dynquant.exporters.gguf import write_patched
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged

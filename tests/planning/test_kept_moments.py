@@ -47,3 +47,10 @@ def test_a_plan_made_with_other_second_moments_is_exported_with_a_word(planned_1
     relabelled(folder, "two-sided")
     said = succeed(*arguments, tmp_path / "other.gguf")
     assert "was made with activations second moments" in said and "those of two-sided" in said
+
+
+def test_a_preset_for_vllm_knows_the_second_moments_of_its_folder(calibrated_16m, small_moe, tmp_path):
+    """Else plans that stay beside it would be said to have lost theirs, and its export would not tell of others."""
+    folder = linked_copy(calibrated_16m, tmp_path / "plan")
+    succeed("plan", small_moe, "--for", "vllm", "--preset", "uniform-w4a16", *CALIBRATION_16M, "-o", folder)
+    assert Plan.load(folder / "plan.json", target="vllm").hessians == "activations"

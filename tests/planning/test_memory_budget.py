@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dynquant.errors import PlanError
+from dynquant.errors import OptionError, PlanError
 from dynquant.families.open import open_config, open_model
 from dynquant.planning.memory.budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes, memory_budget
 from dynquant.planning.target import Target
@@ -97,7 +97,7 @@ def test_too_little_memory_names_every_part(llama_8b):
 
 
 def test_impossible_caches_are_refused(llama_8b, small_moe, tmp_path):
-    with pytest.raises(PlanError, match="f16, q8_0, q4_0"):
+    with pytest.raises(OptionError, match="f16, q8_0, q4_0"):
         Target(fits="24GB", kv_type="q4_k")
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "head_dim": 80}))
     with pytest.raises(PlanError, match=r"blocks of 32.*80"):

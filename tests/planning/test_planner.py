@@ -13,7 +13,7 @@ from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.planning.planner import Rules, check_couplings, coupled_tensors, outlier_tensors, plan_types, size_range
+from dynquant.planning.planner import Rules, coupled_tensors, outlier_tensors, plan_types, size_range
 
 TYPES = ("IQ1_S", "IQ2_XXS", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0")
 SHAPE = {"attn_q": (256, 256), "ffn_down_exps": (8, 256, 256), "ffn_gate_exps": (8, 256, 256)}
@@ -69,6 +69,21 @@ def test_floors_are_lowered_only_when_the_budget_demands_it_and_the_reason_says_
     types = plan_types(table, smallest + 64, Rules())
     assert size(table, types) <= smallest + 64
     assert "no floor at this budget" in types["blk.0.attn_q.weight"][1]
+
+
+def test_a_lowered_floor_is_told_with_the_one_that_it_was_lowered_from():
+    spike, held = "blk.2.ffn_down_exps.weight", "blk.4.ffn_down_exps.weight"
+    table = table_of(outlier=spike, parts=("attn_q", "ffn_down_exps"))
+    coupled = (("blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight"), ("blk.1.attn_q.weight", spike))
+    rules = Rules(super_weights={held: "holds a super weight"}, coupled=coupled)
+    floors = {spike: "Q4_K", "blk.1.attn_q.weight": "Q4_K", held: "Q6_K", "blk.3.attn_q.weight": "Q3_K"}
+    needed = {name: (floors.get(name, "Q3_K" if "attn_q" in name else "IQ1_S"), "") for name in table.tensors()}
+    needed["blk.0.ffn_down_exps.weight"] = ("Q3_K", "")
+    types = plan_types(table, size(table, needed), rules)
+    assert "floor Q4_K, lowered from Q6_K at this budget" in types[spike][1]
+    assert "floor Q4_K, lowered from Q6_K at this budget" in types["blk.1.attn_q.weight"][1]
+    assert "floor Q3_K, lowered from IQ4_XS at this budget" in types["blk.0.ffn_down_exps.weight"][1]
+    assert "floor Q6_K" in types[held][1] and "lowered" not in types[held][1]
 
 
 @pytest.mark.parametrize("budget, words", [(10, "below the smallest"), (10**9, "above the largest")])
@@ -160,11 +175,6 @@ def test_coupled_tensors_without_a_common_type_are_named():
     with pytest.raises(PlanError, match="no candidate type") as refusal:
         plan_types(apart, 10**6, Rules(coupled=((gate, up),)))
     assert f"`{gate}` can be Q4_K, Q6_K" in str(refusal.value) and up in str(refusal.value)
-
-
-def test_unknown_couplings_list_the_known():
-    with pytest.raises(PlanError, match=r"`--couple gates` .* gate-up, qkv"):
-        check_couplings(("gates",))
 
 
 def test_size_range_is_what_the_refusals_name():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.analysis.sensitivity.fisher_probe import fisher_probe
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.scheme_store import SchemeStore
@@ -19,7 +20,7 @@ from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.planning.chooser import SchemeChooser
 from dynquant.planning.options import METHODS, PlanOptions, SearchOptions
-from dynquant.planning.search import Search, search_plans
+from dynquant.planning.selecting.search import Search, search_plans
 from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm
@@ -39,22 +40,27 @@ def deepseek(small_moe, tmp_path_factory):
     return save_tiny("deepseek-v3", tmp_path_factory.mktemp("tiny") / "deepseek", small_moe, num_hidden_layers=2)
 
 
-@pytest.fixture
-def search(deepseek, tmp_path):
-    """A search over plans with experts in one scheme."""
-    model = open_model(deepseek)
+def search_of(directory, folder):
+    """Return a search over plans with experts in one scheme."""
+    model = open_model(directory)
     checkpoint = linear_checkpoint(model)
     chooser = SchemeChooser(checkpoint, tuple(LOSSES), budget=BUDGET)
     by_name = {name: {scheme.name: scheme for scheme in of} for name, of in chooser.candidates.items()}
-    store = SchemeStore(model, checkpoint, by_name, Guidance(), tmp_path / "store", torch.device("cpu"))
-    stats = SimpleNamespace(stats=SimpleNamespace(provenance=SimpleNamespace(max_tokens=512, window=64, seed=0)))
+    store = SchemeStore(model, checkpoint, by_name, Guidance(), folder / "store", torch.device("cpu"))
+    stats = SimpleNamespace(
+        stats=SimpleNamespace(provenance=SimpleNamespace(max_tokens=512, window=64, seed=0, sampled_tokens=0))
+    )
     target = Target(size=str(BUDGET), serves="vllm")
     return Search(store, SearchOptions(**SELECTING), chooser, target, stats, CALIBRATION, SILENT)
 
 
 @pytest.fixture
-def table(search):
-    """Made-up errors, in which later layers matter more."""
+def search(deepseek, tmp_path):
+    return search_of(deepseek, tmp_path)
+
+
+def table_of(search):
+    """Return made-up errors, in which later layers matter more."""
     linears = search.store.checkpoint.linears
     rows = [
         ErrorRow(
@@ -68,6 +74,11 @@ def table(search):
         model="tiny", fingerprint="", stats_hash="", encoder="", types=tuple(LOSSES), rows=tuple(rows),
         sensitivity={linear.name: 1.0 + n for n, linear in enumerate(linears)},
     )  # fmt: skip
+
+
+@pytest.fixture
+def table(search):
+    return table_of(search)
 
 
 @pytest.mark.parametrize("methods", [("closed-form",), pytest.param(METHODS, marks=pytest.mark.nightly)])
@@ -86,6 +97,15 @@ def test_a_search_prices_and_takes_schemes_by_the_kl_of_what_is_written(search, 
     assert BUDGET - 40_000 < winner.bytes - 4096 < chosen.predicted_bytes <= winner.bytes <= BUDGET
     value, _ = selection.fit.predicted(winner.predicted_kl)
     assert value == pytest.approx(winner.kl.value, rel=0.5)
+
+
+def test_a_tied_embedding_that_gguf_stores_twice_is_no_layer(small_moe, tmp_path):
+    search = search_of(save_tiny("qwen2-moe-tied", tmp_path / "tied", small_moe), tmp_path)
+    assert {"token_embd.weight", "output.weight"} < set(search.model.source.names())
+    running, table = load_hf(search.model, dtype=torch.float32), table_of(search)
+    assert running.get_input_embeddings().weight is running.get_output_embeddings().weight
+    costs = fisher_probe(running, search.store, table, torch.arange(128).reshape(2, 64))
+    assert costs.keys() == table.tensors().keys()
 
 
 def asked(deepseek, folder, bpw, **search):
@@ -117,7 +137,7 @@ def test_a_selected_plan_says_what_its_checkpoint_loses(deepseek, tmp_path):
             texts.append(inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynquant.planning.search.ScoredInputs", Noted)
+        patch.setattr("dynquant.planning.selecting.search.ScoredInputs", Noted)
         assert make_plan(asked(deepseek, folder, 13.8)).selected_kl == plan.selected_kl
     original, written = load_hf(open_model(deepseek), dtype=torch.float32), load_model(out)
     with torch.inference_mode():

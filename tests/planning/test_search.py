@@ -22,7 +22,7 @@ from dynquant.calibration.stage import StatsFile, calibrate
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.encoding.store import store_directory
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import PlanError, StatsError
+from dynquant.errors import OptionError, PlanError, StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import Estimate
@@ -32,11 +32,12 @@ from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
-from dynquant.planning import search as search_module
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import Rules, plan_types, unit_options
-from dynquant.planning.search import _proposed, encoded_store
-from dynquant.planning.selection import Candidate, Fit, rank_correlation
+from dynquant.planning.selecting import search as search_module
+from dynquant.planning.selecting.search import _proposed, encoded_store
+from dynquant.planning.selecting.selection import Candidate, Fit, rank_correlation
+from dynquant.planning.selecting.text import Extent, selection_windows
 from dynquant.planning.stage import _check_runs, make_plan
 from dynquant.planning.target import Target
 from dynquant.running.linear_hooks import sampled_log_probability
@@ -410,7 +411,9 @@ def test_a_text_that_calibration_used_up_is_selected_on_where_it_was_held_back(
     _, directory = calibrated
     tokenizer, whole = load_tokenizer(moe_model), read_text(None)
     used_up = tokenizer.decode(tokenizer("\n".join(whole.documents))["input_ids"][:TOKENS])
-    monkeypatch.setattr("dynquant.planning.search.read_text", lambda *_, **__: replace(whole, documents=(used_up,)))
+    monkeypatch.setattr(
+        "dynquant.planning.selecting.text.read_text", lambda *_, **__: replace(whole, documents=(used_up,))
+    )
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     for wanted in (256, 1024):
         search = SearchOptions(methods=("closed-form", "fisher-probe"), select=True, selection_tokens=wanted)
@@ -428,7 +431,7 @@ def test_a_text_that_calibration_used_up_is_selected_on_where_it_was_held_back(
     ("used", "span", "pieces", "length", "first", "end"),
     [
         (10, 131_072, 16, 256, 11, 100),  # more text behind than is wanted
-        (10, 0, 8, 512, 11, 19),  # `release` measures files on what comes then
+        (10, 0, 8, 512, 11, 19),
         (80, 131_072, 16, 256, 81, 100),
         (87, 131_072, 12, 341, 88, 100),
         (100, 131_072, 9, 455, 91, 100),  # what was held back, but for a window beside what was not
@@ -441,12 +444,21 @@ def test_plans_are_scored_on_pieces_from_all_over_what_calibration_left(
     text, tokenizer = tmp_path / "text.txt", load_tokenizer(moe_model)
     text.write_text(tokenizer.decode(pack_windows(read_text(None), tokenizer, window=51_200)[0].tolist()))
     windows = pack_windows(read_text(text), tokenizer, window=512)[:100]
-    options, extent = SearchOptions(select=True, selection_span=span), search_module._Extent(512 * used, 512, 0)
-    found, calibrated = search_module._text_windows(moe_model, options, CalibrationOptions(text=str(text)), extent)
+    options, extent = SearchOptions(select=True, selection_span=span), Extent(512 * used, 512, 0)
+    found, calibrated = selection_windows(moe_model, options, CalibrationOptions(text=str(text)), extent)
     places = [int((windows[:, :length] == piece).all(1).nonzero()[0]) for piece in found.windows]
     steps = {after - before for before, after in pairwise([*places, end])}
     assert found.windows.shape == (pieces, length) and places[0] == first and max(steps) - min(steps) <= 1
     assert torch.equal(calibrated, windows[: len(calibrated)]) and len(calibrated) == first - 1
+
+
+def test_tensors_are_priced_on_all_of_a_text_that_only_began_what_was_calibrated_on(moe_model):
+    """Else on one window of it."""
+    windows = pack_windows(read_text(None), load_tokenizer(moe_model), window=512, max_tokens=131_072 + 512)
+    extent = Extent(0, 512, 0, sampled_tokens=4096)
+    found, others = selection_windows(moe_model, SearchOptions(select=True), CalibrationOptions(), extent)
+    assert found.windows.shape == (16, 256) and len(others) == len(windows) - 16
+    assert not any((others[:, :256] == piece).all(1).any() for piece in found.windows)
 
 
 def test_every_domain_of_a_text_is_selected_on(moe_model, tmp_path):
@@ -456,8 +468,8 @@ def test_every_domain_of_a_text_is_selected_on(moe_model, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     calibration, decode = CalibrationOptions(text=str(tmp_path / "text.jsonl")), load_tokenizer(moe_model).decode
     for seed in range(5):
-        options, extent = SearchOptions(select=True, selection_tokens=2048), search_module._Extent(2048, 512, seed)
-        found, calibrated = search_module._text_windows(moe_model, options, calibration, extent)
+        options, extent = SearchOptions(select=True, selection_tokens=2048), Extent(2048, 512, seed)
+        found, calibrated = selection_windows(moe_model, options, calibration, extent)
         assert found.windows.shape == (8, 256) and len(calibrated) == 4
         assert all(name in decode(found.windows.flatten().tolist()) for name in numbers)
 
@@ -470,15 +482,15 @@ def test_of_a_data_set_that_is_read_in_part_the_documents_of_calibration_are_kno
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
     calibration = CalibrationOptions(text=str(tmp_path / "set"), tokens=2048, window=256)
     used = text_inputs(moe_model, calibration.text, tokens=2048, window=256).windows
-    extent = search_module._Extent(2048, 256, 0)
-    found, calibrated = search_module._text_windows(moe_model, SearchOptions(select=True), calibration, extent)
+    extent = Extent(2048, 256, 0)
+    found, calibrated = selection_windows(moe_model, SearchOptions(select=True), calibration, extent)
     assert torch.equal(calibrated, used) and found.num_tokens == 4096
     assert not any((used == piece).all(1).any() for piece in found.windows)
 
 
 def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypatch):
     _, directory = calibrated
-    monkeypatch.setattr("dynquant.planning.search.fisher_probe", None)
+    monkeypatch.setattr("dynquant.planning.selecting.search.fisher_probe", None)
     search = SearchOptions(methods=("fisher-probe",), selection_tokens=512)
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     made = plan(small_moe, Target(bpw=3.5, types=TYPES), options, directory, search)
@@ -488,7 +500,7 @@ def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypat
 
 
 def test_unknown_methods_and_too_few_plans_are_refused():
-    with pytest.raises(PlanError, match=r"no sensitivity `magic`.*fisher-probe"):
+    with pytest.raises(OptionError, match=r"--sensitivity magic is not known; .*fisher-probe"):
         SearchOptions(methods=("magic",))
     with pytest.raises(PlanError, match="--frontier 4:2 is no range"):
         SearchOptions(frontier=(4, 2))

@@ -4,7 +4,7 @@ import pytest
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
-from dynquant.errors import PlanError
+from dynquant.errors import OptionError
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import every_choice, held_to, module_choices, with_measured_reasons
 
@@ -77,7 +77,7 @@ def test_a_language_model_has_nothing_to_decide():
 
 
 def test_an_unknown_level_is_refused():
-    with pytest.raises(PlanError, match="--vision half is not known"):
+    with pytest.raises(OptionError, match="--vision half is not known; give one of auto, keep"):
         Target(vision="half")
 
 

@@ -14,7 +14,7 @@ from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.planning import stage
 from dynquant.planning import vision_modules as vision_choice
-from dynquant.planning.selection import Selection
+from dynquant.planning.selecting.selection import Selection
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from tests.helpers.commands import refused, run

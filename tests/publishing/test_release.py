@@ -7,27 +7,31 @@ from dataclasses import replace
 from unittest.mock import Mock, patch
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from dynquant.analysis.sensitivity import unit_kl
 from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.run import text_inputs
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.inspect import inspect
 from dynquant.encoding.stream import TensorEncoder
 from dynquant.errors import HubError, LibraryError
 from dynquant.evaluation.evaluate import evaluate
-from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.options import EvalOptions, TaskOptions
 from dynquant.exporters.gguf import write_patched
 from dynquant.families.open import open_model
 from dynquant.planning.options import PlanOptions, SearchOptions
+from dynquant.planning.selecting.text import Extent, selection_windows
 from dynquant.planning.stage import make_plan, make_plans
 from dynquant.planning.target import Target
 from dynquant.publishing import stage
 from dynquant.publishing.card import _how_made, _of_quantized
 from dynquant.publishing.hub import push
-from dynquant.publishing.options import ReleaseOptions
+from dynquant.publishing.options import ReleaseOptions, ReleaseTasks
 from dynquant.publishing.record import Release, ReleasedFile, ReleaseRun
+from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import linked_copy, refused, succeed
@@ -106,8 +110,8 @@ def test_names_say_the_dominant_type_and_the_real_bits(released, tiny_moe):
 def test_the_card_has_the_numbers_of_eval(released, tiny_moe, text):
     card = shown(released)
     for name in files_in(released):
-        questions = QuestionOptions(text=(text,), max_tokens=512)
-        options = EvalOptions(candidate=str(released / name), reference=str(tiny_moe), questions=questions)
+        asked = TaskOptions(text=(text,), max_tokens=512)
+        options = EvalOptions(candidate=str(released / name), reference=str(tiny_moe), asked=asked)
         measured = evaluate(options).texts[0]
         row = next(line for line in card.splitlines() if line.startswith(f"| [{name}]"))
         kl, top1, ratio = measured.kl.mean, measured.kl.top1_agreement, measured.perplexity_ratio
@@ -176,6 +180,7 @@ def test_what_does_not_belong_together_is_refused(again, tiny_moe, tiny_text, te
         "release", tiny_text("llama"), "--bpw", 3, *OPTIONS, "--text", text, "-o", again
     )
     assert "--tokens" in refused(*call, "--bpw", 3, "--tokens", 2048)
+    assert re.search("other --name .* differ in nothing but their sizes", refused(*call, "--bpw", 3, "--name", "any"))
     assert "not --sizes and --bpw" in refused(*call, "--bpw", 3, "--sizes", "2:4")
     assert "not none" in refused(*call)
     assert "twice" in refused(*call, "--bpw", "3,3.0")
@@ -206,6 +211,31 @@ def test_a_text_shorter_than_tokens_is_calibrated_on_but_for_what_is_measured(ti
     assert json.loads(report.read_text())["texts"][0]["name"] == "behind-demo_text.txt"
     assert f"--tokens {given.max_tokens} " in shown(tmp_path)
     succeed(*call, "--tokens", 524_288, "--max-tokens", 1024, "-o", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "data set"])
+def test_plans_are_chosen_all_over_what_calibration_left_and_files_measured_behind(tiny_moe, tmp_path, kind):
+    if kind == "data set":
+        pytest.importorskip("datasets")
+    lines = [json.dumps({"text": f"Document {number} tells of {number + 1} things. " * 30}) for number in range(400)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    text = str(tmp_path / "set" / "train.jsonl" if kind == "file" else tmp_path / "set")
+    calibration, model = CalibrationOptions(text=text, tokens=8192, window=256), open_model(str(tiny_moe))
+    asked = ReleaseOptions(model=str(tiny_moe), output=tmp_path, bpw=("3",), calibration=calibration, select=True)
+    calibrated = text_inputs(model, text, tokens=8192, window=256).windows
+    spans, tokenizer = set(), load_tokenizer(model)
+    for most in (1024, 4096):
+        divided, behind = stage._divided(replace(asked, asked=ReleaseTasks(max_tokens=most)), model, SILENT)
+        search = divided.of_plans.search
+        found, same = selection_windows(model, search, calibration, Extent(8192, 256, 0))
+        assert torch.equal(same, calibrated) and divided.calibration == calibration and found.windows.shape == (16, 256)
+        texts = (" ".join(tokenizer.batch_decode(windows)) for windows in (same, found.windows))
+        numbers = [set(re.findall(r"Document (\d+) tells", part)) for part in (*texts, behind.text)]
+        assert all(numbers) and not numbers[2] & (numbers[0] | numbers[1])
+        assert search.selection_span > 2 * search.selection_tokens, "pieces are not side by side"
+        spans.add(divided.selection_span)
+    assert len(spans) == 1, "a later run that measures more chooses alike"
 
 
 @pytest.mark.nightly

@@ -21,7 +21,8 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsP
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import load_encoder
-from dynquant.evaluation.runners import TRANSFORMERS, open_runner
+from dynquant.evaluation.options import TRANSFORMERS
+from dynquant.evaluation.runners import open_runner
 from dynquant.families.open import open_model
 from dynquant.formats.decode import decode
 from dynquant.formats.quant_types import QUANT_TYPES

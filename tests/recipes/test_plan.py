@@ -176,7 +176,7 @@ def test_a_damaged_plan_of_schema_1_is_refused(tmp_path, field):
 
 
 def test_a_plan_of_the_other_target_is_refused_with_the_way_out():
-    with pytest.raises(PlanError, match="export it with -f compressed-tensors"):
+    with pytest.raises(PlanError, match="`export` takes it with -f compressed-tensors"):
         Plan.load(PLANS / "vllm-schema-1.json")
     with pytest.raises(PlanError, match="is a plan of GGUF types"):
         Plan.load(PLANS / "gguf-schema-1.json", "vllm")

@@ -1,12 +1,15 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
+import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from dynquant.errors import WriteError
-from dynquant.storage.atomic import read_tensors, replacing, save_tensors, write_atomically, writing_folder
+from dynquant.errors import ExportError, WriteError
+from dynquant.storage.atomic import check_space, read_tensors, replacing, save_tensors, write_atomically, writing_folder
 
 
 def test_a_flipped_byte_in_a_file_of_tensors_is_found(tmp_path):
@@ -52,6 +55,17 @@ def test_what_cannot_be_written_is_refused_with_its_name(tmp_path):
     write_atomically(tmp_path / "file", "")
     with pytest.raises(WriteError, match=r"a\.json could not be written: .*another place"):
         write_atomically(tmp_path / "file" / "a.json", "")
+
+
+def test_the_space_for_a_folder_is_that_of_the_nearest_one_that_is_there(tmp_path, monkeypatch):
+    check_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(WriteError, match=r"bytes are still to be written to .*there, but only .* are free"):
+        check_space(tmp_path / "not" / "there", 1 << 62)
+    denied = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
+    for place, name in ((type(tmp_path), "is_dir"), (shutil, "disk_usage")):  # behind a closed folder; a lost disk
+        with monkeypatch.context() as patch, pytest.raises(ExportError, match=f"denied: {tmp_path}. Choose another pl"):
+            patch.setattr(place, name, denied)
+            check_space(tmp_path / "a", 1, ExportError)
 
 
 def test_a_folder_that_another_process_wrote_first_stays(tmp_path, monkeypatch):

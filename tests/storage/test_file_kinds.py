@@ -1,5 +1,6 @@
 """What a file is, its first bytes say: under any name it is read as that, or refused as that."""
 
+import gzip
 import json
 import shutil
 
@@ -35,6 +36,7 @@ def renamed(f32_moe, small_moe, plan, planned_16m, tmp_path_factory):
     shutil.copyfile(folder / "pickle.gguf", folder / "pickle.safetensors")
     (folder / "musicgen.json").write_text('{"decoder": {}, "encoder": {}, "model_type": "musicgen"}')
     (folder / "other.json").write_text('{"a": 1}')
+    (folder / "indented.jsonl.gz").write_bytes(gzip.compress(b'{\n "text": "a"\n}\n'))
     (folder / "text.gguf").write_text("Once upon a time there was a model.\n")
     return folder
 
@@ -82,6 +84,7 @@ def test_diff_reads_plans_and_files_under_other_names(f32_moe, plan, renamed):
         ("analyze model --stats plan -o out.json", "plan is a plan of dynquant, not a statistics file"),
         ("calibrate model --imatrix plan -o out.safetensors", "a plan of dynquant, not an importance matrix in a GGUF"),
         ("calibrate model --calibration errors.json -o out.safetensors", "an error table of dynquant. Records are"),
+        ("calibrate model --calibration indented.jsonl.gz -o out.safetensors", "indented.jsonl.gz, line 1 is not JSON"),
         ("plan model --recipe plan -o out", "plan is a plan of dynquant, not a recipe. --like FILE takes"),
         ("diff gguf stats", "is a statistics file of dynquant, which has no GGUF types"),
         ("calibrate errors.json -o out.safetensors", "owner/name, but an error table of dynquant; check the path"),

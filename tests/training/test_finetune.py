@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dynquant.cli.terminal.record import RunRecord
-from dynquant.errors import DataError, TrainingError
+from dynquant.errors import DataError, OptionError, TrainingError
 
 pytest.importorskip("trl", reason="trl is not installed")
 from contextlib import nullcontext
@@ -92,7 +92,7 @@ def test_an_adapter_in_half_the_bytes_is_the_rounded_one(crushed, lists, short, 
     assert report.changes[0].after.value == pytest.approx(short[1].changes[0].after.value, rel=0.01)
     model = load_adapter(open_packed_model(crushed.packed), output)
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
-    with pytest.raises(TrainingError, match=r"cannot be stored as 'float8'; give float32 or bfloat16"):
+    with pytest.raises(OptionError, match="--store float8 is not known; give one of float32, bfloat16"):
         replace(OPTIONS, store="float8")
 
 

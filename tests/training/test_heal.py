@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.errors import CheckpointError, DataError, TrainingError
+from dynquant.errors import CheckpointError, DataError, EvaluationError, OptionError, TrainingError
 from tests.helpers.evaluating import evaluated
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -94,7 +94,7 @@ def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, 
     report = run(crushed, cache, tmp_path / "adapter", UNTRAINED)
     kl = report.changes[0]
     assert kl.after.value < 0.95 * kl.before.value and report.gap_closed["held-out.txt"].low > 0
-    with pytest.raises(TrainingError, match="no start 'svd' of an adapter; give residual or zero"):
+    with pytest.raises(OptionError, match="--start svd is not known; give one of residual, zero"):
         run(crushed, cache, tmp_path / "other", start="svd")
 
 
@@ -200,6 +200,12 @@ def test_without_a_text_the_part_that_was_kept_apart_is_measured_on(crushed, cac
     assert report.changes[0].name == "KL, held_out.txt"
     assert (tmp_path / "adapter" / "held_out.txt").stat().st_size
     assert any("stricter test" in note for note in report.notes)
+
+
+def test_questions_that_cannot_be_read_are_refused_before_the_original_runs(crushed, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "build_teacher_windows", lambda *_, **__: pytest.fail("the original runs"))
+    with pytest.raises(EvaluationError, match=r"none\.jsonl does not exist"):
+        run(crushed, cache, tmp_path / "adapter", questions=tmp_path / "none.jsonl")
 
 
 def test_what_cannot_be_healed_is_refused(crushed, cache, tmp_path):

@@ -45,7 +45,7 @@ from dynquant.families.common.config import read_json
 from dynquant.families.open import open_model
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.options import PlanOptions, SearchOptions
-from dynquant.planning.selection import Selection
+from dynquant.planning.selecting.selection import Selection
 from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
 from dynquant.recipes.plan import Plan, PlanEntry

@@ -26,7 +26,7 @@ from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
-from dynquant.errors import CheckpointError, DynquantError, OtherGraphError
+from dynquant.errors import CheckpointError, DynquantError, OtherGraphError, UnfitWeightsError
 from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp_alone import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
@@ -95,8 +95,8 @@ def check_computation(
     compared, and that is told, too.
 
     Raises:
-        CheckpointError: the two differ by more than `REFUSED`, or llama.cpp has another graph and loads no such file,
-            and that is not allowed.
+        CheckpointError: the two differ by more than `REFUSED`, llama.cpp has another graph and loads no such file, or
+            the directory lacks weights of its model or has them in other shapes, and that is not allowed.
     """
     if model.hf_directory is None or not (model.base_gguf or model.is_converted):
         return None
@@ -114,12 +114,19 @@ def check_computation(
             with nullcontext(model.base_gguf) if model.base_gguf else _file_in_f32(model) as file:
                 compared = compare(model, file, session, max_memory=max_memory)
         except DynquantError as error:
-            if isinstance(error, OtherGraphError) and not allow_difference:
-                raise CheckpointError(_refused_graph(model, error)) from error
+            if not allow_difference and (refusal := _refusal(model, error)):
+                raise CheckpointError(refusal) from error
             session.note(f"{_subject(model)} was not compared with transformers: {error}")
             return None
     _judge(compared, _subject(model), model, session, allow_difference=allow_difference)
     return compared
+
+
+def _refusal(model: Model, error: DynquantError) -> str:
+    """Return why a model that could not be compared is refused; nothing where that says nothing against it."""
+    if isinstance(error, UnfitWeightsError):
+        return f"{error} With --allow-difference the run goes on with the weights as they are."
+    return _refused_graph(model, error) if isinstance(error, OtherGraphError) else ""
 
 
 def _refused_graph(model: Model, error: OtherGraphError) -> str:
@@ -137,13 +144,13 @@ def check_written(
     """Compare a file that was written with transformers, which gets the file's weights; told as for all weights.
 
     Raises:
-        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed. The file stays.
+        CheckpointError: as `check_computation`. The file stays.
     """
     try:
         compared = compare(model, file, session, takes_weights=True, max_memory=max_memory)
     except DynquantError as error:
-        if isinstance(error, OtherGraphError) and not allow_difference:
-            raise CheckpointError(f"{file} is written, but {_refused_graph(model, error)}") from error
+        if not allow_difference and (refusal := _refusal(model, error)):
+            raise CheckpointError(f"{file} is written, but {refusal}") from error
         session.note(f"{file.name} was not compared with transformers: {error}")
         return
     try:

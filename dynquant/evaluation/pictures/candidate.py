@@ -15,7 +15,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import EvaluationError
+from dynquant.errors import EvaluationError, PlanError
 from dynquant.evaluation import runners
 from dynquant.evaluation.options import EvalOptions
 from dynquant.evaluation.pictures.llama_cpp import MtmdRunner
@@ -43,11 +43,20 @@ def refuse_plan(options: EvalOptions) -> None:
 
 def needs_pictures(options: EvalOptions, plan: Path) -> str:
     """Return why a plan is not compared on text, and the way out."""
+    output, what = ("out/ -f compressed-tensors", "folder") if _is_for_vllm(plan) else ("model.gguf", "file")
     return (
         f"{options.candidate} is a plan, and plans are evaluated as they are only of vision-language models on "
-        f"pictures (--data FILE). Export it (`dynquant export {options.reference} --plan {plan} -o model.gguf`) and "
-        "evaluate that file."
+        f"pictures (--data FILE). Export it (`dynquant export {options.reference} --plan {plan} -o {output}`) and "
+        f"evaluate that {what}."
     )
+
+
+def _is_for_vllm(plan: Path) -> bool:
+    try:
+        Plan.load(plan, target="vllm")
+    except PlanError:
+        return False
+    return True
 
 
 class Planned(NamedTuple):

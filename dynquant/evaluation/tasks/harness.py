@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from dynquant.errors import DynquantError, EvaluationError
-from dynquant.evaluation.options import LOOKED_UP, TEXT_TASKS, QuestionOptions
+from dynquant.evaluation.options import LOOKED_UP, TEXT_TASKS, TaskOptions
 from dynquant.evaluation.runners import LogitRunner
 from dynquant.evaluation.tasks.harness_data import data_from
 from dynquant.evaluation.tasks.harness_model import HarnessModel, generation_of, open_codec
@@ -36,7 +36,7 @@ Samples = dict[str, list[dict[str, Any]]]
 class Harness:
     """Tasks with their data, which models are asked one after the other; `notes` are what their reader should know."""
 
-    def __init__(self, asked: QuestionOptions, original: Path, progress: Progress) -> None:
+    def __init__(self, asked: TaskOptions, original: Path, progress: Progress) -> None:
         """Load tasks. Raises EvaluationError: unknown, without data, or not to be run as they are."""
         self._asked, self._original = asked, original
         self._chat = chat_format(original) if asked.chat else None
@@ -99,7 +99,7 @@ class Harness:
         return tuple(compared)
 
 
-def _load(asked: QuestionOptions, notes: list[str], progress: Progress) -> dict[str, dict[str, lm_eval.api.task.Task]]:
+def _load(asked: TaskOptions, notes: list[str], progress: Progress) -> dict[str, dict[str, lm_eval.api.task.Task]]:
     names = asked.harness_tasks
     paths = {name for name in names if Path(name).suffix in (".yaml", ".yml")}
     for name in names:
@@ -162,7 +162,7 @@ def _unknown(name: str) -> EvaluationError:
     )
 
 
-def _check_code(name: str, asked: QuestionOptions) -> None:
+def _check_code(name: str, asked: TaskOptions) -> None:
     if not asked.allow_code_execution:
         raise EvaluationError(
             f"The task {name} runs the code that models write, on this machine and as you. Repeat this with "
@@ -170,7 +170,7 @@ def _check_code(name: str, asked: QuestionOptions) -> None:
         )
 
 
-def _set_options(name: str, task: lm_eval.api.task.Task, asked: QuestionOptions, notes: list[str]) -> None:
+def _set_options(name: str, task: lm_eval.api.task.Task, asked: TaskOptions, notes: list[str]) -> None:
     if getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code:
         _check_code(name, asked)
     if task.config.num_fewshot is None or (asked.changed("num_shots") and task.config.num_fewshot):

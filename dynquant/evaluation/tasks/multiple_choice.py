@@ -11,20 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import log_probs_at
-from dynquant.evaluation.options import QuestionOptions
+from dynquant.evaluation.options import Scoring, TaskOptions
 from dynquant.evaluation.runners import LogitRunner
 from dynquant.inputs.branches import Branches, num_shared
 from dynquant.inputs.questions import Question, load_questions, split_shots, take_evenly
 from dynquant.inputs.text import TextEncoder
 
-Scoring = Literal["letter", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -91,19 +90,25 @@ def _render(question: Question, scoring: Scoring) -> str:
 
 
 def read_questions(
-    options: QuestionOptions, encode: TextEncoder, context_length: int
+    options: TaskOptions, encode: TextEncoder, context_length: int
 ) -> dict[Scoring, list[EncodedQuestion]]:
     """Return the questions that were asked for, with their shots, in every way of scoring."""
+    questions, shots = load_asked(options)
+    limits = {"num_shots": options.num_shots, "context_length": context_length}
+    scorings = dict.fromkeys(options.scoring)
+    return {name: encode_questions(questions, shots, name, encode, **limits) for name in scorings}
+
+
+def load_asked(options: TaskOptions) -> tuple[list[Question], list[Question]]:
+    """Return the questions that were asked for, and those that are shots. Raises EvaluationError: they cannot be read,
+    or a file has too few for shots of its own."""
     data = options.mmlu_data or "cais/mmlu"
     asked, shots = load_questions(data), []
     if options.num_shots and options.shots is None and Path(data).is_file():
         shots, asked = split_shots(asked, options.num_shots)
     elif options.num_shots:
         shots = load_questions(options.shots or data, split="dev")
-    questions = take_evenly(asked, options.limit or None)
-    limits = {"num_shots": options.num_shots, "context_length": context_length}
-    scorings = dict.fromkeys(options.scoring)
-    return {name: encode_questions(questions, shots, name, encode, **limits) for name in scorings}
+    return take_evenly(asked, options.limit or None), shots
 
 
 def encode_questions(

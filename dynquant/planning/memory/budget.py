@@ -27,7 +27,6 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.resources import human_bytes
 
-KV_TYPES = ("f16", "q8_0", "q4_0")
 UBATCH = 512  # tokens of a micro-batch, llama.cpp's default
 CUDA_CONTEXT_BYTES = 512 << 20
 _CELLS = 256  # llama.cpp rounds contexts up to a multiple of this
@@ -90,20 +89,13 @@ def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> M
     `memory` is bytes of device memory, `context` tokens that the KV cache holds, `kv_type` one of KV_TYPES.
 
     Raises:
-        PlanError: an unknown `kv_type`, a context below 1, heads that the cache type's blocks do not divide, or
+        PlanError: a context below 1, heads that the cache type's blocks do not divide, or
             too little memory for any weights.
         CheckpointError: a number is missing in the metadata.
     """
-    check_cache(kv_type)
     label = f"{human_bytes(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
     cache, buffer = kv_cache_bytes(model, context, kv_type), compute_buffer_bytes(model, context, kv_type)
     return MemoryBudget(memory, cache, buffer, label)
-
-
-def check_cache(kv_type: str) -> None:
-    """Raise PlanError for a type that no KV cache has."""
-    if kv_type not in KV_TYPES:
-        raise PlanError(f"--kv-type {kv_type} is not known; give one of {', '.join(KV_TYPES)}.")
 
 
 def kv_cache_bytes(model: Model, context: int, kv_type: str = "f16") -> int:

@@ -23,7 +23,6 @@ from dynquant.families.open import open_model
 from dynquant.planning.memory.budget import (
     CUDA_CONTEXT_BYTES,
     UBATCH,
-    check_cache,
     compute_buffer_bytes,
     kv_cache_of_layers,
 )
@@ -119,7 +118,6 @@ def _opened(
     path: Path, context: int | None, kv_type: str, *, asks_llama_cpp: bool = True
 ) -> tuple["_File", int, tuple[int, int] | None]:
     """Return a file, the context, of its own where none is asked for, and what an installed llama.cpp reserves."""
-    check_cache(kv_type)
     if not is_gguf(path):
         raise PlanError(f"{path} is no GGUF file, which llama.cpp runs{but_is(path)}. Export the model first.")
     file = _File(path)

@@ -65,10 +65,18 @@ def gives_tuples(hf_model: Any, layers: nn.ModuleList, dtype: torch.dtype, devic
     )
 
 
+def hidden_and_others(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the hidden states that a layer is called with, and its other arguments by name; `names` are those of all
+    its parameters."""
+    others = dict(zip(names, args, strict=False)) | kwargs
+    return others.pop(names[0]), others
+
+
 def _calling(stand_in: StandIn, names: Sequence[str]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        others = dict(zip(names, args, strict=False)) | kwargs
-        return stand_in(others.pop(names[0]), others)
+        return stand_in(*hidden_and_others(names, args, kwargs))
 
     return call
 

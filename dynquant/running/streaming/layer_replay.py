@@ -7,6 +7,7 @@ beside that of weights; where tokens are drawn from the logits it has to be exac
 draws others. 4 bytes a channel, layer and token: 92 MB for 4,096 tokens of 11 layers of 512 channels.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.running.load import tf32_products
-from dynquant.running.streaming.chained_layers import standing_in
+from dynquant.running.streaming.chained_layers import hidden_and_others, standing_in
 from dynquant.running.streaming.layer_stream import decoder_layers
 
 _Call = tuple[Tensor, dict[str, Any]]
@@ -92,7 +93,5 @@ class LayerReplay:
         self._gives_tuples = isinstance(out, tuple)  # stand-ins must give what the layers of this model give
 
 
-def _note(calls: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    others = dict(kwargs)
-    hidden = args[0] if args else others.pop("hidden_states")
-    calls.append((hidden, others))
+def _note(calls: list[_Call], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    calls.append(hidden_and_others([*inspect.signature(module.forward).parameters], args, kwargs))

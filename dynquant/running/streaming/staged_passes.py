@@ -8,7 +8,6 @@ called with. That depends on the shape of a batch alone.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -22,6 +21,7 @@ from dynquant.errors import StatsError
 from dynquant.running.linear_hooks import last_logits
 from dynquant.running.streaming.chained_layers import StandIn, standing_in
 from dynquant.running.streaming.layer_stream import LayerStream
+from dynquant.storage.atomic import free_bytes
 from dynquant.storage.journal import write_all
 
 BeforeBatch = Callable[[int], None]
@@ -75,9 +75,10 @@ class HiddenStates:
         self._path(stage).unlink(missing_ok=True)
 
     def check_space(self, stages: int) -> None:
-        """Raise StatsError with both numbers when the directory has no room for `stages` at a time."""
+        """Raise StatsError when the directory has no room for `stages` at a time, with both numbers, or as `free_bytes`
+        does."""
         there = sum(path.stat().st_size for path in self._directory.glob(f"{self._name}-*.bin"))
-        free = shutil.disk_usage(self._directory).free + there
+        free = free_bytes(self._directory, StatsError) + there
         if stages * self.stage_bytes > free:
             raise StatsError(
                 f"Hidden states of {stages} layers take {stages * self.stage_bytes:,} bytes, but {self._directory} has "

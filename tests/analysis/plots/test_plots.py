@@ -23,7 +23,7 @@ from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError, StatsError, WriteError
 from dynquant.evaluation.statistics import Estimate
 from dynquant.planning.frontier import FrontierPoint
-from dynquant.planning.selection import Candidate, Fit, Selection
+from dynquant.planning.selecting.selection import Candidate, Fit, Selection
 from dynquant.resources import human_bytes
 from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, Shape, synthetic_model
 

@@ -26,6 +26,7 @@ from dynquant.families.open import open_model
 from dynquant.running.load import load_directory
 from dynquant.session import Session
 from tests.helpers.commands import succeed
+from tests.helpers.edited_checkpoints import edited_weights
 from tests.helpers.exports import export_safetensors
 from tests.helpers.packed_models import plan_of
 from tests.helpers.tiny_gguf import GGML
@@ -240,6 +241,30 @@ def test_a_count_of_no_layers_ahead_is_no_key(tree: Path, tmp_path: Path, small_
 def test_a_graph_of_other_tensors_is_refused_before_anything_is_measured(tree: Path, tmp_path, small_moe) -> None:
     model = open_model(saved("ernie4_5", COMMON | {"use_bias": True}, tmp_path, small_moe))
     with pytest.raises(CheckpointError, match=r"graph of `ernie4_5` has other tensors \(.*wrong number of tensors"):
+        check_computation(model, Session(threads=1, device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_checkpoint_that_lacks_a_weight_is_refused(name: str, tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    """The converter would leave it out, and llama.cpp take the embedding for an output matrix."""
+    whole = saved("olmo2", COMMON, tmp_path, small_moe)
+    model = open_model(edited_weights(whole, tmp_path / "without", lambda tensors: tensors.pop(name)))
+    notes: list[str] = []
+    how = {"session": Session(threads=1, device="cpu", note=notes.append)}
+    with pytest.raises(CheckpointError, match=rf"lacks 1 weights of the model \(`{name}`\).*--allow-difference"):
+        check_computation(model, **how)
+    assert check_computation(model, **how, allow_difference=True) is None
+    assert "was not compared with transformers" in notes[0] and f"`{name}`" in notes[0]
+
+
+def test_a_checkpoint_with_weights_of_other_shapes_is_refused(tree: Path, tmp_path: Path, small_moe: Path) -> None:
+    name, whole = "model.layers.1.self_attn.q_norm.weight", saved("olmo2", COMMON, tmp_path, small_moe)
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name][::2]
+
+    model = open_model(edited_weights(whole, tmp_path / "halved", halve))
+    with pytest.raises(CheckpointError, match=rf"`{name}` is stored as .*--allow-difference the run goes on with the"):
         check_computation(model, Session(threads=1, device="cpu"))
 
 

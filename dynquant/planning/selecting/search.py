@@ -10,13 +10,11 @@ over the calibration source behind what calibration used, or over what it held b
 one of `distributions`.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,21 +29,21 @@ from dynquant.checkpoints.model import Model
 from dynquant.encoding.scheme_store import SchemeStore, open_scheme_store
 from dynquant.encoding.store import ENCODED_NAME, EncodedStore, WeightStore, open_store
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import PlanError, StatsError
+from dynquant.errors import PlanError
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import Estimate, bootstrap_mean
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.vllm_schemes import Scheme
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.inputs.text import pack_windows, read_text, window_domains
 from dynquant.planning.chooser import Chooser, SchemeChooser
 from dynquant.planning.options import CLOSED_FORM, FISHER, UNIT_KL, SearchOptions
-from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
+from dynquant.planning.selecting.selection import Candidate, Fit, Selection, rank_correlation
+from dynquant.planning.selecting.text import Extent, selection_windows
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
 from dynquant.resources import chosen_device, human_bytes
-from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.load import load_hf
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import Progress, Session
 
@@ -210,9 +208,9 @@ def _selection_samples(search: Search) -> ModelInputs:
 def _search_text(searches: Sequence[Search], table: ErrorTable) -> list[SearchResult]:
     search = searches[0]
     table, options, provenance = search.chooser.allowed(table), search.options, search.stats.stats.provenance
-    used, window = provenance.max_tokens or 0, provenance.window or 512
-    extent = _Extent(used, window, provenance.seed)
-    windows, calibrated = _text_windows(search.model, options, search.calibration, extent)
+    window = provenance.window or 512
+    extent = Extent(provenance.max_tokens, window, provenance.seed, provenance.sampled_tokens)
+    windows, calibrated = selection_windows(search.model, options, search.calibration, extent)
     hf_model = search.running(search.model)
     with search.session.stage(_KEEPS) as progress:
         if FISHER in options.methods and table.is_priced_by(FISHER):
@@ -269,73 +267,6 @@ def _selected(
     about = {"text": scorer.inputs.name, "num_tokens": scorer.inputs.num_tokens}
     selection = Selection(**about, chosen=chosen, **plans, **agreement)
     return table.priced(candidates[chosen].method), selection, ()
-
-
-class _Extent(NamedTuple):
-    """The first tokens of its text that calibration used, and the seed that shuffled it."""
-
-    num_tokens: int
-    window: int
-    seed: int
-
-
-def check_selection_text(
-    model: Model, options: SearchOptions, calibration: CalibrationOptions, session: Session
-) -> None:
-    """Raise StatsError, before anything is measured, when calibration will leave too little text to select on."""
-    _text_windows(model, options, calibration, _Extent(calibration.tokens, calibration.window, session.seed))
-
-
-def _text_windows(
-    model: Model, options: SearchOptions, calibration: CalibrationOptions, used: _Extent
-) -> tuple[ModelInputs, torch.Tensor]:
-    """Return windows to select on, and token ids [n, window] of those that calibration used.
-
-    A source may be read in part, and its documents are shuffled then: as many are read as calibration did.
-    """
-    window, most, tokenizer = used.window, options.selection_tokens, load_tokenizer(model)
-    behind = max(most, options.selection_span)
-    documents = read_text(calibration.text, seed=used.seed, max_tokens=used.num_tokens or behind)
-    lengths = {"window": window, "max_tokens": used.num_tokens + window + behind}
-    windows, first = pack_windows(documents, tokenizer, **lengths), used.num_tokens // window
-    calibrated, min_tokens = windows[: max(1, first)], min(most, 4 * window)
-    if options.text is not None:
-        name = options.text.name
-        other = read_text(options.text, seed=used.seed, max_tokens=most)
-        selection = pack_windows(other, tokenizer, window=window, max_tokens=most)
-    else:
-        name = f"{documents.name}, all over what is behind the calibrated tokens"
-        left = range(first + 1, len(windows))  # one window is left out between the two
-        summed, held = ModelInputs(calibrated).hold_back(HELD_BACK)
-        if len(left) < len(held) - 1 and len(left) * windows.shape[1] < min_tokens:
-            # Calibration took nearly all, but no price has seen what it held back.
-            name = f"{documents.name}, all over what calibration held back"
-            left, calibrated = range(len(summed) + 1, len(calibrated)), summed.windows
-        domains = window_domains(documents, tokenizer, **lengths, place=min(window, options.selection_window) // 2)
-        length = min(windows.shape[1], max(options.selection_window, most // max(1, len(left))))
-        selection = windows[_evenly_of_all_domains(left, max(1, most // length), domains), :length]
-    if options.select and selection.numel() < min_tokens:
-        raise StatsError(
-            f"{name}: {selection.numel():,} tokens. Selection wants {most:,}, and at least {min_tokens:,}. Give "
-            "--selection-text FILE, or calibrate in a new folder (-o) on a longer text or on fewer --tokens of it."
-        )
-    return ModelInputs(selection if len(selection) else calibrated[:1], name=name), calibrated
-
-
-def _evenly_of_all_domains(left: range, most: int, domains: Sequence[str]) -> list[int]:
-    """Return numbers of windows, evenly from `left`; a domain that would be missing takes the place of a near window of
-    a domain that has several."""
-    count = min(most, len(left))
-    chosen = [left[index * len(left) // count] for index in range(count)]
-    for domain in dict.fromkeys(domains[left.start : left.stop]):
-        counts = Counter(domains[number] for number in chosen)
-        spare = [number for number in chosen if counts[domains[number]] > 1]
-        if domain in counts or not spare:
-            continue
-        of_domain = [number for number in left if domains[number] == domain]
-        middle = of_domain[len(of_domain) // 2]
-        chosen[chosen.index(min(spare, key=lambda number: abs(number - middle)))] = middle
-    return sorted(chosen)
 
 
 def _proposed(
