@@ -179,6 +179,7 @@ print(peak_memory_bytes() - before)
 """
 
 
+@pytest.mark.nightly
 @forks
 def test_memory_of_processes_counts() -> None:
     """In a process of its own: what others left in this one's memory is told apart from the rest by an estimate."""

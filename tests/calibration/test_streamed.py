@@ -92,6 +92,7 @@ def test_a_trained_moe_gives_the_same_files_within_the_least_memory(moe_model, w
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hessians.safetensors", "stats.safetensors"]
 
 
+@pytest.mark.nightly
 def test_second_moments_of_activations_are_the_same(moe_model, tmp_path):
     (tmp_path / "whole").mkdir()
     streamed(moe_model, tmp_path, "activations")
@@ -174,7 +175,7 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tiny_text):
         assert torch.equal(stream.hf_model(input_ids=tokens).logits, hf_model(input_ids=tokens).logits)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen2-moe-tied", "moe"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-moe-tied", pytest.param("moe", marks=pytest.mark.nightly)])
 def test_sensitivities_are_equal(name, moe_model, tiny_text, tmp_path):
     model = moe_model if name == "moe" else open_model(tiny_text(name))
     inputs = text_inputs(model, None, tokens=300, window=100, batch_size=2)
@@ -266,6 +267,7 @@ print(resident_memory() - before)
 """
 
 
+@pytest.mark.nightly
 def test_matrices_of_experts_leave_no_holes_among_what_a_backward_pass_keeps():
     done = subprocess.run([sys.executable, "-c", _PRODUCTS], capture_output=True, text=True, check=True, cwd="/")
     matrix, outputs = 4 * 2048 * 1024, 3 * 64 * 64 * 4 * 2048

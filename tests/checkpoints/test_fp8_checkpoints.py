@@ -54,6 +54,7 @@ def test_scales_are_hidden_and_the_float_type_is_told(fp8):
         assert torch.equal(source.load(RAGGED, rows), plain[RAGGED].float()[rows])
 
 
+@pytest.mark.nightly
 def test_statistics_are_those_of_the_floats(fp8, tmp_path):
     options = {"tokens": 600, "window": 128}
     expected = calibrate(open_model(fp8.parent / "floats"), **options).stats

@@ -189,6 +189,7 @@ def test_training_ends_when_the_time_is_over(moe_model, crushed, windows):
     assert result.ended == "time was over" and result.tokens == result.held_tokens == OPTIONS.step_tokens
 
 
+@pytest.mark.nightly
 def test_training_ends_when_the_held_out_kl_stops_falling(moe_model, crushed, windows, monkeypatch):
     """Looked at after 2, 3 and 5 steps."""
     rising = iter(range(100))

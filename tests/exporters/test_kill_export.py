@@ -23,6 +23,7 @@ def test_killed_exports_end_with_the_bytes_of_an_undisturbed_one(small_moe, tmp_
     assert counts["kills"] == 2 and counts["kills with parts kept"] >= 1 and counts["finished"] >= 2
 
 
+@pytest.mark.nightly
 def test_an_export_with_other_settings_leaves_no_work_of_an_interrupted_one(
     small_moe, calibrated_16m, tmp_path, monkeypatch
 ):

@@ -70,9 +70,9 @@ def test_plans_whose_request_is_planned_again_do_not_hide_the_others(saved):
     assert lost.startswith("bpw-2.plan.json in ") and "so it cannot be exported" in lost
 
 
-def test_calibrating_anew_tells_of_all_plans_in_the_folder(saved, small_moe, tmp_path):
+def test_calibrating_anew_tells_of_all_plans_in_the_folder(saved, tiny_moe, tmp_path):
     saved("bpw 2", "bpw 3", stats_hash="0" * 64)
-    again = ("calibrate", small_moe, "--tokens", 600, "--window", 64, "--hessians", "none", "-o")
+    again = ("calibrate", tiny_moe, "--tokens", 600, "--window", 64, "--hessians", "none", "-o")
     lost = f"bpw-2.plan.json, plan.json in {tmp_path} were made from the statistics that were there before"
     assert lost in succeed(*again, tmp_path / "stats.safetensors")
     assert "plan.json" not in succeed(*again, tmp_path / "stats.safetensors", "--seed", 1), "they were told"

@@ -241,6 +241,7 @@ def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe_model, 
         assert (tmp_path / f"here.{kind}").read_bytes() == (tmp_path / f"there.{kind}").read_bytes()
 
 
+@pytest.mark.nightly
 def test_shards_add_up_to_the_one_sum(moe_model, text):
     inputs, provenance = text
     sharded = measured(moe_model, text, "activations")

@@ -32,6 +32,7 @@ def search_words(book, y, metric, work, out):
     words.nearest(book, y, metric, np.ones(y.shape[1], np.bool_), False, work, out)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.codebook.group == 8])
 def test_words_are_the_nearest_ones(name):
     book = LAYOUTS[name].codebook
