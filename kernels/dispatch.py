@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dynquant.kernels import reference
 
-# `bench.products` times them. Four rows are for `gemv` only where there are no tiles, which then take as long or less.
+# `bench.gemv` times them, `bench.products` tiles beside `two_pass`. Four rows are for `gemv` only where there are no
+# tiles, which then take as long or less.
 _KERNELS = {
     "linear": (("gemv", 3), ("tiles", 16), ("ring", 2048), ("tiles", 128), ("gemv", 4)),
     "input_grad": (("ring_grad", 128),),

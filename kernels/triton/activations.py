@@ -137,8 +137,8 @@ def arrange(
 ) -> Tensor:
     """Activations [M, K] in the order of fragments, or of `two_pass` if `is_stream`: [num_rows, whole steps].
 
-    With `places` int [P] row i of the result is row places[i] // slots of x. Rows beyond these are zero. Up to
-    512 words of `zeros` become zero on the way, for a kernel that comes next.
+    With `places` int [P] row i of the result is row places[i] // slots of x. Rows beyond these are zero. Words
+    int32 of `zeros` become zero on the way, for a kernel that comes next.
     """
     length, step = x.shape[1], step_of.fn(type_name)
     num_steps = shapes.ceil_div(length, step)
@@ -163,8 +163,9 @@ def _arrange_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if zeros_ptr is not None and tl.program_id(0) == 0:
-        word = tl.arange(0, 512)
-        tl.store(zeros_ptr + word, tl.zeros([512], tl.int32), mask=word < num_zeros)
+        for first in range(0, num_zeros, 512):
+            word = first + tl.arange(0, 512)
+            tl.store(zeros_ptr + word, tl.zeros([512], tl.int32), mask=word < num_zeros)
     i = tl.arange(0, STEP)[None, :]
     # Two neighbours stay neighbours, all others may be anywhere.
     num_steps = tl.cdiv(length, STEP)

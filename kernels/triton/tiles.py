@@ -3,7 +3,7 @@
 A program decodes each piece of the matrix once for its BM rows, rounds it to the dtype of the activations and adds
 products in float32. `grouped` launches these kernels with a table of tiles that each belong to an expert (-1: nobody's,
 the result is zero; -2: nothing to do); `linear` is for a single matrix, where `two_pass` would decode more than it
-multiplies.
+multiplies. Gradients are those of experts alone.
 
 Arguments in common: `num_blocks` of the whole tensor, N rows of a matrix, `K_groups` groups of 32 weights in a row,
 `slots` results that share a row of activations, `num_pairs` results. The third axis of the forward grid shares out the
@@ -64,20 +64,6 @@ def column_shares(num_programs: int, resident: int, num_steps: int) -> int:
 
 
 _RESIDENT = {16: 1056, 32: 528, 64: 132, 128: 132}  # rows of a program -> programs that keep an H200 busy
-
-
-@triton.jit
-def _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM: tl.constexpr):
-    """Return the pairs of a tile, int64 [BM], and which of them exist; others stand for a pair that does."""
-    if order_ptr is None:
-        place = tile * BM + tl.arange(0, BM)
-        is_pair = place < num_pairs
-        pair = tl.minimum(place, num_pairs - 1).to(tl.int64)
-    else:
-        place = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, BM)
-        is_pair = place < tl.load(tiles_ptr + 2 * num_tiles + tile)
-        pair = tl.load(order_ptr + place, mask=is_pair, other=0)
-    return pair, is_pair
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_tiles", "num_pairs"])
@@ -141,17 +127,20 @@ def tile_linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=is_pair[None, :] & (n < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_tiles", "num_pairs"])
+@triton.jit(do_not_specialize=["num_blocks", "num_tiles"])
 def tile_input_grad_kernel(
     dy_ptr, planes_ptr, table_ptr, order_ptr, tiles_ptr, dx_ptr,
-    num_blocks, N, K_groups, slots, num_tiles, num_pairs,
+    num_blocks, N, K_groups, slots, num_tiles,
     TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
+    """dx = dy W for a tile of pairs of an expert and G groups of columns."""
     tile = tl.program_id(1)
     expert = tl.load(tiles_ptr + tile)
     if expert == -2:
         return
-    pair, is_pair = _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM)
+    place = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, BM)
+    is_pair = place < tl.load(tiles_ptr + 2 * num_tiles + tile)
+    pair = tl.load(order_ptr + place, mask=is_pair, other=0)
     k = tl.program_id(0) * G * 32 + tl.arange(0, G * 32)
     acc = tl.zeros([BM, G * 32], tl.float32)
     if expert >= 0:
@@ -218,6 +207,6 @@ def multiply_back(
     tile_input_grad_kernel[(shapes.ceil_div(product.shape[-1], 32 * config["G"]), num_tiles)](
         dy, weight, table(stored.name, weight.device), order, tiles, product,
         weight.numel() // stored.block_bytes, weight.shape[-2], shapes.row_length(weight, stored) // 32,
-        num_pairs * dy.shape[-1] // dy.numel(), num_tiles, num_pairs, TYPE=stored.name, **config,
+        num_pairs * dy.shape[-1] // dy.numel(), num_tiles, TYPE=stored.name, **config,
     )  # fmt: skip
     return product

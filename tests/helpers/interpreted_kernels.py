@@ -13,7 +13,7 @@ import tests.helpers.interpreter  # noqa: F401
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.planes import pack_planes
-from dynquant.kernels.triton import grouped, tiles, two_pass
+from dynquant.kernels.triton import activations, grouped, tiles, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 
@@ -104,6 +104,13 @@ def is_sorted(num_experts: int, num_pairs: int, block_m: int) -> bool:
     return torch.equal(order, expected) and is_covered and len(rows) < len(found)
 
 
+def zeroes(num_words: int) -> bool:
+    """Tell whether arranging activations zeroes so many words, and none beyond."""
+    words = torch.full((num_words + 8,), 7, dtype=torch.int32)
+    activations.arrange(torch.ones(3, 256), "Q4_K", 3, zeros=words[:num_words])
+    return not words[:num_words].any() and bool((words[num_words:] == 7).all())
+
+
 def main() -> None:
     two_pass._SLICE_BYTES = 40 * 320 * 4
     two_pass._ROW_STEP = 16
@@ -113,6 +120,7 @@ def main() -> None:
         "parts": {name: parts(name) for name in names if name in PARTS_TYPES},
         "single_pairs": {name: single_pairs(name) for name in names},
         "products": {name: products(name) for name in names if name in PRODUCT_TYPES},
+        "zeroed": [zeroes(num_words) for num_words in (132 * 2, 132 * 3, 132 * 4)],
         "sorted": [is_sorted(*sizes) for sizes in ((1, 5, 16), (8, 40, 16), (6, 777, 32), (126, 2500, 128))],
     }
     json.dump(found, sys.stdout)

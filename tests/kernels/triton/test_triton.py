@@ -61,6 +61,11 @@ def test_interpreted_pairs_are_sorted_and_covered_by_tiles(interpreted):
     assert interpreted["sorted"] == [True] * 4
 
 
+def test_interpreted_flags_of_rings_are_zeroed(interpreted):
+    """Those of two, three and four groups of the 132 programs of an H100: the last are more than 512."""
+    assert interpreted["zeroed"] == [True] * 3
+
+
 @IS_MEASURED_COMPILER
 @pytest.mark.parametrize("name", represented_by(("Q4_K",), TYPES))
 def test_dequantize_compiles_for_an_h100_without_spills(name):
