@@ -35,10 +35,13 @@ from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import SILENT, ignore_progress
 from tests.helpers.commands import refused, succeed
 from tests.helpers.exports import export_gguf
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY
 
+QUICK = ("llama-rope3", "mixtral", "qwen2-moe-tied", "qwen3-moe", "gemma3-period-3", "deepseek-v3-yarn")
 
-@pytest.mark.parametrize("family", sorted(TINY))
+
+@pytest.mark.parametrize("family", represented_by(QUICK, sorted(TINY)))
 def test_every_tensor_finds_its_place_in_the_running_model(family, tiny_text):
     """Written with zeros and then with the checkpoint's own values, through permutations, splits and shifted norms."""
     model = open_model(tiny_text(family))

@@ -29,6 +29,7 @@ from dynquant.recipes.presets import preset_types
 from dynquant.running.load import load_hf
 from dynquant.running.weight_inputs import weight_inputs
 from tests.helpers.commands import refused, run
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_vision import pixtral_inputs, write_pictures
 
 SIZES = {"qwen2_vl": (84, 140), "qwen2_5_vl": (140, 196), "gemma3": (56, 56), "llava": (56, 56),
@@ -93,7 +94,7 @@ def class_embedding_last(self, pixel_values, **_):
     return whole + self.position_embedding(self.position_ids)
 
 
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", represented_by(("qwen2_5_vl", "gemma3", "pixtral"), SIZES))
 def test_llama_cpp_gives_the_distribution_of_transformers(family, models, exported, tmp_path, monkeypatch):
     """LLaVA's is that of transformers with llama.cpp's place for the class embedding, which no file can change."""
     if family == "llava":

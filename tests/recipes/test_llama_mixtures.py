@@ -11,6 +11,7 @@ from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.llama_mixtures import LLAMA_FTYPES, llama_tensor_types
 from tests.helpers.llama_quantize import TinyModel, deepseek_model, llama_model, llama_quantize_types
+from tests.helpers.representatives import represented_by
 
 SQUARE = ["0.ssm_conv1d", "0.attn_kv_b", "1.attn_rel_b", "1.attn_qkv", "1.time_mix_w1", "10.attn_sub_norm"]
 ODD_TENSORS = {f"blk.{name}.weight": (256, 256) for name in SQUARE}
@@ -48,8 +49,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_types_equal_llama_quantize(model: TinyModel, tmp_path: Path):
+QUICK = ("tied", "experts-8", "llama-70b", "deepseek-8", "rows-576", "rows-48", "odd-tensors")
+
+
+@pytest.mark.parametrize("name", represented_by(QUICK, MODELS))
+def test_types_equal_llama_quantize(name: str, tmp_path: Path):
+    model = MODELS[name]
     check_types(model, tmp_path)
 
 
