@@ -71,6 +71,15 @@ def test_every_kind_of_wrong_value_is_named(key, value, words, small_moe: Path, 
     assert "Correct it, or fetch the file again." in said
 
 
+def test_a_router_that_chooses_more_experts_than_there_are_is_named(small_moe: Path, tmp_path: Path) -> None:
+    """It would end in the words of torch.topk, during the first batch."""
+    model = edited_config(small_moe, tmp_path / "model", lambda config: config.update(num_experts_per_tok=99))
+    said = refused("calibrate", model, "-o", tmp_path / "stats.safetensors")
+    assert "`num_experts_per_tok` as 99 and `n_routed_experts` as" in said
+    assert "no more experts can be chosen than there are" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_values_of_an_architecture_without_a_family_are_named(small_moe: Path, tmp_path: Path) -> None:
     """llama.cpp's converter would end in its own words, or leave a key out."""
 

@@ -42,6 +42,8 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_siz
 
 _STATED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Sizes without which no configuration describes a model."""
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+_EXPERTS_USED = ("num_experts_per_tok", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 def _check_numbers(values: Mapping[str, object], path: Path, prefix: str = "") -> None:
     """Raise CheckpointError for words, negative numbers and the like where every architecture has a number."""
+    _check_experts(values, path, prefix)
     for key, value in values.items():
         name, needed = f"{prefix}{key}", ""
         if isinstance(value, dict) and not (_COUNT.fullmatch(key) or _REAL.fullmatch(key)):
@@ -164,6 +167,19 @@ def _check_numbers(values: Mapping[str, object], path: Path, prefix: str = "") -
         if needed:
             raise CheckpointError(
                 f"{path} gives `{name}` as {value!r:.80}; {needed} is needed. Correct it, or fetch the file again."
+            )
+
+
+def _check_experts(values: Mapping[str, object], path: Path, prefix: str) -> None:
+    """Raise CheckpointError for a router that is to choose more experts than there are; dense models say 0 or 1."""
+    stated = {key: value for key in _EXPERTS if isinstance(value := values.get(key), int) and value > 1}
+    for used in _EXPERTS_USED:
+        chosen = values.get(used)
+        if stated and isinstance(chosen, int) and chosen > max(stated.values()):
+            name = max(stated, key=stated.__getitem__)
+            raise CheckpointError(
+                f"{path} gives `{prefix}{used}` as {chosen} and `{prefix}{name}` as {stated[name]}; no more experts "
+                "can be chosen than there are. Correct it, or fetch the file again."
             )
 
 
